@@ -1,0 +1,12 @@
+"""gradacc: gradient accumulation as a function transform.
+
+``accumulate(loss_fn, steps=k)(params, batch)`` is ``torch.func.grad(loss_fn)(params, batch)`` in the memory of a
+micro-batch.
+"""
+
+from gradacc._accumulate import accumulate as accumulate
+from gradacc._accumulate import accumulate_and_value as accumulate_and_value
+from gradacc._functional import functional as functional
+from gradacc._mean import Mean as Mean
+
+from gradacc._version import __version__ as __version__

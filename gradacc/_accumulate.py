@@ -1,0 +1,240 @@
+"""The transforms: the fold over micro-batches, and its end."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradacc import _aux, _fold, _split, _tree, _validate
+from gradacc._engines import eager, functional
+from gradacc._mean import Mean
+from gradacc._outcome import Outcome
+from gradacc._validate import Options
+
+
+def accumulate(
+    loss_fn: Callable[..., Any] | None = None,
+    *,
+    steps: int | None = None,
+    microbatch_size: int | None = None,
+    split: Callable[[Any], Any] | None = None,
+    in_dims: tuple[Any, ...] | None = None,
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    has_carry: bool = False,
+    reduction: _validate.Reduction = "mean",
+    dtype: torch.dtype | None = None,
+    through: None = None,
+    sync: None = None,
+) -> Callable[..., Any]:
+    """The gradient of one large batch, in the memory of a micro-batch.
+
+    .. code-block:: text
+
+        accumulate(f, steps=k)(params, batch) = torch.func.grad(f)(params, batch)
+
+    `accumulate_and_value` without the value: same arguments, same errors, same edge cases, told there.
+
+    Returns:
+        ``grad_fn(params, batch, *args, **kwargs)``, which returns ``grads``, or ``(grads, aux)`` with ``has_aux``.
+
+    Example:
+        >>> import torch, gradacc
+        >>> @gradacc.accumulate(steps=2)
+        ... def grad_fn(w, x):
+        ...     return (w * x).sum(dim=1).square().mean()
+        >>> grad_fn(torch.ones(2), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
+        tensor([52.6667, 66.6667])
+    """
+    given = _validate.Given(
+        steps, microbatch_size, split, in_dims, argnums, has_aux, has_carry, reduction, dtype, through, sync
+    )
+    if loss_fn is None:
+        return functools.partial(accumulate, **given._asdict())
+    return _without_value(_grad_and_value("accumulate", loss_fn, given), has_aux)
+
+
+def accumulate_and_value(
+    loss_fn: Callable[..., Any] | None = None,
+    *,
+    steps: int | None = None,
+    microbatch_size: int | None = None,
+    split: Callable[[Any], Any] | None = None,
+    in_dims: tuple[Any, ...] | None = None,
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    has_carry: bool = False,
+    reduction: _validate.Reduction = "mean",
+    dtype: torch.dtype | None = None,
+    through: None = None,
+    sync: None = None,
+) -> Callable[..., Any]:
+    """The gradient and the value of one large batch, in the memory of a micro-batch.
+
+    .. code-block:: text
+
+        accumulate_and_value(f, steps=k)(params, batch) = torch.func.grad_and_value(f)(params, batch)
+
+    It is this loop, for a loss that is a mean over examples:
+
+    .. code-block:: python
+
+        grads, value = 0, 0
+        for microbatch in split(batch):                                  # at most `steps`, sizes differ by at most one
+            share = examples(microbatch) / examples(batch)
+            g, v = torch.func.grad_and_value(loss_fn)(params, microbatch)
+            grads, value = grads + share * g, value + share * v
+
+    What ``loss_fn`` returns says what is added up, and how it is divided, once, at the end:
+
+    ========================================  =============================  =======================================
+    ``loss_fn`` returns                       the large batch's value        weight of a micro-batch
+    ========================================  =============================  =======================================
+    0-dim tensor, ``reduction="mean"``        mean over examples             its number of examples
+    0-dim tensor, ``reduction="sum"``         sum over examples              none: totals add
+    ``Mean(total, weight)``                   ``total / weight``             ``weight``, counted from the data
+    ========================================  =============================  =======================================
+
+    Edge cases:
+
+    ========================================  ======================================================================
+    micro-batch of weight 0 (all padding)     contributes exactly 0, whatever its total and gradient are
+    empty batch, or nothing but weight 0      gradients 0; value NaN (``reduction="sum"``: 0; `Mean`: weight 0)
+    fewer examples than ``steps``             as many micro-batches as examples
+    parameter that the loss does not use      zeros
+    tied tensors (one tensor, two leaves)     a gradient for each leaf, of that leaf's uses (as `torch.func.grad`)
+    ``sparse=True`` embedding                 dense gradient
+    float16, bfloat16 parameters              summed in float32, returned in their own dtype
+    ========================================  ======================================================================
+
+    Arguments:
+        loss_fn: ``loss_fn(params, batch, *args, **kwargs)``, of the table above; with ``has_aux``, it returns
+            ``(loss, aux)``. Left out, a decorator is returned: ``@accumulate_and_value(steps=4)``.
+        steps: at most this many micro-batches, of `torch.tensor_split`'s sizes: they differ by at most one.
+        microbatch_size: micro-batches of this many examples, the last one smaller.
+        split: ``split(batch)`` yields the micro-batches. With none of these three, the batch *is* an iterable of
+            micro-batches of any sizes, consumed lazily, one at a time.
+        in_dims: what is split, as in `torch.vmap`: a tuple with an int, None ("passed whole") or a pytree prefix of them
+            for each positional argument, ``(None, 0, 0)`` for ``loss_fn(params, x, y)``. By default the first argument
+            that is not differentiated, along dim 0. Split are tensors, by views; Python numbers, bools and None pass
+            through. An iterable's micro-batches are counted along these dims.
+        argnums: which arguments are differentiated: an int, or a tuple of ints for a tuple of gradients. Each is a pytree
+            of floating or complex tensors of any shapes.
+        has_aux: ``loss_fn`` returns ``(loss, aux)``. Of a pytree ``aux``, `Mean` leaves add up, tensors with a leading
+            batch dimension are concatenated, 0-dim floating tensors are averaged with the loss's weights (with numbers of
+            examples where ``reduction="sum"``), and anything else is an error.
+        has_carry, through, sync: not available in this version.
+        reduction: what a loss that is a plain tensor is over its examples, ``"mean"`` or ``"sum"``.
+        dtype: accumulate in this floating dtype, and return gradients in it (complex ones in its complex counterpart).
+
+    Returns:
+        ``grad_fn(params, batch, *args, **kwargs)``, which returns ``(grads, value)``, or ``(grads, (value, aux))`` with
+        ``has_aux``. ``grads`` has the structure, shapes and (without ``dtype=``) dtypes of the differentiated arguments;
+        ``value`` is of the type that ``loss_fn`` returns. All are new, detached tensors; nothing passed in is changed.
+        Under a functorch transform they can be batched and differentiated.
+
+    Raises:
+        TypeError: parameters that are not floating or complex tensors (an ``nn.Module``, integers, a ``DTensor``); batch
+            leaves that cannot be split (NumPy arrays, strings); a loss that is not a floating tensor or a `Mean` of one.
+        ValueError: options that contradict each other; split dimensions that differ; a loss that is not 0-dim or does not
+            depend on the parameters; a negative weight; reentrant checkpointing.
+
+    When it is *not* equal: where examples see each other through the batch (BatchNorm in training mode, in-batch
+    negatives), where the mean is over something else than examples (return a `Mean`), and where the loss draws random
+    numbers (they are drawn micro-batch after micro-batch; reproducible, but not the large batch's draw).
+    `gradacc.testing.check_accumulation` finds out for a loss of yours.
+
+    Example:
+        >>> import torch, gradacc
+        >>> def loss_fn(params, batch):
+        ...     return (batch["x"] @ params["w"] - batch["y"]).square().mean()
+        >>> params = {"w": torch.ones(3, dtype=torch.float64)}
+        >>> batch = {"x": torch.arange(21, dtype=torch.float64).view(7, 3), "y": torch.zeros(7, dtype=torch.float64)}
+        >>> grads, value = gradacc.accumulate_and_value(loss_fn, steps=3)(params, batch)     # 7 examples: 3, 2, 2
+        >>> expected, large = torch.func.grad_and_value(loss_fn)(params, batch)
+        >>> torch.testing.assert_close(grads, expected)
+        >>> torch.testing.assert_close(value, large)
+
+    Source: ``optax.microbatching.microbatch`` (the transform), torchtitan's trainer (count first, divide by the whole
+    batch's count), and Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", for what it is combined with.
+    """
+    given = _validate.Given(
+        steps, microbatch_size, split, in_dims, argnums, has_aux, has_carry, reduction, dtype, through, sync
+    )
+    if loss_fn is None:
+        return functools.partial(accumulate_and_value, **given._asdict())
+    return _grad_and_value("accumulate_and_value", loss_fn, given)
+
+
+def _grad_and_value(name: str, loss_fn: Callable[..., Any], given: _validate.Given) -> Callable[..., Any]:
+    options = _validate.options(name, loss_fn, given)
+
+    @functools.wraps(loss_fn, updated=())  # the __dict__ of a compiled loss holds Dynamo's marks, which are not ours
+    def grad_fn(*args: Any, **kwargs: Any) -> Any:
+        return _run(options, loss_fn, args, kwargs)
+
+    return grad_fn
+
+
+def _without_value(grad_and_value: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+    @functools.wraps(grad_and_value)
+    def grad_fn(*args: Any, **kwargs: Any) -> Any:
+        grads, rest = grad_and_value(*args, **kwargs)
+        return (grads, rest[1]) if has_aux else grads
+
+    return grad_fn
+
+
+def _run(options: Options, loss_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """One call of ``grad_fn``: ``finalize . fold(update) . init``."""
+    differentiated, batch = _validate.positions(options, args)
+    single = isinstance(options.argnums, int)
+    leaves, treedef = _tree.flatten(args[differentiated[0]] if single else tuple(args[n] for n in differentiated))
+    params = _validate.parameters(options.name, leaves, treedef, "params")
+    accumulated, returned = _validate.dtypes(options, params)
+    divided = _split.microbatches(options, args, differentiated, batch)
+    engine = functional if _validate.transforming() else eager
+
+    def evaluate(microbatch: _split.Microbatch, leaves: Sequence[Tensor]) -> Outcome:
+        tree = _tree.unflatten(treedef, leaves)
+        trees = dict(zip(differentiated, (tree,) if single else tree, strict=True))
+        positional = [trees[n] if n in trees else engine.admit(arg) for n, arg in enumerate(microbatch.args)]
+        return _outcome(options, loss_fn(*positional, **engine.admit(kwargs)), microbatch)
+
+    with engine.guard():
+        buffer = engine.open(params, accumulated)
+    sums = _fold.Sums(known=divided.examples)
+    empty = divided.whole if divided.examples == 0 else None
+    for microbatch in divided.parts:  # the caller's iterator runs in the caller's modes, not under the guard
+        if microbatch.examples == 0:
+            empty = empty or microbatch
+            continue
+        with engine.guard():
+            buffer, outcome = engine.add(
+                buffer, functools.partial(evaluate, microbatch), functools.partial(_fold.seed, options, sums)
+            )
+            sums = _fold.absorb(options, sums, outcome, microbatch.sizes)
+    with engine.guard():
+        if sums.like is None and empty is not None:
+            with torch.no_grad():  # nothing to differentiate: it only says what types to return
+                sums = _fold.absorb(options, sums, evaluate(empty, params)._replace(weight=0.0), empty.sizes)
+        _validate.dependence(options, not sums.differentiated or engine.arrived(buffer))
+        value, aux = _fold.finalize(options, sums, params[0])
+        rest = _fold.factor(sums) if options.reduction == "mean" and sums.differentiated else 1.0
+        grads = _tree.unflatten(treedef, engine.close(buffer, returned, rest))
+    return grads, ((value, aux) if options.has_aux else value)
+
+
+def _outcome(options: Options, out: Any, microbatch: _split.Microbatch) -> Outcome:
+    """What ``loss_fn`` returned, checked, in the one shape that the rest knows."""
+    value, aux = _validate.returned(options, out)
+    target = _validate.loss(options, value)
+    if isinstance(value, Mean):
+        weight: float | Tensor | None = _validate.weight(options, value.weight, target)
+    else:
+        weight = _validate.examples(options, microbatch.examples, microbatch.sizes)
+    return Outcome(target, value, weight, _aux.flatten(aux))

@@ -1,0 +1,133 @@
+"""``aux``: what a loss returns beside itself, put together as the large batch would have returned it, leaf by leaf."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradacc import _tree
+from gradacc._mean import Mean
+from gradacc._validate import describe, wide_dtype
+
+
+class Aux(NamedTuple):
+    """One micro-batch's aux: leaves (a `Mean` is one), structure."""
+
+    leaves: list[Any]
+    treedef: _tree.TreeDef
+
+
+class Average(NamedTuple):
+    """A 0-dim float on its way to the weighted mean: ``total`` is the sum of share x value."""
+
+    total: Tensor
+    dtype: torch.dtype
+
+
+Partial = Average | Mean | list[Tensor]
+"""A leaf so far: one of the three kinds."""
+
+
+def is_mean(leaf: Any) -> bool:
+    """`Mean` is a leaf here."""
+    return isinstance(leaf, Mean)
+
+
+def flatten(aux: Any) -> Aux:
+    """Leaves and structure; no aux (None) has no leaves."""
+    return Aux(*_tree.flatten(aux, is_mean))
+
+
+def absorb(
+    name: str, sofar: list[Partial] | None, aux: Aux, share: float | Tensor | None, sizes: frozenset[int]
+) -> list[Partial]:
+    """``sofar`` and one more micro-batch, in place where there is something.
+
+    Arguments:
+        share: its weight over the unit of the call; 0 drops averages; None where there is no weight to average with.
+        sizes: of its batch dimension: a tensor with such a leading dimension is concatenated.
+    """
+    kinds = [_partial(name, leaf, share, sizes, aux, i) for i, leaf in enumerate(aux.leaves)]
+    if sofar is None:
+        return kinds
+    return [_add(name, a, b, aux, i) for i, (a, b) in enumerate(zip(sofar, kinds, strict=True))]
+
+
+def finalize(sofar: Sequence[Partial], factor: float | Tensor) -> list[Any]:
+    """The large batch's leaves; averages are multiplied by ``factor`` = unit / total weight."""
+    return [_final(partial, factor) for partial in sofar]
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In what is summed: at least 32 bits."""
+    return tensor.to(wide_dtype(tensor.dtype))
+
+
+def widen(mean: Mean) -> Mean:
+    """A loss's `Mean` in what is summed."""
+    weight = mean.weight
+    return Mean(wide(mean.total), wide(weight) if isinstance(weight, Tensor) and weight.is_floating_point() else weight)
+
+
+def scaled(tensor: Tensor, share: float | Tensor | None) -> Tensor:
+    """A new tensor ``share * tensor``, in what is summed; exactly 0 for a share of 0, NaNs too."""
+    assert share is not None
+    if isinstance(share, Tensor):
+        return torch.where(share == 0, 0.0, wide(tensor) * share)
+    return wide(tensor) * share if share else torch.zeros_like(wide(tensor))
+
+
+def masked(mean: Mean) -> Mean:
+    """The Mean with what has weight 0 made exactly 0, whatever its total says; sums of ints and bools in int64."""
+    weight = mean.weight
+    if not isinstance(weight, Tensor):
+        return Mean(mean.total * 1.0 if weight else torch.zeros_like(mean.total), weight)
+    if not (weight.is_floating_point() or weight.is_complex()):
+        weight = weight.to(torch.int64)
+    return Mean(torch.where(weight == 0, torch.zeros_like(mean.total), mean.total), weight)
+
+
+def _partial(
+    name: str, leaf: Any, share: float | Tensor | None, sizes: frozenset[int], aux: Aux, index: int
+) -> Partial:
+    if isinstance(leaf, Mean) and isinstance(leaf.total, Tensor):
+        return masked(leaf)
+    if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] in sizes:
+        return [leaf]
+    if isinstance(leaf, Tensor) and leaf.ndim == 0 and leaf.is_floating_point() and share is not None:
+        return Average(scaled(leaf, share), leaf.dtype)
+    path = _tree.paths(aux.treedef, "aux")[index]
+    if isinstance(leaf, Tensor):
+        what = f"a {leaf.dtype} tensor of shape {tuple(leaf.shape)}"
+    else:
+        what = describe(leaf)
+    batch = " or ".join(map(str, sorted(sizes))) or "unknown"
+    raise TypeError(
+        f"{name}: {path} is {what}; it is not known what the large batch would have returned. Say it with "
+        "gradacc.Mean(total, weight) (both are added), return a tensor with a leading batch dimension "
+        f"(concatenated; the micro-batch's size is {batch}), or a 0-dim floating tensor (averaged)"
+    )
+
+
+def _add(name: str, a: Partial, b: Partial, aux: Aux, index: int) -> Partial:
+    if isinstance(a, Mean) and isinstance(b, Mean):
+        return a + b
+    if isinstance(a, Average) and isinstance(b, Average):
+        return Average(a.total + b.total, a.dtype)
+    if isinstance(a, list) and isinstance(b, list):
+        return a + b
+    raise TypeError(
+        f"{name}: {_tree.paths(aux.treedef, 'aux')[index]} is not of the same kind in every micro-batch "
+        "(0-dim in one, with a batch dimension in another)"
+    )
+
+
+def _final(partial: Partial, factor: float | Tensor) -> Any:
+    if isinstance(partial, Mean):
+        return partial
+    if isinstance(partial, Average):
+        return (partial.total * factor).to(partial.dtype)
+    return torch.cat(partial)

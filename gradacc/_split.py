@@ -1,0 +1,111 @@
+"""From a batch to micro-batches: the four ways, all lazy, all by views."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from gradacc import _tree, _validate
+
+
+class Microbatch(NamedTuple):
+    """One call of ``loss_fn``."""
+
+    args: tuple[Any, ...]
+    """All positional arguments, those that are split replaced by their part."""
+
+    sizes: frozenset[int]
+    """The sizes of its tensors along their split dimension: one where they agree."""
+
+    @property
+    def examples(self) -> int | None:
+        """How many examples it has; None where that cannot be told."""
+        return next(iter(self.sizes)) if len(self.sizes) == 1 else None
+
+
+class Microbatches(NamedTuple):
+    """What a call is divided into."""
+
+    parts: Iterable[Microbatch]
+    examples: int | None
+    """Of all parts together, where that is known before the first one."""
+    whole: Microbatch | None
+    """The undivided batch, where there is one."""
+
+
+def microbatches(
+    options: _validate.Options, args: Sequence[Any], differentiated: Sequence[int], batch: int
+) -> Microbatches:
+    """Divide a call's arguments as ``options`` say; ``batch`` is the position of the batch."""
+    dims = _validate.in_dims(options, args, differentiated, batch)
+    if options.steps is None and options.microbatch_size is None:
+        parts = _validate.iterable(options, args[batch])
+        return Microbatches(_iterate(options, parts, args, dims[batch], batch), None, None)
+    return _slice(options, args, dims)
+
+
+def _slice(options: _validate.Options, args: Sequence[Any], dims: Sequence[Any]) -> Microbatches:
+    split = [n for n, dim in enumerate(dims) if dim is not None]
+    flat = {n: _tree.flatten(args[n]) for n in split}
+    leaf_dims = {n: _leaf_dims(options, dims[n], args[n], n) for n in split}
+    paths = {n: _tree.paths(treedef, f"args[{n}]") for n, (_, treedef) in flat.items()}
+    sizes = [
+        _validate.splittable(options.name, *leaf)
+        for n in split
+        for leaf in zip(flat[n][0], leaf_dims[n], paths[n], strict=True)
+    ]
+    total = _validate.batch_size(options.name, sizes, [path for n in split for path in paths[n]])
+
+    def cut(offset: int, size: int) -> Microbatch:
+        part = list(args)
+        for n, (leaves, treedef) in flat.items():
+            part[n] = _tree.unflatten(
+                treedef,
+                [
+                    leaf if dim is None or not isinstance(leaf, Tensor) else leaf.narrow(dim, offset, size)
+                    for leaf, dim in zip(leaves, leaf_dims[n], strict=True)
+                ],
+            )
+        return Microbatch(tuple(part), frozenset({size}))
+
+    return Microbatches(
+        (cut(offset, size) for offset, size in _cuts(total, options.steps, options.microbatch_size)),
+        total,
+        Microbatch(tuple(args), frozenset({total})),
+    )
+
+
+def _cuts(total: int, steps: int | None, microbatch_size: int | None) -> Iterator[tuple[int, int]]:
+    """``(offset, size)`` of each micro-batch; with ``steps`` the sizes of `torch.tensor_split`, empty ones left out."""
+    offset = 0
+    while offset < total:
+        if steps is None:
+            size = min(microbatch_size or total, total - offset)
+        else:
+            size = -(-(total - offset) // steps)  # what is left, divided by the steps that are left, rounded up
+            steps -= 1
+        yield offset, size
+        offset += size
+
+
+def _iterate(
+    options: _validate.Options, parts: Iterable[Any], args: Sequence[Any], dim: Any, batch: int
+) -> Iterator[Microbatch]:
+    for part in parts:
+        sizes = frozenset(
+            leaf.shape[d]
+            for leaf, d in zip(_tree.flatten(part)[0], _leaf_dims(options, dim, part, batch), strict=True)
+            if isinstance(leaf, Tensor) and isinstance(d, int) and -leaf.ndim <= d < leaf.ndim
+        )
+        yield Microbatch((*args[:batch], part, *args[batch + 1 :]), sizes)
+
+
+def _leaf_dims(options: _validate.Options, dims: Any, tree: Any, position: int) -> list[Any]:
+    try:
+        return _tree.broadcast_prefix(dims, tree)
+    except ValueError as error:
+        raise ValueError(
+            f"{options.name}: in_dims[{position}]={dims} is not a pytree prefix of args[{position}]: {error}"
+        ) from error

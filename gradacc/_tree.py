@@ -1,0 +1,113 @@
+"""Pytrees: the only module that imports optree (and the only one that knows of torch's own registry).
+
+Differences that matter: to optree ``None`` is structure, to ``torch.utils._pytree`` it is a leaf; a class registered with
+torch only (``register_dataclass``, Hugging Face's ``ModelOutput``) is unknown to optree. `flatten` understands both.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import optree
+import torch.utils._pytree as torch_pytree
+from torch import Tensor
+
+NAMESPACE = "gradacc"
+
+TensorTree: TypeAlias = Any
+"""A tensor, or a pytree of tensors: nested dicts, lists, tuples, ``NamedTuple``s, registered classes; ``None`` is empty."""
+
+TreeDef: TypeAlias = optree.PyTreeSpec
+
+
+def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], TreeDef]:
+    """Leaves and structure; `unflatten` is the inverse."""
+    leaves, treedef = optree.tree_flatten(tree, is_leaf, namespace=NAMESPACE)
+    foreign = {
+        type(leaf)
+        for leaf in leaves
+        if type(leaf) in torch_pytree.SUPPORTED_NODES and not (is_leaf is not None and is_leaf(leaf))
+    }
+    if not foreign:
+        return leaves, treedef
+    with _adopting:
+        for cls in foreign - _adopted:
+            _adopt(cls)
+            _adopted.add(cls)
+    return flatten(tree, is_leaf)
+
+
+def unflatten(treedef: TreeDef, leaves: Iterable[Any]) -> Any:
+    """The tree of structure ``treedef`` with these leaves."""
+    return optree.tree_unflatten(treedef, leaves)
+
+
+def paths(treedef: TreeDef, root: str = "") -> list[str]:
+    """Where each leaf is, as Python: ``["batch['x']", "batch['y'][0]"]`` for ``root="batch"``."""
+    return [accessor.codify(root) for accessor in treedef.accessors()]
+
+
+def broadcast_prefix(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
+    """One entry of ``prefix`` for every leaf of ``tree``; ``None`` is an entry like any other.
+
+    Raises:
+        ValueError: ``prefix`` is not a prefix of ``tree``.
+    """
+    _, treedef = flatten(tree, is_leaf)
+    boxed = optree.tree_map(_Box, prefix, is_leaf=lambda x: x is None, namespace=NAMESPACE, none_is_leaf=True)
+    positions = unflatten(treedef, range(treedef.num_leaves))
+    spread: list[Any] = [None] * treedef.num_leaves
+
+    def assign(box: _Box, subtree: Any) -> None:
+        for position in optree.tree_leaves(subtree, namespace=NAMESPACE):
+            spread[position] = box.value
+
+    optree.tree_map_(assign, boxed, positions, namespace=NAMESPACE)
+    return spread
+
+
+def map_tensors(func: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """The same tree with ``func`` of every tensor; other leaves stay."""
+    leaves, treedef = flatten(tree)
+    return unflatten(treedef, [func(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+
+
+def register(cls: type, to_children: Callable[[Any], tuple[Any, ...]], names: tuple[str, ...]) -> None:
+    """Make ``cls`` a pytree node for optree and for torch: its children are ``to_children(x)``, and ``cls(*children)``."""
+    entries = tuple(names)
+    optree.register_pytree_node(
+        cls,
+        lambda node: (to_children(node), None, entries),
+        lambda _, children: cls(*children),
+        path_entry_type=optree.GetAttrEntry,
+        namespace=NAMESPACE,
+    )
+    torch_pytree.register_pytree_node(
+        cls,
+        lambda node: (list(to_children(node)), None),
+        lambda children, _: cls(*children),
+        serialized_type_name=f"gradacc.{cls.__name__}",
+        flatten_with_keys_fn=lambda node: (
+            [(torch_pytree.GetAttrKey(name), child) for name, child in zip(entries, to_children(node), strict=True)],
+            None,
+        ),
+    )
+
+
+_adopting = threading.Lock()
+_adopted: set[type] = set()
+
+
+class _Box:
+    """Hides an entry of a prefix from optree, to which ``None`` would be structure."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def _adopt(cls: type) -> None:
+    """Teach optree, in our namespace, a class that only torch's registry knows."""
+    node = torch_pytree.SUPPORTED_NODES[cls]
+    optree.register_pytree_node(cls, node.flatten_fn, lambda context, xs: node.unflatten_fn(xs, context), namespace=NAMESPACE)
