@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/.installed
 
 .PHONY: demo test test-slow lint bench clean
@@ -20,17 +21,14 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
-bench: $(VENV)/.installed-bench
+bench: $(STAMP)
 	$(PY) -m benchmarks.eager
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(f"gradacc needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}; set PYTHON=" if sys.version_info < (3, 11) else 0)'
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-	touch $@
-
-$(VENV)/.installed-bench: $(STAMP)
-	$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	$(PIP) setuptools
+	$(PIP) --no-build-isolation -e '.[test]'
 	touch $@
 
 clean:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradacc import _aux, _fold, _split, _tree, _validate
-from gradacc._engines import eager, functional
+from gradacc import _aux, _dtypes, _fold, _options, _split, _tree, _validate
+from gradacc._engines import eager, functional, transforming
 from gradacc._mean import Mean
+from gradacc._options import Options
 from gradacc._outcome import Outcome
-from gradacc._validate import Options
 
 
 def accumulate(
@@ -26,7 +26,7 @@ def accumulate(
     argnums: int | tuple[int, ...] = 0,
     has_aux: bool = False,
     has_carry: bool = False,
-    reduction: _validate.Reduction = "mean",
+    reduction: _options.Reduction = "mean",
     dtype: torch.dtype | None = None,
     through: None = None,
     sync: None = None,
@@ -50,7 +50,7 @@ def accumulate(
         >>> grad_fn(torch.ones(2), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
         tensor([52.6667, 66.6667])
     """
-    given = _validate.Given(
+    given = _options.Given(
         steps, microbatch_size, split, in_dims, argnums, has_aux, has_carry, reduction, dtype, through, sync
     )
     if loss_fn is None:
@@ -68,7 +68,7 @@ def accumulate_and_value(
     argnums: int | tuple[int, ...] = 0,
     has_aux: bool = False,
     has_carry: bool = False,
-    reduction: _validate.Reduction = "mean",
+    reduction: _options.Reduction = "mean",
     dtype: torch.dtype | None = None,
     through: None = None,
     sync: None = None,
@@ -162,7 +162,7 @@ def accumulate_and_value(
     Source: ``optax.microbatching.microbatch`` (the transform), torchtitan's trainer (count first, divide by the whole
     batch's count), and Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", for what it is combined with.
     """
-    given = _validate.Given(
+    given = _options.Given(
         steps, microbatch_size, split, in_dims, argnums, has_aux, has_carry, reduction, dtype, through, sync
     )
     if loss_fn is None:
@@ -170,8 +170,8 @@ def accumulate_and_value(
     return _grad_and_value("accumulate_and_value", loss_fn, given)
 
 
-def _grad_and_value(name: str, loss_fn: Callable[..., Any], given: _validate.Given) -> Callable[..., Any]:
-    options = _validate.options(name, loss_fn, given)
+def _grad_and_value(name: str, loss_fn: Callable[..., Any], given: _options.Given) -> Callable[..., Any]:
+    options = _options.options(name, loss_fn, given)
 
     @functools.wraps(loss_fn, updated=())  # the __dict__ of a compiled loss holds Dynamo's marks, which are not ours
     def grad_fn(*args: Any, **kwargs: Any) -> Any:
@@ -195,9 +195,9 @@ def _run(options: Options, loss_fn: Callable[..., Any], args: tuple[Any, ...], k
     single = isinstance(options.argnums, int)
     leaves, treedef = _tree.flatten(args[differentiated[0]] if single else tuple(args[n] for n in differentiated))
     params = _validate.parameters(options.name, leaves, treedef, "params")
-    accumulated, returned = _validate.dtypes(options, params)
+    accumulated, returned = _dtypes.dtypes(options.dtype, params)
     divided = _split.microbatches(options, args, differentiated, batch)
-    engine = functional if _validate.transforming() else eager
+    engine = functional if transforming() else eager
 
     def evaluate(microbatch: _split.Microbatch, leaves: Sequence[Tensor]) -> Outcome:
         tree = _tree.unflatten(treedef, leaves)

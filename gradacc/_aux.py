@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _tree
+from gradacc import _dtypes, _tree
+from gradacc._describe import describe
 from gradacc._mean import Mean
-from gradacc._validate import describe, wide_dtype
 
 
 class Aux(NamedTuple):
@@ -63,7 +63,7 @@ def finalize(sofar: Sequence[Partial], factor: float | Tensor) -> list[Any]:
 
 def wide(tensor: Tensor) -> Tensor:
     """In what is summed: at least 32 bits."""
-    return tensor.to(wide_dtype(tensor.dtype))
+    return tensor.to(_dtypes.wide(tensor.dtype))
 
 
 def widen(mean: Mean) -> Mean:

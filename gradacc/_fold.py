@@ -19,6 +19,7 @@ from torch import Tensor
 
 from gradacc import _aux, _tree, _validate
 from gradacc._mean import Mean
+from gradacc._options import Options
 from gradacc._outcome import Outcome
 
 
@@ -38,7 +39,7 @@ class Sums(NamedTuple):
     """Whether any micro-batch had something to contribute."""
 
 
-def seed(options: _validate.Options, sums: Sums, outcome: Outcome) -> float | Tensor | None:
+def seed(options: Options, sums: Sums, outcome: Outcome) -> float | Tensor | None:
     """The factor of a micro-batch's gradient in the buffer; None (where it can be read) or 0: it contributes nothing."""
     if options.reduction == "sum":
         return 1.0
@@ -49,7 +50,7 @@ def seed(options: _validate.Options, sums: Sums, outcome: Outcome) -> float | Te
     return numerator / unit if weight else None
 
 
-def absorb(options: _validate.Options, sums: Sums, outcome: Outcome, sizes: frozenset[int]) -> Sums:
+def absorb(options: Options, sums: Sums, outcome: Outcome, sizes: frozenset[int]) -> Sums:
     """``sums`` and one more micro-batch."""
     like = sums.like or outcome
     _validate.same_kind(options, like.value, outcome.value, like.aux.treedef, outcome.aux.treedef)
@@ -76,7 +77,7 @@ def factor(sums: Sums) -> float | Tensor:
     return unit / weight if unit is not None and (isinstance(weight, Tensor) or weight) else math.nan
 
 
-def finalize(options: _validate.Options, sums: Sums, like: Tensor) -> tuple[Tensor | Mean, Any]:
+def finalize(options: Options, sums: Sums, like: Tensor) -> tuple[Tensor | Mean, Any]:
     """The large batch's value and aux; ``like``: a parameter, of whose dtype and device a value of nothing is."""
     if sums.like is None:
         _validate.nothing_with_aux(options)

@@ -11,9 +11,9 @@ NOTE [replicas instead of swapping]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MethodType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +48,8 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]
         ValueError: from ``apply``, for names that the module does not have.
 
     Where it is not equal: an attribute that a forward pass assigns (``self.calls += 1``) is assigned on the replica and
-    dropped; modules that the forward pass reaches only through a closure run with their own parameters.
+    dropped; modules that the forward pass reaches only through a closure run with their own parameters; submodules that are
+    added or replaced later are not seen (call `functional` again).
 
     Example:
         >>> import torch, gradacc
@@ -65,47 +66,96 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]
     Source: `torch.func.functional_call`, of which this is the form that survives recomputation and threads.
     """
     _check(module)
+    plan = _plan(module)
     params = {name: param.detach() for name, param in module.named_parameters()}
     buffers = {name: buffer.detach() for name, buffer in module.named_buffers()}
 
-    def apply(params: Mapping[str, Tensor], *inputs: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any) -> Any:
-        own_params, own_buffers = dict(module.named_parameters()), dict(module.named_buffers())
-        _known("params", params, own_params)
-        _known("buffers", buffers or {}, own_buffers)
-        tensors = {name: param.detach() for name, param in own_params.items()} | dict(params)
+    def apply(
+        params: Mapping[str, Tensor], *inputs: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> Any:
+        given = {} if buffers is None else buffers
+        _known("params", params, plan.params)
+        _known("buffers", given, plan.buffers)
+        tensors = {name: tensor.detach() for name, tensor in plan.tensors()} | dict(params) | dict(given)
         # Copies, since a forward pass may write into its buffers.
-        written = {name: buffer.detach().clone() for name, buffer in (own_buffers | dict(buffers or {})).items()}
+        tensors |= {name: tensors[name].detach().clone() for name in plan.buffers}
         if torch.compiler.is_compiling():
-            tensors |= written
             output = torch.func.functional_call(module, tensors, inputs, kwargs)
-            after = {name: tensors[name] for name in written}
+            after = tensors
         else:
-            replica = _replicate(module, own_params, tensors, own_buffers, written)
+            replica = plan.replica(tensors)
             output = replica(*inputs, **kwargs)
             after = dict(replica.named_buffers())
-        return output if buffers is None else (output, {name: after[name].detach() for name in written})
+        return output if buffers is None else (output, {name: after[name].detach() for name in plan.buffers})
 
     return apply, params, buffers
 
 
-def _replicate(
-    module: nn.Module, own_params: Mapping[str, Tensor], params: Tensors, own_buffers: Tensors, buffers: Tensors
-) -> nn.Module:
-    """A new tree of modules around the given tensors; NOTE [replicas instead of swapping]."""
-    new: dict[int, Any] = {}  # from the id of what the module holds to what the replica holds instead
-    new |= {id(own_params[name]): tensor for name, tensor in params.items()}
-    new |= {id(own_buffers[name]): tensor for name, tensor in buffers.items()}
+class _Part(NamedTuple):
+    """One module of the tree: its registries, as keys and what they lead to; None for an empty entry."""
+
+    module: nn.Module
+    children: list[tuple[str, int | None]]
+    params: list[tuple[str, str | None]]
+    buffers: list[tuple[str, str | None]]
+    holders: list[str]
+    """Attributes outside the registries through which modules or tensors of the tree are reached."""
+
+
+class _Plan(NamedTuple):
+    """How the tree is put together, worked out once."""
+
+    parts: list[_Part]
+    params: dict[str, tuple[int, str]]
+    """From a parameter's name to the part that owns it, and its key there."""
+    buffers: dict[str, tuple[int, str]]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """The module's own tensors as they are now."""
+        for name, (part, key) in self.params.items():
+            yield name, self.parts[part].module._parameters[key]  # type: ignore[misc]  # not None: it has a name
+        for name, (part, key) in self.buffers.items():
+            yield name, self.parts[part].module._buffers[key]  # type: ignore[misc]
+
+    def replica(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+        """New modules around the given tensors; NOTE [replicas instead of swapping]."""
+        replicas = [_shallow(part.module) for part in self.parts]
+        for part, replica in zip(self.parts, replicas, strict=True):
+            attributes = replica.__dict__
+            attributes["_modules"] = {key: None if i is None else replicas[i] for key, i in part.children}
+            attributes["_parameters"] = {key: None if name is None else tensors[name] for key, name in part.params}
+            attributes["_buffers"] = {key: None if name is None else tensors[name] for key, name in part.buffers}
+        if any(part.holders for part in self.parts):
+            new: dict[int, Any] = {id(own): tensors[name] for name, own in self.tensors()}
+            new |= {id(part.module): replica for part, replica in zip(self.parts, replicas, strict=True)}
+            for part, replica in zip(self.parts, replicas, strict=True):
+                for name in part.holders:
+                    replica.__dict__[name] = _renew(part.module.__dict__[name], new)
+        return replicas[0]
+
+
+def _plan(module: nn.Module) -> _Plan:
     originals = list(module.modules())
-    new |= {id(original): _shallow(original) for original in originals}
-    for original in originals:
-        attributes = new[id(original)].__dict__
-        for name, value in original.__dict__.items():
-            if name in _REGISTRIES:
-                attributes[name] = {key: new.get(id(entry), entry) for key, entry in value.items()}
-            elif isinstance(value, (list, tuple, dict, MethodType, nn.Module, Tensor)):
-                attributes[name] = _renew(value, new)
-    replica: nn.Module = new[id(module)]
-    return replica
+    number = {id(original): i for i, original in enumerate(originals)}
+    names = {id(tensor): name for name, tensor in (*module.named_parameters(), *module.named_buffers())}
+    owned = set(number) | set(names)
+    parts = [
+        _Part(
+            original,
+            [(key, number.get(id(child))) for key, child in original._modules.items()],
+            [(key, names.get(id(param))) for key, param in original._parameters.items()],
+            [(key, names.get(id(buffer))) for key, buffer in original._buffers.items()],
+            [key for key, value in original.__dict__.items() if key not in _REGISTRIES and _reaches(value, owned)],
+        )
+        for original in originals
+    ]
+    params = {name: (i, key) for i, part in reversed([*enumerate(parts)]) for key, name in part.params if name}
+    buffers = {name: (i, key) for i, part in reversed([*enumerate(parts)]) for key, name in part.buffers if name}
+    return _Plan(
+        parts,
+        {name: params[name] for name, _ in module.named_parameters()},
+        {name: buffers[name] for name, _ in module.named_buffers()},
+    )
 
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
@@ -116,19 +166,25 @@ def _shallow(module: nn.Module) -> nn.Module:
     return replica
 
 
+def _reaches(value: Any, owned: set[int]) -> bool:
+    """Whether a module or tensor of the tree is reached through lists, tuples, dicts or bound methods."""
+    if id(value) in owned:
+        return True
+    if isinstance(value, MethodType):
+        return id(value.__self__) in owned
+    items = value.values() if type(value) is dict else value if type(value) in (list, tuple) else ()
+    return any(_reaches(item, owned) for item in items)
+
+
 def _renew(value: Any, new: Mapping[int, Any]) -> Any:
-    """``value`` with what it holds of the module replaced; itself where there is nothing to replace."""
+    """``value`` with what `_reaches` found replaced."""
     if id(value) in new:
         return new[id(value)]
     if isinstance(value, MethodType):
-        return MethodType(value.__func__, new[id(value.__self__)]) if id(value.__self__) in new else value
+        return MethodType(value.__func__, new.get(id(value.__self__), value.__self__))
     if type(value) in (list, tuple):
-        items = [_renew(item, new) for item in value]
-        return type(value)(items) if any(a is not b for a, b in zip(items, value, strict=True)) else value
-    if type(value) is dict:
-        renewed = {key: _renew(item, new) for key, item in value.items()}
-        return renewed if any(renewed[key] is not value[key] for key in value) else value
-    return value
+        return type(value)(_renew(item, new) for item in value)
+    return {key: _renew(item, new) for key, item in value.items()} if type(value) is dict else value
 
 
 def _check(module: Any) -> None:
@@ -136,7 +192,11 @@ def _check(module: Any) -> None:
         raise TypeError(f"functional: expected an nn.Module, got {type(module).__qualname__}")
     for name, part in module.named_modules():
         where = f"module {name!r}" if name else "the module"
-        if part._compiled_call_impl is not None or hasattr(part, "_torchdynamo_orig_callable") or "_orig_mod" in part._modules:
+        if (
+            part._compiled_call_impl is not None
+            or hasattr(part, "_torchdynamo_orig_callable")
+            or "_orig_mod" in part._modules
+        ):
             raise TypeError(
                 f"functional: {where} is compiled, which fixes the parameters that it runs with. Pass the module as it was "
                 "before torch.compile, and compile a function that calls apply"
@@ -145,7 +205,7 @@ def _check(module: Any) -> None:
             raise TypeError(f"functional: {where} is scripted; pass the Python module that it was made from")
 
 
-def _known(what: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+def _known(what: str, given: Mapping[str, Tensor], own: Mapping[str, Any]) -> None:
     unknown = [name for name in given if name not in own]
     if unknown:
         raise ValueError(f"apply: {what} has {unknown}, which the module does not have; it has {list(own)}")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from gradacc import _tree, _validate
+from gradacc._options import Options
 
 
 class Microbatch(NamedTuple):
@@ -35,9 +36,7 @@ class Microbatches(NamedTuple):
     """The undivided batch, where there is one."""
 
 
-def microbatches(
-    options: _validate.Options, args: Sequence[Any], differentiated: Sequence[int], batch: int
-) -> Microbatches:
+def microbatches(options: Options, args: Sequence[Any], differentiated: Sequence[int], batch: int) -> Microbatches:
     """Divide a call's arguments as ``options`` say; ``batch`` is the position of the batch."""
     dims = _validate.in_dims(options, args, differentiated, batch)
     if options.steps is None and options.microbatch_size is None:
@@ -46,7 +45,7 @@ def microbatches(
     return _slice(options, args, dims)
 
 
-def _slice(options: _validate.Options, args: Sequence[Any], dims: Sequence[Any]) -> Microbatches:
+def _slice(options: Options, args: Sequence[Any], dims: Sequence[Any]) -> Microbatches:
     split = [n for n, dim in enumerate(dims) if dim is not None]
     flat = {n: _tree.flatten(args[n]) for n in split}
     leaf_dims = {n: _leaf_dims(options, dims[n], args[n], n) for n in split}
@@ -90,9 +89,7 @@ def _cuts(total: int, steps: int | None, microbatch_size: int | None) -> Iterato
         offset += size
 
 
-def _iterate(
-    options: _validate.Options, parts: Iterable[Any], args: Sequence[Any], dim: Any, batch: int
-) -> Iterator[Microbatch]:
+def _iterate(options: Options, parts: Iterable[Any], args: Sequence[Any], dim: Any, batch: int) -> Iterator[Microbatch]:
     for part in parts:
         sizes = frozenset(
             leaf.shape[d]
@@ -102,7 +99,7 @@ def _iterate(
         yield Microbatch((*args[:batch], part, *args[batch + 1 :]), sizes)
 
 
-def _leaf_dims(options: _validate.Options, dims: Any, tree: Any, position: int) -> list[Any]:
+def _leaf_dims(options: Options, dims: Any, tree: Any, position: int) -> list[Any]:
     try:
         return _tree.broadcast_prefix(dims, tree)
     except ValueError as error:

@@ -110,4 +110,6 @@ class _Box:
 def _adopt(cls: type) -> None:
     """Teach optree, in our namespace, a class that only torch's registry knows."""
     node = torch_pytree.SUPPORTED_NODES[cls]
-    optree.register_pytree_node(cls, node.flatten_fn, lambda context, xs: node.unflatten_fn(xs, context), namespace=NAMESPACE)
+    optree.register_pytree_node(
+        cls, node.flatten_fn, lambda context, xs: node.unflatten_fn(xs, context), namespace=NAMESPACE
+    )

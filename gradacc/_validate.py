@@ -3,112 +3,16 @@
 from __future__ import annotations
 
 import math
-import operator
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from gradacc import _tree
+from gradacc import _dtypes, _engines, _tree
+from gradacc._describe import describe
 from gradacc._mean import Mean
-
-Reduction = Literal["mean", "sum"]
-
-
-class Given(NamedTuple):
-    """The options of a factory, as they came."""
-
-    steps: Any
-    microbatch_size: Any
-    split: Any
-    in_dims: Any
-    argnums: Any
-    has_aux: Any
-    has_carry: Any
-    reduction: Any
-    dtype: Any
-    through: Any
-    sync: Any
-
-
-class Options(NamedTuple):
-    """The options of a factory, checked; ``name`` is the factory's, for messages."""
-
-    name: str
-    steps: int | None
-    microbatch_size: int | None
-    split: Callable[[Any], Any] | None
-    in_dims: tuple[Any, ...] | None
-    argnums: int | tuple[int, ...]
-    has_aux: bool
-    reduction: Reduction
-    dtype: torch.dtype | None
-
-
-def options(name: str, loss_fn: Any, given: Given) -> Options:
-    """Check everything that is known before the first batch."""
-    if isinstance(loss_fn, nn.Module):
-        raise TypeError(
-            f"{name}: loss_fn is an nn.Module ({type(loss_fn).__name__}), which does not take its parameters as an "
-            "argument. Use apply, params, buffers = gradacc.functional(module), and call apply(params, ...) in loss_fn"
-        )
-    if not callable(loss_fn):
-        raise TypeError(
-            f"{name}: loss_fn must be a function of (params, batch), got {describe(loss_fn)}; options are keyword-only, "
-            "as in accumulate(loss_fn, steps=4)"
-        )
-    for option, absent in (("has_carry", False), ("through", None), ("sync", None)):
-        if getattr(given, option) is not absent:
-            raise NotImplementedError(
-                f"{name}: {option}={getattr(given, option)!r} is not available in this version; leave {option} out"
-            )
-    ways = [way for way in ("steps", "microbatch_size", "split") if getattr(given, way) is not None]
-    if len(ways) > 1:
-        raise ValueError(f"{name}: got {' and '.join(ways)}; give one of them, or none and an iterable as the batch")
-    if given.split is not None and not callable(given.split):
-        raise TypeError(f"{name}: split must be a function of the batch that yields micro-batches, got {describe(given.split)}")
-    if given.in_dims is not None and type(given.in_dims) is not tuple:
-        raise TypeError(
-            f"{name}: in_dims must be a tuple with an int, None or a pytree prefix for each positional argument, "
-            f"for example (None, 0, 0) for loss_fn(params, x, y); got {describe(given.in_dims)}"
-        )
-    if not isinstance(given.has_aux, bool):
-        raise TypeError(f"{name}: has_aux must be True or False, got {describe(given.has_aux)}")
-    if given.reduction not in ("mean", "sum"):
-        raise ValueError(f"{name}: reduction must be 'mean' or 'sum', got {given.reduction!r}")
-    if given.dtype is not None and not (isinstance(given.dtype, torch.dtype) and given.dtype.is_floating_point):
-        raise TypeError(f"{name}: dtype must be a floating torch.dtype such as torch.float32, got {given.dtype!r}")
-    return Options(
-        name=name,
-        steps=None if given.steps is None else positive_int(name, "steps", given.steps),
-        microbatch_size=None
-        if given.microbatch_size is None
-        else positive_int(name, "microbatch_size", given.microbatch_size),
-        split=given.split,
-        in_dims=given.in_dims,
-        argnums=_argnums(name, given.argnums),
-        has_aux=given.has_aux,
-        reduction=given.reduction,
-        dtype=given.dtype,
-    )
-
-
-def positive_int(name: str, option: str, value: Any) -> int:
-    """``value`` as an int of at least 1; bools and floats are not ints."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: {option} must be an int, got {describe(value)}")
-    if operator.index(value) < 1:
-        raise ValueError(f"{name}: {option} must be at least 1, got {value}")
-    return operator.index(value)
-
-
-def _argnums(name: str, argnums: Any) -> int | tuple[int, ...]:
-    numbers = argnums if isinstance(argnums, tuple) else (argnums,)
-    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
-        raise TypeError(f"{name}: argnums must be an int or a non-empty tuple of ints, got {argnums!r}")
-    return argnums  # type: ignore[no-any-return]  # just checked
+from gradacc._options import Options
 
 
 def positions(options: Options, args: Sequence[Any]) -> tuple[tuple[int, ...], int]:
@@ -168,26 +72,6 @@ def _is_sharded(leaf: Any) -> bool:
     return module is not None and isinstance(leaf, module.DTensor)
 
 
-def dtypes(options: Options, params: Sequence[Tensor]) -> tuple[list[torch.dtype], list[torch.dtype]]:
-    """What each gradient is summed in, and what it is returned in.
-
-    Summed in float32 for half precision and returned in the parameter's dtype; with ``dtype=``, summed and returned in
-    that one (complex parameters: in its complex counterpart).
-    """
-    own = [param.dtype for param in params]
-    if options.dtype is None:
-        return [wide_dtype(dtype) for dtype in own], own
-    asked = [options.dtype.to_complex() if dtype.is_complex else options.dtype for dtype in own]
-    return asked, asked
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """``dtype``, but float32 for floats of 8 and 16 bits and complex64 for complex of 32."""
-    if dtype.is_complex:
-        return torch.complex64 if dtype.itemsize < 8 else dtype
-    return torch.float32 if dtype.itemsize < 4 else dtype
-
-
 def in_dims(options: Options, args: Sequence[Any], differentiated: Sequence[int], batch: int) -> tuple[Any, ...]:
     """One entry of ``in_dims`` for each positional argument; by default 0 for the batch, None for every other one."""
     if options.in_dims is None:
@@ -245,7 +129,9 @@ def batch_size(name: str, sizes: Sequence[int | None], paths: Sequence[str]) -> 
     """The one size that all split leaves have."""
     known = [(size, path) for size, path in zip(sizes, paths, strict=True) if size is not None]
     if not known:
-        raise TypeError(f"{name}: there is no tensor to split in the batch; by default that is the argument after params")
+        raise TypeError(
+            f"{name}: there is no tensor to split in the batch; by default that is the argument after params"
+        )
     if len({size for size, _ in known}) > 1:
         listing = ", ".join(f"{path} has {size}" for size, path in known)
         raise ValueError(
@@ -287,27 +173,24 @@ def returned(options: Options, out: Any) -> tuple[Any, Any]:
 def loss(options: Options, value: Any) -> Tensor:
     """The tensor to differentiate: the loss itself, or the total of a `Mean`."""
     total = value.total if isinstance(value, Mean) else value
-    what = "a Mean whose total is" if isinstance(value, Mean) else ""
+    what = f"{options.name}: loss_fn returned " + ("a Mean whose total is " if isinstance(value, Mean) else "")
     if isinstance(value, Mean) and options.reduction == "sum":
         raise ValueError(
             f"{options.name}: loss_fn returned a Mean, which says by itself what to divide by; "
             "leave reduction='sum' out, or return the total alone"
         )
     if total is None:
-        raise TypeError(f"{options.name}: loss_fn returned {what} None; is a return statement missing?")
+        raise TypeError(f"{what}None; is a return statement missing?")
     if not isinstance(total, Tensor):
-        fix = "a loss turned into a number (.item(), float()) cannot be differentiated" if _is_number(total) else ""
-        raise TypeError(
-            f"{options.name}: loss_fn returned {what} {describe(total)}; it must return a 0-dim floating tensor, "
-            f"or a Mean of one{'; ' if fix else ''}{fix}"
-        )
+        fix = "; a loss turned into a number (.item(), float()) cannot be differentiated" if _is_number(total) else ""
+        raise TypeError(f"{what}{describe(total)}; it must return a 0-dim floating tensor, or a Mean of one{fix}")
     if total.ndim != 0:
         raise ValueError(
-            f"{options.name}: loss_fn returned {what} a tensor of shape {tuple(total.shape)}; it must be 0-dim. "
+            f"{what}a tensor of shape {tuple(total.shape)}; it must be 0-dim. "
             "Take its mean, or return gradacc.Mean(loss.sum(), loss.numel())"
         )
     if not total.is_floating_point():
-        raise TypeError(f"{options.name}: loss_fn returned {what} a tensor of dtype {total.dtype}; it must be floating")
+        raise TypeError(f"{what}a tensor of dtype {total.dtype}; it must be floating")
     return total
 
 
@@ -327,11 +210,13 @@ def weight(options: Options, value: Any, like: Tensor) -> float | Tensor:
             )
         if value.is_meta:
             return 1.0  # nothing is computed from it
-        if transforming():
-            return value.to(wide_dtype(like.dtype))
+        if _engines.transforming():
+            return value.to(_dtypes.wide(like.dtype))
         value = value.item()
     if not _is_number(value):
-        raise TypeError(f"{name}: loss_fn returned a Mean whose weight is {describe(value)}; it must be a number or tensor")
+        raise TypeError(
+            f"{name}: loss_fn returned a Mean whose weight is {describe(value)}; it must be a number or tensor"
+        )
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name}: loss_fn returned a Mean whose weight is {value}; it must be finite and not negative")
     return float(value)
@@ -340,7 +225,11 @@ def weight(options: Options, value: Any, like: Tensor) -> float | Tensor:
 def examples(options: Options, count: int | None, sizes: frozenset[int]) -> int | None:
     """The number of examples a plain loss is the mean of; a sum needs none."""
     if count is None and options.reduction == "mean":
-        found = f"its tensors have sizes {sorted(sizes)} along their split dimension" if sizes else "it holds no tensor to count"
+        found = (
+            f"its tensors have sizes {sorted(sizes)} along their split dimension"
+            if sizes
+            else "it holds no tensor to count"
+        )
         raise TypeError(
             f"{options.name}: loss_fn returned the mean over a micro-batch whose number of examples cannot be told: {found}. "
             "Return gradacc.Mean(loss_sum, number) instead, or say with in_dims which dimension counts"
@@ -360,8 +249,17 @@ def dependence(options: Options, depends: bool) -> None:
     """A loss that no parameter reaches is a mistake, not a gradient of zero."""
     if not depends:
         raise ValueError(
-            f"{options.name}: the loss does not depend on any parameter. Does loss_fn use the params it is given (and not "
-            "a module's own), without detach(), no_grad() or .item()?"
+            f"{options.name}: the loss does not depend on any parameter. Does loss_fn use the params it is given "
+            "(and not a module's own), without detach(), no_grad() or .item()?"
+        )
+
+
+def reentrant_checkpoint(found: bool) -> None:
+    """Torch cannot run a reentrant checkpoint in a backward pass that is restricted to given leaves."""
+    if found:
+        raise ValueError(
+            "accumulate: the loss uses torch.utils.checkpoint with use_reentrant=True, which torch cannot combine with a "
+            "backward pass restricted to the parameters. Pass use_reentrant=False"
         )
 
 
@@ -371,27 +269,10 @@ def nothing_with_aux(options: Options) -> None:
         raise ValueError(f"{options.name}: no micro-batch arrived, so nothing says what aux is; has_aux=True needs one")
 
 
-def transforming() -> bool:
-    """Whether a functorch transform (vmap, grad, jvp, …) is active, or Dynamo is tracing: values cannot be read then."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
-
-
-def describe(value: Any) -> str:
-    """What arrived, for a message: a value where it is short, else its type."""
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {tuple(value.shape)}"
-    if value is None or isinstance(value, (bool, int, float)):
-        return f"{value!r} ({type(value).__name__})" if value is not None else "None"
-    module = type(value).__module__
-    return f"a {'' if module == 'builtins' else module + '.'}{type(value).__qualname__}"
-
-
 def _is_number(value: Any) -> bool:
     return isinstance(value, (bool, int, float))
 
 
-def _paths_if(
-    leaves: Sequence[Any], treedef: _tree.TreeDef, root: str, good: Callable[[Any], bool]
-) -> Sequence[str]:
+def _paths_if(leaves: Sequence[Any], treedef: _tree.TreeDef, root: str, good: Callable[[Any], bool]) -> Sequence[str]:
     # Writing paths costs more than checking leaves, and is needed only for a message.
     return [""] * len(leaves) if all(map(good, leaves)) else _tree.paths(treedef, root)

@@ -10,3 +10,12 @@ An engine is a module of functions; the caller never chooses one (`gradacc._accu
 - ``arrived(buffer)``: whether any loss depended on the parameters;
 - ``close(buffer, dtypes, factor) -> gradients``: ``factor * buffer``, zeros where nothing arrived.
 """
+
+from __future__ import annotations
+
+import torch
+
+
+def transforming() -> bool:
+    """Whether a functorch transform (vmap, grad, jvp, …) is active or Dynamo is tracing, so that no value can be read."""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None

@@ -14,6 +14,12 @@ NOTE [buffers that nobody else holds]
     one storage, and adding in place to one changes the other (a ``.backward()`` loop returns 3x the gradient for two equal
     micro-batches). A custom ``Function`` that returns a view of something that the user holds has the same effect. So a
     gradient that has just become a buffer is copied if its storage has other owners.
+
+NOTE [reentrant checkpoints]
+    ``checkpoint(..., use_reentrant=True)`` runs a second backward pass inside the first, which torch allows only if that one
+    is not restricted to given leaves. Torch raises when it gets there; but where no path from the loss to a leaf leads
+    through the checkpoint's *inputs*, it does not get there, and parameters used inside would silently get no gradient. So
+    the graph of a call's first micro-batch is searched (1 us a node).
 """
 
 from __future__ import annotations
@@ -28,7 +34,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.utils.checkpoint import CheckpointFunction
 
-from gradacc import _tree
+from gradacc import _tree, _validate
 from gradacc._outcome import Outcome
 
 
@@ -39,6 +45,8 @@ class Buffer(NamedTuple):
     wide: list[Tensor | None]
     new: list[int]
     """Leaves whose ``.grad`` is to be the buffer and has not appeared yet."""
+    first: bool
+    """Whether there was no backward pass yet."""
 
 
 def guard() -> AbstractContextManager[None]:
@@ -56,7 +64,7 @@ def open(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Buffer:
             new.append(i)
         else:
             leaf.register_post_accumulate_grad_hook(partial(_widen, wide, i, dtype))  # type: ignore[no-untyped-call]
-    return Buffer(leaves, wide, new)
+    return Buffer(leaves, wide, new, first=True)
 
 
 def admit(tree: Any) -> Any:
@@ -73,17 +81,12 @@ def add(
         scale = seed(outcome)
         target = outcome.target
         if scale is not None and target.requires_grad:
-            try:
-                torch.autograd.backward(target, torch.full_like(target, scale), inputs=buffer.leaves)
-            except RuntimeError as error:
-                if _uses(CheckpointFunction, target):
-                    raise ValueError(
-                        "accumulate: the loss uses torch.utils.checkpoint with use_reentrant=True, which torch cannot "
-                        "combine with a backward pass restricted to the parameters. Pass use_reentrant=False"
-                    ) from error
-                raise
-    waiting = [i for i in buffer.new if not _own(buffer.leaves[i])] if buffer.new else buffer.new
-    return buffer._replace(new=waiting), outcome.map(Tensor.detach)  # no graph is kept alive
+            if buffer.first:
+                _validate.reentrant_checkpoint(_uses(CheckpointFunction, target))
+            torch.autograd.backward(target, torch.full_like(target, scale), inputs=buffer.leaves)
+            waiting = [i for i in buffer.new if not _own(buffer.leaves[i])]
+            buffer = buffer._replace(new=waiting, first=False)
+    return buffer, outcome.map(Tensor.detach)  # no graph is kept alive
 
 
 def arrived(buffer: Buffer) -> bool:

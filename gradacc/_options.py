@@ -1,0 +1,110 @@
+"""The options of a factory, checked once, before the first batch."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import nn
+
+from gradacc._describe import describe
+
+Reduction = Literal["mean", "sum"]
+
+
+class Given(NamedTuple):
+    """The options of a factory, as they came."""
+
+    steps: Any
+    microbatch_size: Any
+    split: Any
+    in_dims: Any
+    argnums: Any
+    has_aux: Any
+    has_carry: Any
+    reduction: Any
+    dtype: Any
+    through: Any
+    sync: Any
+
+
+class Options(NamedTuple):
+    """The options of a factory, checked; ``name`` is the factory's, for messages."""
+
+    name: str
+    steps: int | None
+    microbatch_size: int | None
+    split: Callable[[Any], Any] | None
+    in_dims: tuple[Any, ...] | None
+    argnums: int | tuple[int, ...]
+    has_aux: bool
+    reduction: Reduction
+    dtype: torch.dtype | None
+
+
+def options(name: str, loss_fn: Any, given: Given) -> Options:
+    """Check everything that is known before the first batch."""
+    if isinstance(loss_fn, nn.Module):
+        raise TypeError(
+            f"{name}: loss_fn is an nn.Module ({type(loss_fn).__name__}), which does not take its parameters as an "
+            "argument. Use apply, params, buffers = gradacc.functional(module), and call apply(params, ...) in loss_fn"
+        )
+    if not callable(loss_fn):
+        raise TypeError(
+            f"{name}: loss_fn must be a function of (params, batch), got {describe(loss_fn)}; options are keyword-only, "
+            "as in accumulate(loss_fn, steps=4)"
+        )
+    for option, absent in (("has_carry", False), ("through", None), ("sync", None)):
+        if getattr(given, option) is not absent:
+            raise NotImplementedError(
+                f"{name}: {option}={getattr(given, option)!r} is not available in this version; leave {option} out"
+            )
+    ways = [way for way in ("steps", "microbatch_size", "split") if getattr(given, way) is not None]
+    if len(ways) > 1:
+        raise ValueError(f"{name}: got {' and '.join(ways)}; give one of them, or none and an iterable as the batch")
+    if given.split is not None and not callable(given.split):
+        raise TypeError(
+            f"{name}: split must be a function of the batch that yields micro-batches, got {describe(given.split)}"
+        )
+    if given.in_dims is not None and type(given.in_dims) is not tuple:
+        raise TypeError(
+            f"{name}: in_dims must be a tuple with an int, None or a pytree prefix for each positional argument, "
+            f"for example (None, 0, 0) for loss_fn(params, x, y); got {describe(given.in_dims)}"
+        )
+    if not isinstance(given.has_aux, bool):
+        raise TypeError(f"{name}: has_aux must be True or False, got {describe(given.has_aux)}")
+    if given.reduction not in ("mean", "sum"):
+        raise ValueError(f"{name}: reduction must be 'mean' or 'sum', got {given.reduction!r}")
+    if given.dtype is not None and not (isinstance(given.dtype, torch.dtype) and given.dtype.is_floating_point):
+        raise TypeError(f"{name}: dtype must be a floating torch.dtype such as torch.float32, got {given.dtype!r}")
+    return Options(
+        name=name,
+        steps=None if given.steps is None else positive_int(name, "steps", given.steps),
+        microbatch_size=None
+        if given.microbatch_size is None
+        else positive_int(name, "microbatch_size", given.microbatch_size),
+        split=given.split,
+        in_dims=given.in_dims,
+        argnums=_argnums(name, given.argnums),
+        has_aux=given.has_aux,
+        reduction=given.reduction,
+        dtype=given.dtype,
+    )
+
+
+def positive_int(name: str, option: str, value: Any) -> int:
+    """``value`` as an int of at least 1; bools and floats are not ints."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: {option} must be an int, got {describe(value)}")
+    if operator.index(value) < 1:
+        raise ValueError(f"{name}: {option} must be at least 1, got {value}")
+    return operator.index(value)
+
+
+def _argnums(name: str, argnums: Any) -> int | tuple[int, ...]:
+    numbers = argnums if isinstance(argnums, tuple) else (argnums,)
+    if not numbers or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
+        raise TypeError(f"{name}: argnums must be an int or a non-empty tuple of ints, got {argnums!r}")
+    return argnums  # type: ignore[no-any-return]  # just checked
