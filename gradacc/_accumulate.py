@@ -221,11 +221,10 @@ def _run(options: Options, loss_fn: Callable[..., Any], args: tuple[Any, ...], k
     with engine.guard():
         if sums.like is None and empty is not None:
             with torch.no_grad():  # nothing to differentiate: it only says what types to return
-                sums = _fold.absorb(options, sums, evaluate(empty, params)._replace(weight=0.0), empty.sizes)
+                sums = _fold.absorb_nothing(options, sums, evaluate(empty, params), empty.sizes)
         _validate.dependence(options, not sums.differentiated or engine.arrived(buffer))
         value, aux = _fold.finalize(options, sums, params[0])
-        rest = _fold.factor(sums) if options.reduction == "mean" and sums.differentiated else 1.0
-        grads = _tree.unflatten(treedef, engine.close(buffer, returned, rest))
+        grads = _tree.unflatten(treedef, engine.close(buffer, returned, _fold.gradient_factor(options, sums)))
     return grads, ((value, aux) if options.has_aux else value)
 
 

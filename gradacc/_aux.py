@@ -100,10 +100,7 @@ def _partial(
     if isinstance(leaf, Tensor) and leaf.ndim == 0 and leaf.is_floating_point() and share is not None:
         return Average(scaled(leaf, share), leaf.dtype)
     path = _tree.paths(aux.treedef, "aux")[index]
-    if isinstance(leaf, Tensor):
-        what = f"a {leaf.dtype} tensor of shape {tuple(leaf.shape)}"
-    else:
-        what = describe(leaf)
+    what = f"a {leaf.dtype} tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else describe(leaf)
     batch = " or ".join(map(str, sorted(sizes))) or "unknown"
     raise TypeError(
         f"{name}: {path} is {what}; it is not known what the large batch would have returned. Say it with "

@@ -60,7 +60,7 @@ def absorb(options: Options, sums: Sums, outcome: Outcome, sizes: frozenset[int]
     if isinstance(outcome.value, Mean):
         value = _aux.masked(_aux.widen(outcome.value))
     else:
-        value = _aux.scaled(outcome.value, 1.0 if options.reduction == "sum" else share)
+        value = _aux.scaled(outcome.value, float(weight != 0) if options.reduction == "sum" else share)
     return sums._replace(
         like=like,
         value=value if sums.value is None else sums.value + value,
@@ -71,10 +71,23 @@ def absorb(options: Options, sums: Sums, outcome: Outcome, sizes: frozenset[int]
     )
 
 
+def absorb_nothing(options: Options, sums: Sums, outcome: Outcome, sizes: frozenset[int]) -> Sums:
+    """``sums`` and an empty batch, which only says what types to return."""
+    return absorb(options, sums, outcome._replace(weight=0.0), sizes)._replace(differentiated=False)
+
+
 def factor(sums: Sums) -> float | Tensor:
     """``unit / W``, what is left to multiply at the end: NaN for a mean of nothing."""
     unit, weight = sums.unit, sums.weight
     return unit / weight if unit is not None and (isinstance(weight, Tensor) or weight) else math.nan
+
+
+def gradient_factor(options: Options, sums: Sums) -> float | Tensor:
+    """What the buffer is multiplied by at the end: the gradient of nothing is zero."""
+    if options.reduction == "sum" or not sums.differentiated:
+        return 1.0
+    rest = factor(sums)
+    return torch.where(sums.weight == 0, 0.0, rest) if isinstance(sums.weight, Tensor) else rest
 
 
 def finalize(options: Options, sums: Sums, like: Tensor) -> tuple[Tensor | Mean, Any]:

@@ -1,0 +1,69 @@
+"""What several test modules share: comparing trees, fingerprints, and running under a functorch transform."""
+
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+import gradacc
+
+NAMESPACE = "gradacc"
+
+
+def value_of(value: Any) -> Tensor:
+    """A loss's value as a number: a Mean is divided."""
+    return value.value if isinstance(value, gradacc.Mean) else value
+
+
+def large(loss_fn: Callable[..., Any]) -> Callable[..., Tensor]:
+    """The loss as torch.func wants it: what one large batch would have returned, divided."""
+    return lambda *args: value_of(loss_fn(*args))
+
+
+def assert_trees_close(actual: Any, expected: Any, *, rtol: float = 1e-10, atol: float = 1e-13) -> None:
+    """Same structure, dtypes, shapes, and values within a tolerance."""
+    leaves, treedef = optree.tree_flatten(actual, namespace=NAMESPACE)
+    others, other = optree.tree_flatten(expected, namespace=NAMESPACE)
+    assert treedef == other
+    for a, b in zip(leaves, others, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol, equal_nan=True)
+
+
+def assert_trees_equal(actual: Any, expected: Any) -> None:
+    """Bit for bit."""
+    assert_trees_close(actual, expected, rtol=0, atol=0)
+
+
+def fingerprint(tree: Any) -> list[Any]:
+    """Everything about the tensors of a tree that must not change: bits, version, metadata, grad."""
+    return [
+        (leaf.dtype, leaf.shape, leaf.stride(), leaf.data_ptr(), leaf._version, leaf.requires_grad, leaf.grad is None)
+        + (leaf.detach().contiguous().view(-1).tolist(),)
+        if isinstance(leaf, Tensor)
+        else leaf
+        for leaf in optree.tree_leaves(tree, namespace=NAMESPACE)
+    ]
+
+
+def eager(func: Callable[[], Any]) -> Any:
+    """As it is: the eager engine."""
+    return func()
+
+
+def transformed(func: Callable[[], Any]) -> Any:
+    """With a functorch transform active (of an argument that does not matter): the functional engine."""
+    rest: list[Any] = []
+
+    def inside(unused: Tensor) -> tuple[Tensor, list[Tensor]]:
+        leaves, treedef = optree.tree_flatten(func(), namespace=NAMESPACE)  # aux of torch.func: tensors only
+        rest.append((treedef, leaves))
+        return unused, [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+    tensors = iter(torch.func.vjp(inside, torch.zeros(()), has_aux=True)[2])
+    treedef, leaves = rest[0]
+    return optree.tree_unflatten(treedef, [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
+
+
+ENGINES = {"eager": eager, "functional": transformed}
