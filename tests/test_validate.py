@@ -1,0 +1,217 @@
+"""Bad input: a clear error that names what arrived and the fix, and nothing changed."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import gradacc
+from tests.helpers import ENGINES, fingerprint
+
+
+def loss_fn(params, batch):
+    return (params["w"] * batch["x"]).square().mean()
+
+
+PARAMS = {"w": torch.tensor(2.0)}
+BATCH = {"x": torch.arange(4.0)}
+
+
+class Unregistered:
+    pass
+
+
+FACTORY = {
+    "steps 0": (dict(steps=0), ValueError, "steps must be at least 1, got 0"),
+    "steps negative": (dict(steps=-3), ValueError, "steps must be at least 1, got -3"),
+    "steps bool": (dict(steps=True), TypeError, r"steps must be an int, got True \(bool\)"),
+    "steps float": (dict(steps=2.0), TypeError, r"steps must be an int, got 2.0 \(float\)"),
+    "steps str": (dict(steps="2"), TypeError, "steps must be an int, got a str"),
+    "microbatch_size 0": (dict(microbatch_size=0), ValueError, "microbatch_size must be at least 1, got 0"),
+    "microbatch_size bool": (dict(microbatch_size=False), TypeError, "microbatch_size must be an int, got False"),
+    "two ways": (dict(steps=2, microbatch_size=2), ValueError, "got steps and microbatch_size; give one"),
+    "two other ways": (dict(microbatch_size=2, split=iter), ValueError, "got microbatch_size and split; give one"),
+    "three ways": (dict(steps=1, microbatch_size=2, split=iter), ValueError, "steps and microbatch_size and split"),
+    "split no function": (dict(split=3), TypeError, r"split must be a function.*got 3 \(int\)"),
+    "in_dims int": (dict(steps=2, in_dims=0), TypeError, r"in_dims must be a tuple.*\(None, 0, 0\).*got 0"),
+    "in_dims list": (dict(steps=2, in_dims=[None, 0]), TypeError, "in_dims must be a tuple.*got a list"),
+    "argnums float": (dict(argnums=0.0), TypeError, "argnums must be an int or a non-empty tuple of ints, got 0.0"),
+    "argnums bool": (dict(argnums=True), TypeError, "argnums must be"),
+    "argnums none": (dict(argnums=()), TypeError, "argnums must be"),
+    "has_aux": (dict(has_aux=1), TypeError, r"has_aux must be True or False, got 1 \(int\)"),
+    "reduction": (dict(reduction="max"), ValueError, "reduction must be 'mean' or 'sum', got 'max'"),
+    "dtype int": (dict(dtype=torch.int32), TypeError, "dtype must be a floating.*torch.int32"),
+    "dtype complex": (dict(dtype=torch.complex64), TypeError, "dtype must be a floating.*torch.complex64"),
+    "dtype str": (dict(dtype="float32"), TypeError, "dtype must be a floating.*'float32'"),
+    "sync": (dict(sync=object()), NotImplementedError, "sync=.* is not available in this version"),
+    "sync False": (dict(sync=False), NotImplementedError, "sync=False is not available in this version"),
+    "has_carry": (dict(has_carry=True), NotImplementedError, "has_carry=True is not available"),
+    "through": (dict(through=loss_fn), NotImplementedError, "through=.* is not available"),
+}
+
+
+@pytest.mark.parametrize("transform", [gradacc.accumulate, gradacc.accumulate_and_value])
+@pytest.mark.parametrize("case", FACTORY)
+def test_bad_options_fail_in_the_factory(case, transform):
+    options, error, message = FACTORY[case]
+    with pytest.raises(error, match=f"(?s)^{transform.__name__}: {message}|^{transform.__name__}: .*{message}"):
+        transform(loss_fn, **options)
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (4, r"got 4 \(int\); options are keyword-only"),
+        (nn.Linear(1, 1), r"nn.Module \(Linear\).*gradacc.functional"),
+        ("loss", "must be a function"),
+    ],
+)
+def test_bad_loss_functions_fail_in_the_factory(bad, message):
+    with pytest.raises(TypeError, match=f"(?s)^accumulate: .*{message}"):
+        gradacc.accumulate(bad, steps=2)
+
+
+CALL = {
+    # name: (options, positional arguments, error, message)
+    "sizes differ": (
+        dict(steps=2),
+        (PARAMS, {"x": torch.ones(4), "y": [torch.ones(3)]}),
+        ValueError,
+        r"split dimensions differ: args\[1\]\['x'\] has 4, args\[1\]\['y'\]\[0\] has 3",
+    ),
+    "sizes differ between arguments": (
+        dict(steps=2, in_dims=(None, 0, 1)),
+        (PARAMS, torch.ones(4), torch.ones(4, 3)),
+        ValueError,
+        r"args\[1\] has 4, args\[2\] has 3",
+    ),
+    "0-dim": (dict(steps=2), (PARAMS, {"x": torch.tensor(1.0)}), ValueError, r"args\[1\]\['x'\] is a 0-dim tensor.*in_dims"),
+    "numpy": (dict(steps=2), (PARAMS, {"x": np.ones(4)}), TypeError, r"args\[1\]\['x'\] is a numpy.ndarray.*torch.as_tensor"),
+    "string": (dict(steps=2), (PARAMS, {"x": ["a", "b"]}), TypeError, r"args\[1\]\['x'\]\[0\] is a str, which cannot be split"),
+    "class": (dict(steps=2), (PARAMS, Unregistered()), TypeError, r"args\[1\] is a .*Unregistered.*register its class"),
+    "no tensor": (dict(steps=2), (PARAMS, {"x": 3, "y": None}), TypeError, "no tensor to split"),
+    "nothing": (dict(steps=2), (PARAMS, None), TypeError, "no tensor to split"),
+    "no batch": (dict(steps=2), (PARAMS,), ValueError, r"no batch among the 1 positional arguments.*grad_fn\(params, batch\)"),
+    "no arguments": (dict(steps=2), (), ValueError, "argnums=0 does not fit a call with 0 positional arguments"),
+    "argnums too large": (dict(steps=2, argnums=2), (PARAMS, BATCH), ValueError, "argnums=2 does not fit a call with 2"),
+    "argnums twice": (dict(steps=2, argnums=(0, -2)), (PARAMS, BATCH), ValueError, "names an argument twice"),
+    "in_dims length": (dict(steps=2, in_dims=(None,)), (PARAMS, BATCH), ValueError, r"has 1 entries for a call with 2"),
+    "in_dims params": (dict(steps=2, in_dims=(0, 0)), (PARAMS, BATCH), ValueError, r"in_dims\[0\]=0 splits an argument that is diff"),
+    "in_dims range": (dict(steps=2, in_dims=(None, 1)), (PARAMS, BATCH), ValueError, r"in_dims has 1 for args\[1\]\['x'\].*\(4,\)"),
+    "in_dims float": (dict(steps=2, in_dims=(None, 0.0)), (PARAMS, BATCH), TypeError, r"in_dims has 0.0 \(float\) for args\[1\]\['x'\]"),
+    "in_dims prefix": (dict(steps=2, in_dims=(None, {"y": 0})), (PARAMS, BATCH), ValueError, r"in_dims\[1\]=\{'y': 0\} is not a pytree pre"),
+    "in_dims window": (dict(in_dims=(None, 0, 0)), (PARAMS, [BATCH], BATCH), ValueError, r"in_dims\[2\]=0.*passed whole"),
+    "window tensor": ({}, (PARAMS, torch.ones(4)), TypeError, "must be an iterable of micro-batches, got a tensor.*Pass steps="),
+    "window dict": ({}, (PARAMS, BATCH), TypeError, "must be an iterable of micro-batches, got a dict"),
+    "window string": ({}, (PARAMS, "abc"), TypeError, "must be an iterable of micro-batches, got a str"),
+    "window number": ({}, (PARAMS, 3), TypeError, r"must be an iterable of micro-batches, got 3 \(int\)"),
+    "split returns": (dict(split=lambda batch: None), (PARAMS, BATCH), TypeError, "split returned None; it must yield"),
+    "module": (dict(steps=2), (nn.Linear(1, 1), BATCH), TypeError, r"params is an nn.Module \(Linear\).*gradacc.functional"),
+    "module inside": (dict(steps=2), ([nn.Linear(1, 1)], BATCH), TypeError, r"params\[0\] is an nn.Module"),
+    "integers": (dict(steps=2), ({"w": torch.tensor(2)}, BATCH), TypeError, r"params\['w'\] is a tensor of dtype torch.int64"),
+    "bools": (dict(steps=2), ({"w": torch.tensor(True)}, BATCH), TypeError, r"params\['w'\] is a tensor of dtype torch.bool"),
+    "number": (dict(steps=2), ({"w": 2.0}, BATCH), TypeError, r"params\['w'\] is 2.0 \(float\)"),
+    "numpy params": (dict(steps=2), ({"w": np.ones(1)}, BATCH), TypeError, r"params\['w'\] is a numpy.ndarray"),
+    "generator": (dict(steps=2), (nn.Linear(1, 1).parameters(), BATCH), TypeError, r"dict\(module.named_parameters\(\)\)"),
+    "no parameters": (dict(steps=2), ({}, BATCH), ValueError, "params holds no tensor: there is nothing to differentiate"),
+    "None parameters": (dict(steps=2), (None, BATCH), ValueError, "params holds no tensor"),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("case", CALL)
+def test_bad_calls_fail_before_the_loss_runs(case, engine):
+    options, args, error, message = CALL[case]
+    before = fingerprint((PARAMS, BATCH))
+
+    def never(*args):
+        raise AssertionError("the loss ran")
+
+    with pytest.raises(error, match=f"(?s)^accumulate: .*{message}"):
+        ENGINES[engine](lambda: gradacc.accumulate(never, **options)(*args))
+    assert fingerprint((PARAMS, BATCH)) == before
+
+
+def mean(total, weight):
+    return lambda p, b: gradacc.Mean(total(p, b), weight(p, b))
+
+
+def linear(p, b):
+    return (p["w"] * b["x"]).sum()
+
+
+LOSSES = {
+    "vector": (lambda p, b: p["w"] * b["x"], ValueError, r"returned a tensor of shape \(2,\); it must be 0-dim.*gradacc.Mean"),
+    "one element": (lambda p, b: linear(p, b)[None], ValueError, r"shape \(1,\)"),
+    "integer": (lambda p, b: linear(p, b).long(), TypeError, "a tensor of dtype torch.int64; it must be floating"),
+    "complex": (lambda p, b: linear(p, b) * 1j, TypeError, "a tensor of dtype torch.complex64; it must be floating"),
+    "independent": (lambda p, b: b["x"].sum(), ValueError, "does not depend on any parameter"),
+    "detached": (lambda p, b: linear(p, b).detach(), ValueError, "does not depend on any parameter"),
+    "other parameter": (
+        lambda p, b, w=torch.ones((), requires_grad=True): (w * b["x"]).sum(),
+        ValueError,
+        "does not depend on any parameter",
+    ),
+    "tuple": (lambda p, b: (linear(p, b), b), TypeError, "returned a tuple of 2; pass has_aux=True"),
+    "None": (lambda p, b: None, TypeError, "returned None; is a return statement missing"),
+    "number": (lambda p, b: 1.0, TypeError, r"returned 1.0 \(float\).*\.item\(\)"),
+    "dict": (lambda p, b: {"loss": linear(p, b)}, TypeError, "returned a dict; it must return a 0-dim floating tensor"),
+    "negative weight": (mean(linear, lambda p, b: torch.tensor(-1)), ValueError, "a Mean whose weight is -1; it must be finite and"),
+    "negative number": (mean(linear, lambda p, b: -0.5), ValueError, "weight is -0.5"),
+    "NaN weight": (mean(linear, lambda p, b: torch.tensor(float("nan"))), ValueError, "weight is nan"),
+    "infinite weight": (mean(linear, lambda p, b: float("inf")), ValueError, "weight is inf"),
+    "vector weight": (mean(linear, lambda p, b: torch.ones(2)), ValueError, r"weight is a torch.float32 tensor of shape \(2,\)"),
+    "complex weight": (mean(linear, lambda p, b: torch.tensor(1j)), ValueError, "weight is a torch.complex64 tensor"),
+    "weight of params": (mean(linear, lambda p, b: p["w"]), ValueError, "weight depends on the parameters.*detach"),
+    "weight None": (mean(linear, lambda p, b: None), TypeError, "weight is None; it must be a number or"),
+    "weight str": (mean(linear, lambda p, b: "3"), TypeError, "weight is a str"),
+    "Mean of a vector": (mean(lambda p, b: p["w"] * b["x"], lambda p, b: 2), ValueError, r"Mean whose total is a tensor of shape \(2,\)"),
+    "Mean of None": (mean(lambda p, b: None, lambda p, b: 2), TypeError, "Mean whose total is None"),
+    "Mean of integers": (mean(lambda p, b: b["x"].sum().long(), lambda p, b: 2), TypeError, "total is a tensor of dtype torch.int64"),
+    "two kinds": (
+        lambda p, b: gradacc.Mean(linear(p, b), 1) if b["x"][0] == 0 else linear(p, b),
+        TypeError,
+        "a Mean for one micro-batch and a tensor for another",
+    ),
+}
+
+READS_VALUES = {"negative weight", "NaN weight"}
+"""Tensors whose values cannot be read while a transform is active: there, these are not errors."""
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("case", LOSSES)
+def test_bad_losses(case, engine):
+    loss, error, message = LOSSES[case]
+    if engine == "functional" and case in READS_VALUES:
+        ENGINES[engine](lambda: gradacc.accumulate(loss, steps=2)(PARAMS, BATCH))
+        return
+    before = fingerprint((PARAMS, BATCH))
+    with pytest.raises(error, match=f"(?s)^accumulate: .*{message}"):
+        ENGINES[engine](lambda: gradacc.accumulate(loss, steps=2)(PARAMS, BATCH))
+    assert fingerprint((PARAMS, BATCH)) == before
+
+
+def test_a_mean_is_not_a_sum():
+    with pytest.raises(ValueError, match="leave reduction='sum' out"):
+        gradacc.accumulate(mean(linear, lambda p, b: 2), steps=2, reduction="sum")(PARAMS, BATCH)
+
+
+@pytest.mark.parametrize("out", [lambda p, b: linear(p, b), lambda p, b: (linear(p, b), 1, 2), lambda p, b: [linear(p, b), 1]])
+def test_has_aux_needs_a_pair(out):
+    with pytest.raises(TypeError, match=r"with has_aux=True loss_fn must return \(loss, aux\), got"):
+        gradacc.accumulate(out, steps=2, has_aux=True)(PARAMS, BATCH)
+
+
+def test_sharded_parameters_are_refused(tmp_path):
+    import torch.distributed as dist
+    from torch.distributed.tensor import Replicate, distribute_tensor, init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        params = {"w": distribute_tensor(torch.ones(2), mesh, [Replicate()])}
+        with pytest.raises(TypeError, match=r"params\['w'\] is a DTensor of shape \(2,\).*not supported yet.*full_tensor"):
+            gradacc.accumulate(lambda p, b: (p["w"] * b).mean(), steps=2)(params, torch.ones(4, 2))
+    finally:
+        dist.destroy_process_group()
