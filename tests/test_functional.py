@@ -1,0 +1,243 @@
+"""`functional`: equal to the module, never changing it, also where it is run again during the backward pass."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import gradacc
+from tests.helpers import assert_trees_close, assert_trees_equal, fingerprint
+
+D = torch.float64
+
+
+class Checkpointed(nn.Module):
+    def __init__(self, recompute=True):
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 5), nn.Linear(5, 1)
+        self.recompute = recompute
+
+    def block(self, x):
+        return self.second(torch.tanh(self.first(x)))
+
+    def forward(self, x):
+        return checkpoint(self.block, x, use_reentrant=False) if self.recompute else self.block(x)
+
+
+class Held(nn.Module):
+    """Reaches its parts through a list, a dict, a bound method and a plain attribute too."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.order = [self.b, self.a]
+        self.named = {"weights": (self.a.weight, self.b.bias)}
+        self.act = self.activate
+        self.gate = nn.Parameter(torch.ones(3))
+
+    def activate(self, x):
+        return torch.tanh(x * self.gate)
+
+    def forward(self, x):
+        for layer in self.order:
+            x = self.act(layer(x))
+        weight, bias = self.named["weights"]
+        return x @ weight + bias
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(7, 4)
+        self.head = nn.Linear(4, 7, bias=False)
+        self.head.weight = self.embed.weight
+        self.same = nn.ModuleList([nn.Linear(4, 4)] * 2)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for layer in self.same:
+            x = layer(x)
+        return self.head(x)
+
+
+class Unused(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_parameter("missing", None)
+        self.register_buffer("absent", None)
+        self.nothing = None
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x):
+        assert self.missing is None
+        assert self.absent is None
+        return self.linear(x)
+
+
+def parametrized():
+    return nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+
+
+X = torch.arange(12, dtype=D).view(4, 3).sin()
+MODULES = {
+    "linear": (lambda: nn.Linear(3, 2), X),
+    "sequential": (lambda: nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2)), X),
+    "checkpointed": (Checkpointed, X),
+    "held": (Held, X),
+    "tied": (Tied, torch.tensor([[0, 1, 6], [2, 2, 3], [4, 5, 0], [1, 1, 1]])),
+    "unused": (Unused, X),
+    "parametrized": (parametrized, X),
+    "batch norm": (lambda: nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)), X),
+    "LSTM": (lambda: nn.LSTM(3, 2, num_layers=2, batch_first=True), X[:, None]),
+    "attention": (lambda: nn.TransformerEncoderLayer(3, 1, 4, dropout=0.0, batch_first=True), X[:, None]),
+    "parameter list": (lambda: WithLists(), X),
+    "graph module": (lambda: torch.fx.symbolic_trace(nn.Sequential(nn.Linear(3, 2), nn.Tanh())), X),
+}
+
+
+class WithLists(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.ws = nn.ParameterList([torch.randn(3, 3), torch.randn(3, 3)])
+        self.by_name = nn.ParameterDict({"out": torch.randn(3, 1)})
+
+    def forward(self, x):
+        for w in self.ws:
+            x = torch.tanh(x @ w)
+        return x @ self.by_name["out"]
+
+
+def build(name):
+    torch.manual_seed(0)
+    make, x = MODULES[name]
+    return make().double(), x
+
+
+def summed(output):
+    return (output[0] if isinstance(output, tuple) else output).square().sum()
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_apply_is_the_module_with_these_parameters(name):
+    module, x = build(name)
+    apply, params, buffers = gradacc.functional(module)
+    assert list(params) == [name for name, _ in module.named_parameters()]
+    assert all(p.data_ptr() == q.data_ptr() for p, q in zip(params.values(), module.parameters(), strict=True))
+    assert not any(p.requires_grad for p in params.values())
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5).add_(0.1)
+    state = fingerprint(dict(module.state_dict()))
+    scaled = {name: p.detach() * 1.5 + 0.1 for name, p in params.items()}
+    output = apply(scaled, x)
+    assert fingerprint(dict(module.state_dict())) == state
+    expected = other(x)  # after, since this one updates its buffers
+    assert_trees_equal(summed(output), summed(expected))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_gradients_are_the_modules_own(name):
+    module, x = build(name)
+    apply, params, _ = gradacc.functional(module)
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        for p in other.parameters():
+            p.mul_(1.5)
+    scaled = {name: p * 1.5 for name, p in params.items()}
+    steps = 1 if name == "batch norm" else 3
+    grads = gradacc.accumulate(lambda p, x: summed(apply(p, x)), steps=steps, reduction="sum")(scaled, x)
+    summed(other(x)).backward()
+    assert_trees_close(grads, {name: p.grad for name, p in other.named_parameters()})
+    assert all(p.grad is None for p in module.parameters())
+
+
+def test_recomputation_sees_the_given_parameters_where_functional_call_does_not():
+    torch.manual_seed(0)
+    module = Checkpointed().double()
+    apply, params, _ = gradacc.functional(module)
+    doubled = {name: 2 * p for name, p in params.items()}
+    plain, _, _ = gradacc.functional(Checkpointed(recompute=False).double())
+    expected = torch.func.grad(lambda p: plain(p, X).square().sum())(doubled)
+    grads = gradacc.accumulate(lambda p, x: apply(p, x).square().sum(), steps=2, reduction="sum")(doubled, X)
+    assert_trees_close(grads, expected)
+    # Why there are replicas: torch's functional_call is silently wrong here. If this fails, torch has changed.
+    leaves = {name: p.detach().requires_grad_() for name, p in doubled.items()}
+    torch.func.functional_call(module, leaves, (X,)).square().sum().backward()
+    assert not torch.allclose(leaves["first.weight"].grad, expected["first.weight"])
+
+
+def test_running_statistics_are_dropped_unless_asked_for():
+    module, x = build("batch norm")
+    apply, params, buffers = gradacc.functional(module)
+    before = fingerprint((buffers, dict(module.state_dict())))
+    apply(params, x)
+    output, updated = apply(params, x, buffers=buffers)
+    assert fingerprint((buffers, dict(module.state_dict()))) == before
+    again, twice = apply(params, x, buffers=updated)
+    reference = copy.deepcopy(module)
+    reference(x)
+    assert_trees_equal(updated, {name: b for name, b in reference.named_buffers()})
+    reference(x)
+    assert_trees_equal(twice, {name: b for name, b in reference.named_buffers()})
+    module.eval()  # the mode at the time of the call
+    assert_trees_close(apply(params, x, buffers=updated)[0], F.batch_norm(
+        F.linear(x, params["0.weight"], params["0.bias"]), updated["1.running_mean"], updated["1.running_var"],
+        params["1.weight"], params["1.bias"]))  # fmt: skip
+
+
+def test_left_out_parameters_are_the_modules_as_constants():
+    module, x = build("sequential")
+    apply, params, _ = gradacc.functional(module)
+    trainable = {"2.weight": params["2.weight"]}
+    grads = gradacc.accumulate(lambda p, x: apply(p, x).square().mean(), steps=2)(trainable, x)
+    expected = torch.func.grad(lambda p: apply(p, x).square().mean())(params)
+    assert_trees_close(grads, {"2.weight": expected["2.weight"]})
+    with torch.no_grad():
+        module[0].weight.mul_(2)  # as they are at the time of the call
+    assert_trees_equal(apply(trainable, x), module(x))
+
+
+def test_vmap_over_an_ensemble():
+    module, x = build("sequential")
+    apply, params, _ = gradacc.functional(module)
+    stacked = {name: torch.stack([p, 2 * p]) for name, p in params.items()}
+    outputs = torch.func.vmap(apply, (0, None))(stacked, x)
+    assert_trees_close(outputs[0], module(x))
+
+
+def test_traced_by_dynamo():
+    module, x = build("batch norm")
+    apply, params, buffers = gradacc.functional(module)
+    state = fingerprint(dict(module.state_dict()))
+    compiled = torch.compile(lambda p, b, x: apply(p, x, buffers=b), backend="eager", fullgraph=True)
+    actual, expected = compiled(params, buffers, x), apply(params, x, buffers=buffers)
+    assert_trees_close(actual[0], expected[0])
+    assert_trees_close(actual[1], expected[1])
+    assert fingerprint(dict(module.state_dict())) == state
+
+
+def test_bad_input():
+    with pytest.raises(TypeError, match="expected an nn.Module, got function"):
+        gradacc.functional(lambda x: x)
+    compiled = torch.compile(nn.Linear(1, 1), backend="eager")
+    with pytest.raises(TypeError, match="the module is compiled.*compile a function that calls apply"):
+        gradacc.functional(compiled)
+    inside = nn.Sequential(nn.Linear(1, 1))
+    inside[0].compile(backend="eager")
+    with pytest.raises(TypeError, match="module '0' is compiled"):
+        gradacc.functional(inside)
+    apply, params, buffers = gradacc.functional(nn.Linear(1, 1))
+    with pytest.raises(ValueError, match=r"params has \['wieght'\], which the module does not have.*'weight', 'bias'"):
+        apply({"wieght": params["weight"]}, torch.ones(1, 1))
+    with pytest.raises(ValueError, match=r"buffers has \['mean'\]"):
+        apply(params, torch.ones(1, 1), buffers={"mean": torch.ones(1)})
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # what it is tested with
+def test_scripted_modules_are_refused():
+    with pytest.raises(TypeError, match="scripted"):
+        gradacc.functional(torch.jit.script(nn.Linear(1, 1)))
