@@ -27,7 +27,14 @@ class Average(NamedTuple):
     dtype: torch.dtype
 
 
-Partial = Average | Mean | list[Tensor]
+class Total(NamedTuple):
+    """A `Mean` on its way to the sum; ``dtype`` is that of its total."""
+
+    mean: Mean
+    dtype: torch.dtype
+
+
+Partial = Average | Total | list[Tensor]
 """A leaf so far: one of the three kinds."""
 
 
@@ -62,14 +69,10 @@ def finalize(sofar: Sequence[Partial], factor: float | Tensor) -> list[Any]:
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """In what is summed: at least 32 bits."""
-    return tensor.to(_dtypes.wide(tensor.dtype))
-
-
-def widen(mean: Mean) -> Mean:
-    """A loss's `Mean` in what is summed."""
-    weight = mean.weight
-    return Mean(wide(mean.total), wide(weight) if isinstance(weight, Tensor) and weight.is_floating_point() else weight)
+    """In what is summed: floats of at least 32 bits; counts (integers and bools) in int64."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return tensor.to(_dtypes.wide(tensor.dtype))
+    return tensor.to(torch.int64)
 
 
 def scaled(tensor: Tensor, share: float | Tensor | None) -> Tensor:
@@ -80,21 +83,24 @@ def scaled(tensor: Tensor, share: float | Tensor | None) -> Tensor:
     return wide(tensor) * share if share else torch.zeros_like(wide(tensor))
 
 
-def masked(mean: Mean) -> Mean:
-    """The Mean with what has weight 0 made exactly 0, whatever its total says; sums of ints and bools in int64."""
-    weight = mean.weight
+def summable(mean: Mean) -> Mean:
+    """A new Mean in what is summed; what has weight 0 is made exactly 0, whatever its total says."""
+    total, weight = wide(mean.total), mean.weight
     if not isinstance(weight, Tensor):
-        return Mean(mean.total * 1.0 if weight else torch.zeros_like(mean.total), weight)
-    if not (weight.is_floating_point() or weight.is_complex()):
-        weight = weight.to(torch.int64)
-    return Mean(torch.where(weight == 0, torch.zeros_like(mean.total), mean.total), weight)
+        return Mean(total.clone() if weight else torch.zeros_like(total), weight)
+    return Mean(torch.where(weight == 0, torch.zeros_like(total), total), wide(weight).clone())
+
+
+def restored(mean: Mean, dtype: torch.dtype) -> Mean:
+    """A sum with its total in the dtype that it came in; counts stay int64, which holds any of them."""
+    return Mean(mean.total.to(dtype) if dtype.is_floating_point or dtype.is_complex else mean.total, mean.weight)
 
 
 def _partial(
     name: str, leaf: Any, share: float | Tensor | None, sizes: frozenset[int], aux: Aux, index: int
 ) -> Partial:
     if isinstance(leaf, Mean) and isinstance(leaf.total, Tensor):
-        return masked(leaf)
+        return Total(summable(leaf), leaf.total.dtype)
     if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] in sizes:
         return [leaf]
     if isinstance(leaf, Tensor) and leaf.ndim == 0 and leaf.is_floating_point() and share is not None:
@@ -110,8 +116,8 @@ def _partial(
 
 
 def _add(name: str, a: Partial, b: Partial, aux: Aux, index: int) -> Partial:
-    if isinstance(a, Mean) and isinstance(b, Mean):
-        return a + b
+    if isinstance(a, Total) and isinstance(b, Total):
+        return Total(a.mean + b.mean, a.dtype)
     if isinstance(a, Average) and isinstance(b, Average):
         return Average(a.total + b.total, a.dtype)
     if isinstance(a, list) and isinstance(b, list):
@@ -123,8 +129,8 @@ def _add(name: str, a: Partial, b: Partial, aux: Aux, index: int) -> Partial:
 
 
 def _final(partial: Partial, factor: float | Tensor) -> Any:
-    if isinstance(partial, Mean):
-        return partial
+    if isinstance(partial, Total):
+        return restored(partial.mean, partial.dtype)
     if isinstance(partial, Average):
         return (partial.total * factor).to(partial.dtype)
     return torch.cat(partial)

@@ -58,7 +58,7 @@ def absorb(options: Options, sums: Sums, outcome: Outcome, sizes: frozenset[int]
     share = None if weight is None else weight / unit if isinstance(weight, Tensor) or weight else 0.0
     value: Any  # a Mean or a Tensor in every micro-batch, which `same_kind` has checked
     if isinstance(outcome.value, Mean):
-        value = _aux.masked(_aux.widen(outcome.value))
+        value = _aux.summable(outcome.value)
     else:
         value = _aux.scaled(outcome.value, float(weight != 0) if options.reduction == "sum" else share)
     return sums._replace(
@@ -100,7 +100,7 @@ def finalize(options: Options, sums: Sums, like: Tensor) -> tuple[Tensor | Mean,
     aux = _tree.unflatten(sums.like.aux.treedef, _aux.finalize(sums.aux or [], rest))
     if isinstance(example, Mean):
         assert isinstance(sums.value, Mean)
-        return Mean(sums.value.total.to(example.total.dtype), sums.value.weight), aux
+        return _aux.restored(sums.value, example.total.dtype), aux
     assert isinstance(sums.value, Tensor)
     return (sums.value * (1.0 if options.reduction == "sum" else rest)).to(example.dtype), aux
 

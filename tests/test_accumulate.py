@@ -181,7 +181,11 @@ def test_numbers_and_none_pass_through_the_split(params, batch):
     ("argnums", "order"), [((0, 2), "wxb"), ((2, 0), "wxb"), ((1, -1), "xwb"), (1, "xwb"), (-1, "xbw"), ((0,), "wxb")]
 )
 def test_argnums(argnums, order, engine):
-    values = {"x": torch.arange(6, dtype=D).view(3, 2).sin(), "w": torch.ones(2, dtype=D), "b": torch.tensor(2.0, dtype=D)}
+    values = {
+        "x": torch.arange(6, dtype=D).view(3, 2).sin(),
+        "w": torch.ones(2, dtype=D),
+        "b": torch.tensor(2.0, dtype=D),
+    }
 
     def loss(*args):
         named = dict(zip(order, args, strict=True))
@@ -247,7 +251,10 @@ def test_a_micro_batch_of_weight_0_contributes_exactly_0_never_nan(engine):
         x, keep = part
         bad = torch.tensor(0.0, dtype=D) if keep.any() else torch.tensor(float("nan"), dtype=D)
         per_example = (x @ w).sin() * keep
-        return gradacc.Mean(per_example.sum() + bad * w.sum(), keep.sum()), {"m": gradacc.Mean(per_example.sum() + bad, keep.sum()), "f": bad + 1}
+        return gradacc.Mean(per_example.sum() + bad * w.sum(), keep.sum()), {
+            "m": gradacc.Mean(per_example.sum() + bad, keep.sum()),
+            "f": bad + 1,
+        }
 
     w = torch.ones(2, dtype=D)
     keep = torch.tensor([True, False, True])
@@ -286,7 +293,10 @@ def test_aux_is_what_the_large_batch_would_have_returned(reduction, engine, para
         average = (residual * (batch["y"] > 0 if reduction == "Mean" else 1)).sum() / weight
         aux = {
             "residual": residual,
-            "nested": (gradacc.Mean(residual.abs().sum(), len(residual)), [gradacc.Mean(batch["x"].sum(0), torch.ones(3))]),
+            "nested": (
+                gradacc.Mean(residual.abs().sum(), len(residual)),
+                [gradacc.Mean(batch["x"].sum(0), torch.ones(3))],
+            ),
             "average": average.float(),
             "labels": batch["y"] > 0,
             "nothing": None,
@@ -300,7 +310,10 @@ def test_aux_is_what_the_large_batch_would_have_returned(reduction, engine, para
     actual = run(lambda: gradacc.accumulate_and_value(loss, steps=3, has_aux=True, **options)(params, batch))[1]
     expected["nested"][1][0] = gradacc.Mean(batch["x"].sum(0), torch.full((3,), 3.0))
     assert_trees_close(actual, (value, expected), rtol=1e-6)
-    assert run(lambda: gradacc.accumulate(loss, steps=3, has_aux=True, **options)(params, batch))[1].keys() == expected.keys()
+    assert (
+        run(lambda: gradacc.accumulate(loss, steps=3, has_aux=True, **options)(params, batch))[1].keys()
+        == expected.keys()
+    )
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -432,7 +445,11 @@ def test_tied_unused_and_odd_parameters(engine):
 @pytest.mark.parametrize("asked", [None, torch.float32, torch.float64, torch.bfloat16])
 def test_dtypes(dtype, asked, engine):
     x = torch.tensor([0.5, 1.0, 1.5, 2.0])
-    params = {"real": torch.ones(2, dtype=dtype), "complex": torch.ones(2, dtype=torch.complex64), "unused": torch.ones(1, dtype=dtype)}
+    params = {
+        "real": torch.ones(2, dtype=dtype),
+        "complex": torch.ones(2, dtype=torch.complex64),
+        "unused": torch.ones(1, dtype=dtype),
+    }
 
     def loss(p, x):
         return ((p["real"] * p["real"]).sum() * x + p["complex"].abs().square().sum() * x).mean()
@@ -472,9 +489,9 @@ def test_meta_device():
     params, x = torch.ones(3, device="meta"), torch.ones(5, 3, device="meta")
     grads, value = gradacc.accumulate_and_value(lambda p, x: (x @ p).square().mean(), steps=2)(params, x)
     assert grads.device.type == value.device.type == "meta"
-    grads, value = gradacc.accumulate_and_value(
-        lambda p, x: gradacc.Mean((x @ p).sum(), (x[:, 0] > 0).sum()), steps=2
-    )(params, x)
+    grads, value = gradacc.accumulate_and_value(lambda p, x: gradacc.Mean((x @ p).sum(), (x[:, 0] > 0).sum()), steps=2)(
+        params, x
+    )
     assert grads.shape == (3,)
     assert value.total.device.type == "meta"
 
@@ -607,7 +624,9 @@ def test_batches_of_one_and_none(engine, params, batch):
         grads, value = run(lambda o=options, e=empty: gradacc.accumulate_and_value(squares, **o)(params, e))
         assert all((grad == 0).all() for grad in grads.values())
         assert value.isnan()
-        _, value = run(lambda o=options, e=empty: gradacc.accumulate_and_value(squares, reduction="sum", **o)(params, e))
+        _, value = run(
+            lambda o=options, e=empty: gradacc.accumulate_and_value(squares, reduction="sum", **o)(params, e)
+        )
         assert value == 0
 
 

@@ -35,7 +35,9 @@ def test_a_gradient_that_is_the_users_own_memory_is_copied():
         def backward(ctx, grad):
             return constant.view(3), None
 
-    grads = gradacc.accumulate(lambda p, x: Product.apply(p, x.sum()), steps=3, reduction="sum")(torch.ones(3), torch.ones(3))
+    grads = gradacc.accumulate(lambda p, x: Product.apply(p, x.sum()), steps=3, reduction="sum")(
+        torch.ones(3), torch.ones(3)
+    )
     torch.testing.assert_close(grads, torch.tensor([0.0, 3.0, 6.0]))
     torch.testing.assert_close(constant, torch.arange(3.0))
 
@@ -62,7 +64,11 @@ def tensor_bytes(run) -> int:
     """Peak of what torch allocates during ``run()``, over what was allocated before, in bytes: exact, not sampled."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         result = run()
-    sizes = [e.nbytes() for e in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()) if e.name() == "[memory]"]
+    sizes = [
+        e.nbytes()
+        for e in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns())
+        if e.name() == "[memory]"
+    ]
     del result
     total = peak = 0
     for size in sizes:
@@ -81,7 +87,9 @@ def test_memory_is_one_gradient_and_one_micro_batch_whatever_steps(half):
     size = sum(p.numel() for p in params.values()) * 4
     x = torch.ones(16, 256, dtype=torch.bfloat16 if half else torch.float32)
     peaks = {
-        steps: tensor_bytes(lambda s=steps: gradacc.accumulate(lambda p, x: apply(p, x).float().square().mean(), steps=s)(params, x))
+        steps: tensor_bytes(
+            lambda s=steps: gradacc.accumulate(lambda p, x: apply(p, x).float().square().mean(), steps=s)(params, x)
+        )
         for steps in (1, 2, 4, 8, 16)
     }
     layer = size / 8

@@ -10,7 +10,9 @@ import gradacc
 from gradacc import Mean
 
 numbers = st.integers(-100, 100)
-means = st.builds(lambda total, weight: Mean(torch.tensor(total, dtype=torch.float64), weight), numbers, st.integers(0, 100))
+means = st.builds(
+    lambda total, weight: Mean(torch.tensor(total, dtype=torch.float64), weight), numbers, st.integers(0, 100)
+)
 
 
 def same(a, b):

@@ -85,35 +85,115 @@ CALL = {
         ValueError,
         r"args\[1\] has 4, args\[2\] has 3",
     ),
-    "0-dim": (dict(steps=2), (PARAMS, {"x": torch.tensor(1.0)}), ValueError, r"args\[1\]\['x'\] is a 0-dim tensor.*in_dims"),
-    "numpy": (dict(steps=2), (PARAMS, {"x": np.ones(4)}), TypeError, r"args\[1\]\['x'\] is a numpy.ndarray.*torch.as_tensor"),
-    "string": (dict(steps=2), (PARAMS, {"x": ["a", "b"]}), TypeError, r"args\[1\]\['x'\]\[0\] is a str, which cannot be split"),
+    "0-dim": (
+        dict(steps=2),
+        (PARAMS, {"x": torch.tensor(1.0)}),
+        ValueError,
+        r"args\[1\]\['x'\] is a 0-dim tensor.*in_dims",
+    ),
+    "numpy": (
+        dict(steps=2),
+        (PARAMS, {"x": np.ones(4)}),
+        TypeError,
+        r"args\[1\]\['x'\] is a numpy.ndarray.*torch.as_tensor",
+    ),
+    "string": (
+        dict(steps=2),
+        (PARAMS, {"x": ["a", "b"]}),
+        TypeError,
+        r"args\[1\]\['x'\]\[0\] is a str, which cannot be split",
+    ),
     "class": (dict(steps=2), (PARAMS, Unregistered()), TypeError, r"args\[1\] is a .*Unregistered.*register its class"),
     "no tensor": (dict(steps=2), (PARAMS, {"x": 3, "y": None}), TypeError, "no tensor to split"),
     "nothing": (dict(steps=2), (PARAMS, None), TypeError, "no tensor to split"),
-    "no batch": (dict(steps=2), (PARAMS,), ValueError, r"no batch among the 1 positional arguments.*grad_fn\(params, batch\)"),
+    "no batch": (
+        dict(steps=2),
+        (PARAMS,),
+        ValueError,
+        r"no batch among the 1 positional arguments.*grad_fn\(params, batch\)",
+    ),
     "no arguments": (dict(steps=2), (), ValueError, "argnums=0 does not fit a call with 0 positional arguments"),
-    "argnums too large": (dict(steps=2, argnums=2), (PARAMS, BATCH), ValueError, "argnums=2 does not fit a call with 2"),
+    "argnums too large": (
+        dict(steps=2, argnums=2),
+        (PARAMS, BATCH),
+        ValueError,
+        "argnums=2 does not fit a call with 2",
+    ),
     "argnums twice": (dict(steps=2, argnums=(0, -2)), (PARAMS, BATCH), ValueError, "names an argument twice"),
     "in_dims length": (dict(steps=2, in_dims=(None,)), (PARAMS, BATCH), ValueError, r"has 1 entries for a call with 2"),
-    "in_dims params": (dict(steps=2, in_dims=(0, 0)), (PARAMS, BATCH), ValueError, r"in_dims\[0\]=0 splits an argument that is diff"),
-    "in_dims range": (dict(steps=2, in_dims=(None, 1)), (PARAMS, BATCH), ValueError, r"in_dims has 1 for args\[1\]\['x'\].*\(4,\)"),
-    "in_dims float": (dict(steps=2, in_dims=(None, 0.0)), (PARAMS, BATCH), TypeError, r"in_dims has 0.0 \(float\) for args\[1\]\['x'\]"),
-    "in_dims prefix": (dict(steps=2, in_dims=(None, {"y": 0})), (PARAMS, BATCH), ValueError, r"in_dims\[1\]=\{'y': 0\} is not a pytree pre"),
-    "in_dims window": (dict(in_dims=(None, 0, 0)), (PARAMS, [BATCH], BATCH), ValueError, r"in_dims\[2\]=0.*passed whole"),
-    "window tensor": ({}, (PARAMS, torch.ones(4)), TypeError, "must be an iterable of micro-batches, got a tensor.*Pass steps="),
+    "in_dims params": (
+        dict(steps=2, in_dims=(0, 0)),
+        (PARAMS, BATCH),
+        ValueError,
+        r"in_dims\[0\]=0 splits an argument that is diff",
+    ),
+    "in_dims range": (
+        dict(steps=2, in_dims=(None, 1)),
+        (PARAMS, BATCH),
+        ValueError,
+        r"in_dims has 1 for args\[1\]\['x'\].*\(4,\)",
+    ),
+    "in_dims float": (
+        dict(steps=2, in_dims=(None, 0.0)),
+        (PARAMS, BATCH),
+        TypeError,
+        r"in_dims has 0.0 \(float\) for args\[1\]\['x'\]",
+    ),
+    "in_dims prefix": (
+        dict(steps=2, in_dims=(None, {"y": 0})),
+        (PARAMS, BATCH),
+        ValueError,
+        r"in_dims\[1\]=\{'y': 0\} is not a pytree pre",
+    ),
+    "in_dims window": (
+        dict(in_dims=(None, 0, 0)),
+        (PARAMS, [BATCH], BATCH),
+        ValueError,
+        r"in_dims\[2\]=0.*passed whole",
+    ),
+    "window tensor": (
+        {},
+        (PARAMS, torch.ones(4)),
+        TypeError,
+        "must be an iterable of micro-batches, got a tensor.*Pass steps=",
+    ),
     "window dict": ({}, (PARAMS, BATCH), TypeError, "must be an iterable of micro-batches, got a dict"),
     "window string": ({}, (PARAMS, "abc"), TypeError, "must be an iterable of micro-batches, got a str"),
     "window number": ({}, (PARAMS, 3), TypeError, r"must be an iterable of micro-batches, got 3 \(int\)"),
     "split returns": (dict(split=lambda batch: None), (PARAMS, BATCH), TypeError, "split returned None; it must yield"),
-    "module": (dict(steps=2), (nn.Linear(1, 1), BATCH), TypeError, r"params is an nn.Module \(Linear\).*gradacc.functional"),
+    "module": (
+        dict(steps=2),
+        (nn.Linear(1, 1), BATCH),
+        TypeError,
+        r"params is an nn.Module \(Linear\).*gradacc.functional",
+    ),
     "module inside": (dict(steps=2), ([nn.Linear(1, 1)], BATCH), TypeError, r"params\[0\] is an nn.Module"),
-    "integers": (dict(steps=2), ({"w": torch.tensor(2)}, BATCH), TypeError, r"params\['w'\] is a tensor of dtype torch.int64"),
-    "bools": (dict(steps=2), ({"w": torch.tensor(True)}, BATCH), TypeError, r"params\['w'\] is a tensor of dtype torch.bool"),
+    "integers": (
+        dict(steps=2),
+        ({"w": torch.tensor(2)}, BATCH),
+        TypeError,
+        r"params\['w'\] is a tensor of dtype torch.int64",
+    ),
+    "bools": (
+        dict(steps=2),
+        ({"w": torch.tensor(True)}, BATCH),
+        TypeError,
+        r"params\['w'\] is a tensor of dtype torch.bool",
+    ),
     "number": (dict(steps=2), ({"w": 2.0}, BATCH), TypeError, r"params\['w'\] is 2.0 \(float\)"),
     "numpy params": (dict(steps=2), ({"w": np.ones(1)}, BATCH), TypeError, r"params\['w'\] is a numpy.ndarray"),
-    "generator": (dict(steps=2), (nn.Linear(1, 1).parameters(), BATCH), TypeError, r"dict\(module.named_parameters\(\)\)"),
-    "no parameters": (dict(steps=2), ({}, BATCH), ValueError, "params holds no tensor: there is nothing to differentiate"),
+    "generator": (
+        dict(steps=2),
+        (nn.Linear(1, 1).parameters(), BATCH),
+        TypeError,
+        r"dict\(module.named_parameters\(\)\)",
+    ),
+    "no parameters": (
+        dict(steps=2),
+        ({}, BATCH),
+        ValueError,
+        "params holds no tensor: there is nothing to differentiate",
+    ),
     "None parameters": (dict(steps=2), (None, BATCH), ValueError, "params holds no tensor"),
 }
 
@@ -141,7 +221,11 @@ def linear(p, b):
 
 
 LOSSES = {
-    "vector": (lambda p, b: p["w"] * b["x"], ValueError, r"returned a tensor of shape \(2,\); it must be 0-dim.*gradacc.Mean"),
+    "vector": (
+        lambda p, b: p["w"] * b["x"],
+        ValueError,
+        r"returned a tensor of shape \(2,\); it must be 0-dim.*gradacc.Mean",
+    ),
     "one element": (lambda p, b: linear(p, b)[None], ValueError, r"shape \(1,\)"),
     "integer": (lambda p, b: linear(p, b).long(), TypeError, "a tensor of dtype torch.int64; it must be floating"),
     "complex": (lambda p, b: linear(p, b) * 1j, TypeError, "a tensor of dtype torch.complex64; it must be floating"),
@@ -156,18 +240,34 @@ LOSSES = {
     "None": (lambda p, b: None, TypeError, "returned None; is a return statement missing"),
     "number": (lambda p, b: 1.0, TypeError, r"returned 1.0 \(float\).*\.item\(\)"),
     "dict": (lambda p, b: {"loss": linear(p, b)}, TypeError, "returned a dict; it must return a 0-dim floating tensor"),
-    "negative weight": (mean(linear, lambda p, b: torch.tensor(-1)), ValueError, "a Mean whose weight is -1; it must be finite and"),
+    "negative weight": (
+        mean(linear, lambda p, b: torch.tensor(-1)),
+        ValueError,
+        "a Mean whose weight is -1; it must be finite and",
+    ),
     "negative number": (mean(linear, lambda p, b: -0.5), ValueError, "weight is -0.5"),
     "NaN weight": (mean(linear, lambda p, b: torch.tensor(float("nan"))), ValueError, "weight is nan"),
     "infinite weight": (mean(linear, lambda p, b: float("inf")), ValueError, "weight is inf"),
-    "vector weight": (mean(linear, lambda p, b: torch.ones(2)), ValueError, r"weight is a torch.float32 tensor of shape \(2,\)"),
+    "vector weight": (
+        mean(linear, lambda p, b: torch.ones(2)),
+        ValueError,
+        r"weight is a torch.float32 tensor of shape \(2,\)",
+    ),
     "complex weight": (mean(linear, lambda p, b: torch.tensor(1j)), ValueError, "weight is a torch.complex64 tensor"),
     "weight of params": (mean(linear, lambda p, b: p["w"]), ValueError, "weight depends on the parameters.*detach"),
     "weight None": (mean(linear, lambda p, b: None), TypeError, "weight is None; it must be a number or"),
     "weight str": (mean(linear, lambda p, b: "3"), TypeError, "weight is a str"),
-    "Mean of a vector": (mean(lambda p, b: p["w"] * b["x"], lambda p, b: 2), ValueError, r"Mean whose total is a tensor of shape \(2,\)"),
+    "Mean of a vector": (
+        mean(lambda p, b: p["w"] * b["x"], lambda p, b: 2),
+        ValueError,
+        r"Mean whose total is a tensor of shape \(2,\)",
+    ),
     "Mean of None": (mean(lambda p, b: None, lambda p, b: 2), TypeError, "Mean whose total is None"),
-    "Mean of integers": (mean(lambda p, b: b["x"].sum().long(), lambda p, b: 2), TypeError, "total is a tensor of dtype torch.int64"),
+    "Mean of integers": (
+        mean(lambda p, b: b["x"].sum().long(), lambda p, b: 2),
+        TypeError,
+        "total is a tensor of dtype torch.int64",
+    ),
     "two kinds": (
         lambda p, b: gradacc.Mean(linear(p, b), 1) if b["x"][0] == 0 else linear(p, b),
         TypeError,
@@ -197,7 +297,9 @@ def test_a_mean_is_not_a_sum():
         gradacc.accumulate(mean(linear, lambda p, b: 2), steps=2, reduction="sum")(PARAMS, BATCH)
 
 
-@pytest.mark.parametrize("out", [lambda p, b: linear(p, b), lambda p, b: (linear(p, b), 1, 2), lambda p, b: [linear(p, b), 1]])
+@pytest.mark.parametrize(
+    "out", [lambda p, b: linear(p, b), lambda p, b: (linear(p, b), 1, 2), lambda p, b: [linear(p, b), 1]]
+)
 def test_has_aux_needs_a_pair(out):
     with pytest.raises(TypeError, match=r"with has_aux=True loss_fn must return \(loss, aux\), got"):
         gradacc.accumulate(out, steps=2, has_aux=True)(PARAMS, BATCH)
@@ -211,7 +313,9 @@ def test_sharded_parameters_are_refused(tmp_path):
     try:
         mesh = init_device_mesh("cpu", (1,))
         params = {"w": distribute_tensor(torch.ones(2), mesh, [Replicate()])}
-        with pytest.raises(TypeError, match=r"params\['w'\] is a DTensor of shape \(2,\).*not supported yet.*full_tensor"):
+        with pytest.raises(
+            TypeError, match=r"params\['w'\] is a DTensor of shape \(2,\).*not supported yet.*full_tensor"
+        ):
             gradacc.accumulate(lambda p, b: (p["w"] * b).mean(), steps=2)(params, torch.ones(4, 2))
     finally:
         dist.destroy_process_group()
