@@ -134,18 +134,24 @@ def accumulate_and_value(
     Returns:
         ``grad_fn(params, batch, *args, **kwargs)``, which returns ``(grads, value)``, or ``(grads, (value, aux))`` with
         ``has_aux``. ``grads`` has the structure, shapes and (without ``dtype=``) dtypes of the differentiated arguments;
-        ``value`` is of the type that ``loss_fn`` returns. All are new, detached tensors; nothing passed in is changed.
-        Under a functorch transform they can be batched and differentiated.
+        ``value`` is of the type that ``loss_fn`` returns (a 0-dim tensor where an empty iterable says nothing of it). All are
+        new, detached tensors; nothing passed in is changed. Under a functorch transform they can be batched and
+        differentiated, as those of `torch.func.grad` (then activation checkpointing and saved-tensor hooks, which
+        torch.func refuses, are not available).
 
     Raises:
         TypeError: parameters that are not floating or complex tensors (an ``nn.Module``, integers, a ``DTensor``); batch
             leaves that cannot be split (NumPy arrays, strings); a loss that is not a floating tensor or a `Mean` of one.
         ValueError: options that contradict each other; split dimensions that differ; a loss that is not 0-dim or does not
-            depend on the parameters; a negative weight; reentrant checkpointing.
+            depend on the parameters; a negative or NaN weight (under a functorch transform it cannot be read, and is not
+            checked); reentrant checkpointing.
 
     When it is *not* equal: where examples see each other through the batch (BatchNorm in training mode, in-batch
-    negatives), where the mean is over something else than examples (return a `Mean`), and where the loss draws random
-    numbers (they are drawn micro-batch after micro-batch; reproducible, but not the large batch's draw).
+    negatives); where the mean is over something else than examples (return a `Mean`); where the loss draws random
+    numbers (they are drawn micro-batch after micro-batch; reproducible, but not the large batch's draw); and where a leaf
+    of ``aux`` that is no batch dimension has, by chance, the micro-batch's size (a vector of 4 classes where micro-batches
+    have 4 examples: return ``Mean(vector, 1)`` for a sum). The weight of a `Mean` is read once a micro-batch, before its
+    backward pass: on a GPU that waits for its forward pass.
     `gradacc.testing.check_accumulation` finds out for a loss of yours.
 
     Example:
@@ -159,8 +165,8 @@ def accumulate_and_value(
         >>> torch.testing.assert_close(grads, expected)
         >>> torch.testing.assert_close(value, large)
 
-    Source: ``optax.microbatching.microbatch`` (the transform), torchtitan's trainer (count first, divide by the whole
-    batch's count), and Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", for what it is combined with.
+    Source: ``optax.microbatching.microbatch`` (the transform); torchtitan's trainer (count first, divide by the whole
+    batch's count).
     """
     given = _options.Given(
         steps, microbatch_size, split, in_dims, argnums, has_aux, has_carry, reduction, dtype, through, sync
@@ -206,7 +212,7 @@ def _run(options: Options, loss_fn: Callable[..., Any], args: tuple[Any, ...], k
         return _outcome(options, loss_fn(*positional, **engine.admit(kwargs)), microbatch)
 
     with engine.guard():
-        buffer = engine.open(params, accumulated)
+        buffer = engine.init(params, accumulated)
     sums = _fold.Sums(known=divided.examples)
     empty = divided.whole if divided.examples == 0 else None
     for microbatch in divided.parts:  # the caller's iterator runs in the caller's modes, not under the guard
@@ -214,17 +220,17 @@ def _run(options: Options, loss_fn: Callable[..., Any], args: tuple[Any, ...], k
             empty = empty or microbatch
             continue
         with engine.guard():
-            buffer, outcome = engine.add(
-                buffer, functools.partial(evaluate, microbatch), functools.partial(_fold.seed, options, sums)
+            buffer, outcome = engine.update(
+                buffer, functools.partial(evaluate, microbatch), functools.partial(_fold.contribution, options, sums)
             )
-            sums = _fold.absorb(options, sums, outcome, microbatch.sizes)
+            sums = _fold.update(options, sums, outcome, microbatch.sizes)
     with engine.guard():
-        if sums.like is None and empty is not None:
+        if sums.kind is None and empty is not None:
             with torch.no_grad():  # nothing to differentiate: it only says what types to return
-                sums = _fold.absorb_nothing(options, sums, evaluate(empty, params), empty.sizes)
+                sums = _fold.update_with_nothing(options, sums, evaluate(empty, params), empty.sizes)
         _validate.dependence(options, not sums.differentiated or engine.arrived(buffer))
         value, aux = _fold.finalize(options, sums, params[0])
-        grads = _tree.unflatten(treedef, engine.close(buffer, returned, _fold.gradient_factor(options, sums)))
+        grads = _tree.unflatten(treedef, engine.finalize(buffer, returned, _fold.gradient_factor(options, sums)))
     return grads, ((value, aux) if options.has_aux else value)
 
 

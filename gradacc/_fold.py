@@ -7,6 +7,12 @@ NOTE [units]
     the gradients falls away. Otherwise it is the first weight that is not zero: everything stays in the range of a mean
     (a sum over a hundred thousand tokens would overflow float16), and where there is one micro-batch the result is the
     undivided one, bit for bit.
+
+NOTE [cotangents and shares]
+    What a micro-batch's loss is differentiated with is cut in two: a *cotangent*, the same for all micro-batches, that
+    goes through the backward pass, and a *share*, that differs between them. In half precision a share that went through
+    the backward pass would be rounded, each one differently (two gradients that cancel would not), so an engine applies
+    it where it adds to the buffer, in float32.
 """
 
 from __future__ import annotations
@@ -20,7 +26,15 @@ from torch import Tensor
 from gradacc import _aux, _tree, _validate
 from gradacc._mean import Mean
 from gradacc._options import Options
-from gradacc._outcome import Outcome
+from gradacc._outcome import Contribution, Outcome
+
+
+class Kind(NamedTuple):
+    """What ``loss_fn`` returns, without its tensors: the same for every micro-batch."""
+
+    is_mean: bool
+    dtype: torch.dtype
+    aux: _tree.TreeDef
 
 
 class Sums(NamedTuple):
@@ -28,10 +42,10 @@ class Sums(NamedTuple):
 
     known: int | None
     """The number of examples of all micro-batches, where it is known beforehand."""
-    like: Outcome | None = None
-    """The first outcome: it says what types to return."""
-    value: Tensor | Mean | None = None
-    """Sum of share x loss; of losses where they are sums; of `Mean`s."""
+    kind: Kind | None = None
+    """Of the first micro-batch; None before it."""
+    value: Any = None
+    """Sum of share x loss (a tensor); of losses where they are sums; of `Mean`s."""
     weight: float | Tensor = 0.0
     unit: float | Tensor | None = None
     aux: list[_aux.Partial] | None = None
@@ -39,30 +53,39 @@ class Sums(NamedTuple):
     """Whether any micro-batch had something to contribute."""
 
 
-def seed(options: Options, sums: Sums, outcome: Outcome) -> float | Tensor | None:
-    """The factor of a micro-batch's gradient in the buffer; None (where it can be read) or 0: it contributes nothing."""
+def contribution(options: Options, sums: Sums, outcome: Outcome) -> Contribution | None:
+    """What a micro-batch's gradient counts for; None (where it can be read) or a share of 0: exactly nothing."""
     if options.reduction == "sum":
-        return 1.0
+        return Contribution(1.0, 1.0)
     unit, weight = _unit(sums, outcome), outcome.weight
-    numerator = 1.0 if isinstance(outcome.value, Mean) else weight
-    if isinstance(weight, Tensor):
-        return torch.where(weight == 0, 0.0, numerator / unit)
-    return numerator / unit if weight else None
-
-
-def absorb(options: Options, sums: Sums, outcome: Outcome, sizes: frozenset[int]) -> Sums:
-    """``sums`` and one more micro-batch."""
-    like = sums.like or outcome
-    _validate.same_kind(options, like.value, outcome.value, like.aux.treedef, outcome.aux.treedef)
-    unit, weight = _unit(sums, outcome), outcome.weight
-    share = None if weight is None else weight / unit if isinstance(weight, Tensor) or weight else 0.0
-    value: Any  # a Mean or a Tensor in every micro-batch, which `same_kind` has checked
+    if unit is None or weight is None or (not isinstance(weight, Tensor) and not weight):
+        return None
     if isinstance(outcome.value, Mean):
-        value = _aux.summable(outcome.value)
+        return Contribution(1.0 / unit, (weight != 0).to(weight.dtype) if isinstance(weight, Tensor) else 1.0)
+    return Contribution(1.0, weight / unit)
+
+
+def update(options: Options, sums: Sums, outcome: Outcome, sizes: frozenset[int]) -> Sums:
+    """``sums`` and one more micro-batch."""
+    kind = Kind(isinstance(outcome.value, Mean), outcome.target.dtype, outcome.aux.treedef)
+    first = sums.kind or kind
+    _validate.same_kind(options, first.is_mean, kind.is_mean, first.aux, kind.aux)
+    unit, weight = _unit(sums, outcome), outcome.weight
+    share: float | Tensor | None
+    if weight is None:
+        share = None
+    elif isinstance(weight, Tensor) or weight:
+        share = weight / unit
     else:
-        value = _aux.scaled(outcome.value, float(weight != 0) if options.reduction == "sum" else share)
+        share = 0.0
+    if isinstance(outcome.value, Mean):
+        value: Any = _aux.summable(outcome.value)
+    elif options.reduction == "sum":
+        value = _aux.scaled(outcome.value, 0.0 if share == 0.0 else 1.0)
+    else:
+        value = _aux.scaled(outcome.value, share)
     return sums._replace(
-        like=like,
+        kind=first,
         value=value if sums.value is None else sums.value + value,
         weight=sums.weight + (0.0 if weight is None else weight),
         unit=unit,
@@ -71,9 +94,9 @@ def absorb(options: Options, sums: Sums, outcome: Outcome, sizes: frozenset[int]
     )
 
 
-def absorb_nothing(options: Options, sums: Sums, outcome: Outcome, sizes: frozenset[int]) -> Sums:
+def update_with_nothing(options: Options, sums: Sums, outcome: Outcome, sizes: frozenset[int]) -> Sums:
     """``sums`` and an empty batch, which only says what types to return."""
-    return absorb(options, sums, outcome._replace(weight=0.0), sizes)._replace(differentiated=False)
+    return update(options, sums, outcome._replace(weight=0.0), sizes)._replace(differentiated=False)
 
 
 def factor(sums: Sums) -> float | Tensor:
@@ -92,17 +115,15 @@ def gradient_factor(options: Options, sums: Sums) -> float | Tensor:
 
 def finalize(options: Options, sums: Sums, like: Tensor) -> tuple[Tensor | Mean, Any]:
     """The large batch's value and aux; ``like``: a parameter, of whose dtype and device a value of nothing is."""
-    if sums.like is None:
+    if sums.kind is None:
         _validate.nothing_with_aux(options)
         number = 0.0 if options.reduction == "sum" else math.nan
         return torch.full((), number, dtype=like.dtype.to_real(), device=like.device), None
-    rest, example = factor(sums), sums.like.value
-    aux = _tree.unflatten(sums.like.aux.treedef, _aux.finalize(sums.aux or [], rest))
-    if isinstance(example, Mean):
-        assert isinstance(sums.value, Mean)
-        return _aux.restored(sums.value, example.total.dtype), aux
-    assert isinstance(sums.value, Tensor)
-    return (sums.value * (1.0 if options.reduction == "sum" else rest)).to(example.dtype), aux
+    rest = factor(sums)
+    aux = _tree.unflatten(sums.kind.aux, _aux.finalize(sums.aux or [], rest))
+    if sums.kind.is_mean:
+        return _aux.restored(sums.value, sums.kind.dtype), aux
+    return (sums.value if options.reduction == "sum" else sums.value * rest).to(sums.kind.dtype), aux
 
 
 def _unit(sums: Sums, outcome: Outcome) -> Any:

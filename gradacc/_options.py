@@ -17,17 +17,17 @@ Reduction = Literal["mean", "sum"]
 class Given(NamedTuple):
     """The options of a factory, as they came."""
 
-    steps: Any
-    microbatch_size: Any
-    split: Any
-    in_dims: Any
-    argnums: Any
-    has_aux: Any
-    has_carry: Any
-    reduction: Any
-    dtype: Any
-    through: Any
-    sync: Any
+    steps: Any = None
+    microbatch_size: Any = None
+    split: Any = None
+    in_dims: Any = None
+    argnums: Any = 0
+    has_aux: Any = False
+    has_carry: Any = False
+    reduction: Any = "mean"
+    dtype: Any = None
+    through: Any = None
+    sync: Any = None
 
 
 class Options(NamedTuple):

@@ -12,6 +12,16 @@ from gradacc._aux import Aux
 from gradacc._mean import Mean
 
 
+class Contribution(NamedTuple):
+    """``cotangent * share * gradient`` is what a micro-batch adds to the buffer; NOTE [cotangents and shares]."""
+
+    cotangent: float | Tensor
+    """The same for all micro-batches: goes through the backward pass."""
+
+    share: float | Tensor
+    """Of this micro-batch; 0: it contributes exactly 0, whatever its gradient says."""
+
+
 class Outcome(NamedTuple):
     """One micro-batch's loss."""
 

@@ -70,13 +70,13 @@ def _slice(options: Options, args: Sequence[Any], dims: Sequence[Any]) -> Microb
         return Microbatch(tuple(part), frozenset({size}))
 
     return Microbatches(
-        (cut(offset, size) for offset, size in _cuts(total, options.steps, options.microbatch_size)),
+        (cut(offset, size) for offset, size in cuts(total, options.steps, options.microbatch_size)),
         total,
         Microbatch(tuple(args), frozenset({total})),
     )
 
 
-def _cuts(total: int, steps: int | None, microbatch_size: int | None) -> Iterator[tuple[int, int]]:
+def cuts(total: int, steps: int | None = None, microbatch_size: int | None = None) -> Iterator[tuple[int, int]]:
     """``(offset, size)`` of each micro-batch; with ``steps`` the sizes of `torch.tensor_split`, empty ones left out."""
     offset = 0
     while offset < total:
@@ -91,12 +91,17 @@ def _cuts(total: int, steps: int | None, microbatch_size: int | None) -> Iterato
 
 def _iterate(options: Options, parts: Iterable[Any], args: Sequence[Any], dim: Any, batch: int) -> Iterator[Microbatch]:
     for part in parts:
-        sizes = frozenset(
-            leaf.shape[d]
-            for leaf, d in zip(_tree.flatten(part)[0], _leaf_dims(options, dim, part, batch), strict=True)
-            if isinstance(leaf, Tensor) and isinstance(d, int) and -leaf.ndim <= d < leaf.ndim
-        )
-        yield Microbatch((*args[:batch], part, *args[batch + 1 :]), sizes)
+        leaves, treedef = _tree.flatten(part)
+        if options.in_dims is None:  # nothing was said, and nothing is split: what has a size along dim 0 has one
+            sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
+        else:
+            dims, paths = _leaf_dims(options, dim, part, batch), _tree.paths(treedef, f"args[{batch}]")
+            sizes = [
+                leaf.shape[d]
+                for leaf, d, path in zip(leaves, dims, paths, strict=True)
+                if isinstance(leaf, Tensor) and _validate.splittable(options.name, leaf, d, path) is not None
+            ]
+        yield Microbatch((*args[:batch], part, *args[batch + 1 :]), frozenset(sizes))
 
 
 def _leaf_dims(options: Options, dims: Any, tree: Any, position: int) -> list[Any]:

@@ -20,10 +20,13 @@ def positions(options: Options, args: Sequence[Any]) -> tuple[tuple[int, ...], i
     name, argnums = options.name, options.argnums
     numbers = argnums if isinstance(argnums, tuple) else (argnums,)
     if any(not -len(args) <= n < len(args) for n in numbers):
-        raise ValueError(f"{name}: argnums={argnums} does not fit a call with {len(args)} positional arguments")
+        raise ValueError(
+            f"{name}: argnums={argnums} does not fit a call with {len(args)} positional arguments; "
+            "call grad_fn(params, batch), both positionally"
+        )
     differentiated = tuple(n % len(args) for n in numbers)
     if len(set(differentiated)) < len(differentiated):
-        raise ValueError(f"{name}: argnums={argnums} names an argument twice")
+        raise ValueError(f"{name}: argnums={argnums} names an argument of the call twice; name each once")
     rest = [n for n in range(len(args)) if n not in differentiated]
     if not rest:
         raise ValueError(
@@ -166,7 +169,7 @@ def returned(options: Options, out: Any) -> tuple[Any, Any]:
             )
         return out, None
     if not (isinstance(out, tuple) and len(out) == 2):
-        raise TypeError(f"{options.name}: with has_aux=True loss_fn must return (loss, aux), got {describe(out)}")
+        raise TypeError(f"{options.name}: with has_aux=True loss_fn must return (loss, aux), got {_pair(out)}")
     return out
 
 
@@ -237,12 +240,17 @@ def examples(options: Options, count: int | None, sizes: frozenset[int]) -> int 
     return count
 
 
-def same_kind(options: Options, first: Any, value: Any, aux_first: _tree.TreeDef, aux: _tree.TreeDef) -> None:
+def same_kind(options: Options, first: bool, is_mean: bool, aux_first: _tree.TreeDef, aux: _tree.TreeDef) -> None:
     """All micro-batches return the same kind of value and the same structure of aux."""
-    if isinstance(first, Mean) is not isinstance(value, Mean):
-        raise TypeError(f"{options.name}: loss_fn returned a Mean for one micro-batch and a tensor for another")
+    if first is not is_mean:
+        raise TypeError(
+            f"{options.name}: loss_fn returned a Mean for one micro-batch and a tensor for another; return one of them always"
+        )
     if aux_first != aux:
-        raise ValueError(f"{options.name}: aux has another structure in another micro-batch: {aux_first}, then {aux}")
+        raise ValueError(
+            f"{options.name}: aux has another structure in another micro-batch: {aux_first}, then {aux}; "
+            "return the same one always (None is an empty one)"
+        )
 
 
 def dependence(options: Options, depends: bool) -> None:
@@ -258,7 +266,7 @@ def reentrant_checkpoint(found: bool) -> None:
     """Torch cannot run a reentrant checkpoint in a backward pass that is restricted to given leaves."""
     if found:
         raise ValueError(
-            "accumulate: the loss uses torch.utils.checkpoint with use_reentrant=True, which torch cannot combine with a "
+            "gradacc: the loss uses torch.utils.checkpoint with use_reentrant=True, which torch cannot combine with a "
             "backward pass restricted to the parameters. Pass use_reentrant=False"
         )
 
@@ -267,6 +275,10 @@ def nothing_with_aux(options: Options) -> None:
     """Without a single micro-batch there is no aux to return."""
     if options.has_aux:
         raise ValueError(f"{options.name}: no micro-batch arrived, so nothing says what aux is; has_aux=True needs one")
+
+
+def _pair(out: Any) -> str:
+    return f"a tuple of {len(out)}" if isinstance(out, tuple) else describe(out)
 
 
 def _is_number(value: Any) -> bool:

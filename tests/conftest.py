@@ -1,8 +1,15 @@
 """Hypothesis without its clock (the machine may be busy) and without its random seed; one thread, since models are tiny."""
 
 import hypothesis
+import pytest
 import torch
 
 hypothesis.settings.register_profile("gradacc", deadline=None, derandomize=True, print_blob=False)
 hypothesis.settings.load_profile("gradacc")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    """Every test starts from the same random numbers."""
+    torch.manual_seed(0)

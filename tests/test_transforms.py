@@ -1,4 +1,4 @@
-"""Under functorch transforms: what the functional engine does already; a table of compositions is to come."""
+"""Under functorch transforms: batches, ensembles and derivatives of accumulated gradients."""
 
 import pytest
 import torch

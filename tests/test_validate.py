@@ -119,7 +119,12 @@ CALL = {
         ValueError,
         "argnums=2 does not fit a call with 2",
     ),
-    "argnums twice": (dict(steps=2, argnums=(0, -2)), (PARAMS, BATCH), ValueError, "names an argument twice"),
+    "argnums twice": (
+        dict(steps=2, argnums=(0, -2)),
+        (PARAMS, BATCH),
+        ValueError,
+        "names an argument of the call twice; name each once",
+    ),
     "in_dims length": (dict(steps=2, in_dims=(None,)), (PARAMS, BATCH), ValueError, r"has 1 entries for a call with 2"),
     "in_dims params": (
         dict(steps=2, in_dims=(0, 0)),
@@ -150,6 +155,18 @@ CALL = {
         (PARAMS, [BATCH], BATCH),
         ValueError,
         r"in_dims\[2\]=0.*passed whole",
+    ),
+    "window in_dims text": (
+        dict(in_dims=(None, "zz")),
+        (PARAMS, [BATCH]),
+        TypeError,
+        r"in_dims has a str for args\[1\]\['x'\]",
+    ),
+    "window in_dims range": (
+        dict(in_dims=(None, 5)),
+        (PARAMS, [BATCH]),
+        ValueError,
+        r"in_dims has 5 for args\[1\]\['x'\]",
     ),
     "window tensor": (
         {},

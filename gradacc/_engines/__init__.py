@@ -3,12 +3,12 @@
 An engine is a module of functions; the caller never chooses one (`gradacc._accumulate` does):
 
 - ``guard()``: the context for everything but the caller's own iterator;
-- ``open(params, dtypes) -> buffer``;
+- ``init(params, dtypes) -> buffer``;
 - ``admit(tree)``: arguments on their way to the loss;
-- ``add(buffer, evaluate, seed) -> (buffer, outcome)``: ``outcome = evaluate(leaves)`` and, where ``seed(outcome)`` is not
-  None, ``buffer += seed(outcome) * gradient of outcome.target``;
+- ``update(buffer, evaluate, contribution) -> (buffer, outcome)``: ``outcome = evaluate(leaves)`` and, where
+  ``contribution(outcome)`` is not None, ``buffer += cotangent * share * gradient of outcome.target``;
 - ``arrived(buffer)``: whether any loss depended on the parameters;
-- ``close(buffer, dtypes, factor) -> gradients``: ``factor * buffer``, zeros where nothing arrived.
+- ``finalize(buffer, dtypes, factor) -> gradients``: ``factor * buffer``, zeros where nothing arrived.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ NOTE [reentrant checkpoints]
     ``checkpoint(..., use_reentrant=True)`` runs a second backward pass inside the first, which torch allows only if that one
     is not restricted to given leaves. Torch raises when it gets there; but where no path from the loss to a leaf leads
     through the checkpoint's *inputs*, it does not get there, and parameters used inside would silently get no gradient. So
-    the graph of a call's first micro-batch is searched (1 us a node).
+    each micro-batch's graph is searched (1 us a node).
 """
 
 from __future__ import annotations
@@ -31,22 +31,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.checkpoint import CheckpointFunction
 
 from gradacc import _tree, _validate
-from gradacc._outcome import Outcome
+from gradacc._outcome import Contribution, Outcome
 
 
 class Buffer(NamedTuple):
-    """The gradients so far: in ``leaf.grad``, or in ``wide`` where the accumulator's dtype is not the parameter's."""
+    """The gradients so far: in ``leaf.grad``, or in ``summed`` where a hook adds each one as soon as it is there."""
 
     leaves: list[Tensor]
-    wide: list[Tensor | None]
+    dtypes: list[torch.dtype]
     new: list[int]
     """Leaves whose ``.grad`` is to be the buffer and has not appeared yet."""
-    first: bool
-    """Whether there was no backward pass yet."""
+    summed: list[Tensor | None]
+    share: list[float]
+    """What the hooks multiply with: one number, set before each backward pass; empty where there are no hooks."""
 
 
 def guard() -> AbstractContextManager[None]:
@@ -54,52 +55,53 @@ def guard() -> AbstractContextManager[None]:
     return torch.inference_mode(False)
 
 
-def open(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Buffer:
+def init(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Buffer:
     """Leaves that share the parameters' memory, and nothing accumulated."""
     leaves = [_normal(param).detach().requires_grad_() for param in params]
-    wide: list[Tensor | None] = [None] * len(leaves)
-    new = []
-    for i, (leaf, dtype) in enumerate(zip(leaves, dtypes, strict=True)):
-        if leaf.dtype == dtype:
-            new.append(i)
-        else:
-            leaf.register_post_accumulate_grad_hook(partial(_widen, wide, i, dtype))  # type: ignore[no-untyped-call]
-    return Buffer(leaves, wide, new, first=True)
+    buffer = Buffer(leaves, list(dtypes), list(range(len(leaves))), [None] * len(leaves), [])
+    if any(leaf.dtype != dtype for leaf, dtype in zip(leaves, dtypes, strict=True)):
+        _hook(buffer)
+    return buffer
 
 
 def admit(tree: Any) -> Any:
-    """Arguments of the loss: inference tensors, which autograd refuses, are copied."""
-    return _tree.map_tensors(_normal, tree)
+    """An argument of the loss: itself, but for inference tensors, which autograd refuses; they are copied."""
+    leaves = _tree.flatten(tree)[0]
+    if any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in leaves):
+        return _tree.map_tensors(_normal, tree)
+    return tree
 
 
-def add(
-    buffer: Buffer, evaluate: Callable[[Sequence[Tensor]], Outcome], seed: Callable[[Outcome], float | None]
+def update(
+    buffer: Buffer,
+    evaluate: Callable[[Sequence[Tensor]], Outcome],
+    contribution: Callable[[Outcome], Contribution | None],
 ) -> tuple[Buffer, Outcome]:
     """Run one micro-batch forward and backward, into the buffer."""
     with torch.enable_grad():
         outcome = evaluate(buffer.leaves)
-        scale = seed(outcome)
-        target = outcome.target
-        if scale is not None and target.requires_grad:
-            if buffer.first:
-                _validate.reentrant_checkpoint(_uses(CheckpointFunction, target))
-            torch.autograd.backward(target, torch.full_like(target, scale), inputs=buffer.leaves)
-            waiting = [i for i in buffer.new if not _own(buffer.leaves[i])]
-            buffer = buffer._replace(new=waiting, first=False)
-    return buffer, outcome.map(Tensor.detach)  # no graph is kept alive
+        counts = contribution(outcome)
+        edge = get_gradient_edge(outcome.target) if counts is not None and outcome.target.requires_grad else None
+        outcome = outcome.map(_bare)  # from here on the edge alone keeps the graph
+        if counts is not None and edge is not None:
+            _validate.reentrant_checkpoint(_uses(CheckpointFunction, edge.node))
+            if outcome.target.dtype.itemsize < 4 and not buffer.share and len(buffer.new) == len(buffer.leaves):
+                _hook(buffer)
+            buffer = _backward(buffer, edge, outcome.target, counts)
+    return buffer, outcome
 
 
 def arrived(buffer: Buffer) -> bool:
     """Whether any parameter has got a gradient."""
-    return any(leaf.grad is not None for leaf in buffer.leaves) or any(wide is not None for wide in buffer.wide)
+    return any(leaf.grad is not None for leaf in buffer.leaves) or any(grad is not None for grad in buffer.summed)
 
 
-def close(buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float) -> list[Tensor]:
+def finalize(buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float) -> list[Tensor]:
     """The gradients, times ``factor``; each buffer is given up when its result exists."""
     grads = []
     for i, leaf in enumerate(buffer.leaves):
-        grad = leaf.grad if buffer.wide[i] is None else buffer.wide[i]
-        leaf.grad = buffer.wide[i] = None
+        grad = leaf.grad if buffer.summed[i] is None else buffer.summed[i]
+        leaf.grad = buffer.summed[i] = None
         if grad is None:
             grad = torch.zeros_like(leaf, dtype=dtypes[i], requires_grad=False)
         elif factor != 1.0:
@@ -108,18 +110,44 @@ def close(buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float) -> list[
     return grads
 
 
-def _normal(tensor: Tensor) -> Tensor:
-    return tensor.clone() if tensor.is_inference() else tensor
+def _bare(tensor: Tensor) -> Tensor:
+    """Without its graph; a 0-dim one in a storage of its own (mse_loss returns a view of one as large as its input)."""
+    return tensor.detach().clone() if tensor.ndim == 0 else tensor.detach()
 
 
-def _widen(wide: list[Tensor | None], index: int, dtype: torch.dtype, leaf: Tensor) -> None:
-    """Move a gradient into the accumulator of another dtype as soon as it is there."""
+def _backward(buffer: Buffer, edge: GradientEdge, target: Tensor, counts: Contribution) -> Buffer:
+    cotangent, share = float(counts.cotangent), float(counts.share)
+    if buffer.share:
+        buffer.share[0] = share
+    else:
+        cotangent *= share
+    torch.autograd.backward(edge, torch.full_like(target, cotangent), inputs=buffer.leaves)
+    return buffer if buffer.share else buffer._replace(new=[i for i in buffer.new if not _own(buffer.leaves[i])])
+
+
+def _hook(buffer: Buffer) -> None:
+    """From now on each gradient is added by us, as soon as it is there, in the accumulator's dtype."""
+    buffer.share.append(1.0)
+    for i, leaf in enumerate(buffer.leaves):
+        hook = partial(_add, buffer.summed, i, buffer.dtypes[i], buffer.share)
+        leaf.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch has no types here
+
+
+def _add(summed: list[Tensor | None], index: int, dtype: torch.dtype, share: list[float], leaf: Tensor) -> None:
     grad, leaf.grad = leaf.grad, None
     assert grad is not None
     if grad.layout != torch.strided:
         grad = grad.to_dense()
-    sofar = wide[index]
-    wide[index] = grad.to(dtype) if sofar is None else sofar.add_(grad)
+    sofar = summed[index]
+    if sofar is None:
+        grad = grad.to(dtype, copy=True)  # NOTE [buffers that nobody else holds]
+        summed[index] = grad.mul_(share[0]) if share[0] != 1.0 else grad
+    else:
+        sofar.add_(grad, alpha=share[0])
+
+
+def _normal(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _own(leaf: Tensor) -> bool:
@@ -134,10 +162,10 @@ def _own(leaf: Tensor) -> bool:
     return True
 
 
-def _uses(function: type[torch.autograd.Function], output: Tensor) -> bool:
-    """Whether the graph behind ``output`` has a node of this custom Function."""
+def _uses(function: type[torch.autograd.Function], root: Node) -> bool:
+    """Whether the graph that ``root`` ends has a node of this custom Function."""
     seen: set[Node] = set()
-    stack = [output.grad_fn]
+    stack: list[Node | None] = [root]
     while stack:
         node = stack.pop()
         if node is None or node in seen:

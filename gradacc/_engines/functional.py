@@ -5,7 +5,7 @@ Nothing is changed in place and no value is read, so that the whole can be batch
 .. code-block:: text
 
     total, pullback = torch.func.vjp(loss, params)  # for every micro-batch
-    buffer = buffer + pullback(seed)
+    buffer = buffer + share * pullback(cotangent)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc._outcome import Outcome
+from gradacc._outcome import Contribution, Outcome
 
 
 class Buffer(NamedTuple):
@@ -34,7 +34,7 @@ def guard() -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def open(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Buffer:
+def init(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Buffer:
     """Nothing accumulated."""
     return Buffer(list(params), list(dtypes), [None] * len(params), depends=False)
 
@@ -44,10 +44,12 @@ def admit(tree: Any) -> Any:
     return tree
 
 
-def add(
-    buffer: Buffer, evaluate: Callable[[Sequence[Tensor]], Outcome], seed: Callable[[Outcome], float | Tensor | None]
+def update(
+    buffer: Buffer,
+    evaluate: Callable[[Sequence[Tensor]], Outcome],
+    contribution: Callable[[Outcome], Contribution | None],
 ) -> tuple[Buffer, Outcome]:
-    """Run one micro-batch forward and backward; a seed of 0 contributes exactly 0, whatever the gradient says."""
+    """Run one micro-batch forward and backward."""
     seen: list[Outcome] = []
 
     def target(params: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -60,16 +62,27 @@ def add(
     depends = buffer.depends or seen[0].target.requires_grad
     unwrapped = iter(tensors)
     outcome = seen[0].map(lambda _: next(unwrapped))
-    scale = seed(outcome)
-    if scale is None:
+    counts = contribution(outcome)
+    if counts is None:
         return buffer._replace(depends=depends), outcome
-    scale = torch.as_tensor(scale, dtype=value.dtype, device=value.device)
-    (grads,) = pullback(scale.expand_as(value))
+    cotangent, share = counts
+    exact = value.dtype.itemsize >= 4 and all(p.dtype == d for p, d in zip(buffer.params, buffer.dtypes, strict=True))
+    if exact and not isinstance(share, Tensor):
+        cotangent, share = cotangent * share, 1.0  # one multiplication instead of one for each gradient
+    (grads,) = pullback(torch.as_tensor(cotangent, dtype=value.dtype, device=value.device).expand_as(value))
     summed = [
-        _sum(sofar, torch.where(scale == 0, 0, grad).to(dtype))
+        _sum(sofar, _scaled(grad, share, dtype))
         for sofar, grad, dtype in zip(buffer.grads, grads, buffer.dtypes, strict=True)
     ]
     return buffer._replace(grads=summed, depends=depends), outcome
+
+
+def _scaled(grad: Tensor, share: float | Tensor, dtype: torch.dtype) -> Tensor:
+    """``share * grad`` in the accumulator's dtype; exactly 0 for a share of 0, whatever the gradient says."""
+    wide = (grad if grad.layout == torch.strided else grad.to_dense()).to(dtype)
+    if isinstance(share, Tensor):
+        return torch.where(share == 0, 0, wide * share)
+    return wide if share == 1.0 else wide * share
 
 
 def arrived(buffer: Buffer) -> bool:
@@ -77,7 +90,7 @@ def arrived(buffer: Buffer) -> bool:
     return buffer.depends
 
 
-def close(buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float | Tensor) -> list[Tensor]:
+def finalize(buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float | Tensor) -> list[Tensor]:
     """The gradients, times ``factor``."""
     return [
         torch.zeros_like(param, dtype=dtype)

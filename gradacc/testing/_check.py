@@ -159,10 +159,9 @@ def _diagnosis(
 
 
 def _row(probe: Probe, k: int, found: Errors, paths: list[str], rtol: float) -> Split:
-    sizes = [probe.examples * (i + 1) // k - probe.examples * i // k for i in range(k)]
     return Split(
         steps=k,
-        sizes=tuple(sorted(filter(None, sizes), reverse=True)),
+        sizes=tuple(size for _, size in _split.cuts(probe.examples, steps=k)),
         grad_error=found.grad,
         worst=paths[found.worst],
         value_error=found.value,
@@ -203,9 +202,7 @@ def _checked(loss_fn: Any, given: dict[str, Any]) -> _options.Options:
             raise ValueError(f"{_NAME}: it splits the batch itself; say how with steps=(2, 3, 4), and leave {name} out")
         if name not in _PASSED_ON:
             raise TypeError(f"{_NAME}: there is no option {name!r}; it takes steps, rtol, {', '.join(_PASSED_ON)}")
-    defaults: dict[str, Any] = {"in_dims": None, "argnums": 0, "has_aux": False, "reduction": "mean", "dtype": None}
-    absent = {"microbatch_size": None, "split": None, "has_carry": False, "through": None, "sync": None}
-    return _options.options(_NAME, loss_fn, _options.Given(steps=1, **absent, **(defaults | given)))
+    return _options.options(_NAME, loss_fn, _options.Given(steps=1, **given))
 
 
 def _counts(steps: Any) -> list[int]:

@@ -114,7 +114,9 @@ def test_any_parameter_tree(engine, data, params, batch):
         return (batch["x"] * common + batch["y"].sum(1) * common.square()).mean()
 
     leaves, treedef = optree.tree_flatten(params)  # torch.func takes no None
-    expected, value = torch.func.grad_and_value(lambda leaves: loss(optree.tree_unflatten(treedef, leaves), batch))(leaves)
+    expected, value = torch.func.grad_and_value(lambda leaves: loss(optree.tree_unflatten(treedef, leaves), batch))(
+        leaves
+    )
     split = data.draw(splits(len(batch["x"])))
     actual = ENGINES[engine](lambda: gradacc.accumulate_and_value(loss, **split)(params, batch))
     assert_trees_close(actual, (optree.tree_unflatten(treedef, expected), value))

@@ -123,7 +123,7 @@ def summed(output):
 @pytest.mark.parametrize("name", MODULES)
 def test_apply_is_the_module_with_these_parameters(name):
     module, x = build(name)
-    apply, params, buffers = gradacc.functional(module)
+    apply, params, _buffers = gradacc.functional(module)
     assert list(params) == [name for name, _ in module.named_parameters()]
     assert all(p.data_ptr() == q.data_ptr() for p, q in zip(params.values(), module.parameters(), strict=True))
     assert not any(p.requires_grad for p in params.values())
@@ -175,14 +175,14 @@ def test_running_statistics_are_dropped_unless_asked_for():
     apply, params, buffers = gradacc.functional(module)
     before = fingerprint((buffers, dict(module.state_dict())))
     apply(params, x)
-    output, updated = apply(params, x, buffers=buffers)
+    _output, updated = apply(params, x, buffers=buffers)
     assert fingerprint((buffers, dict(module.state_dict()))) == before
-    again, twice = apply(params, x, buffers=updated)
+    _again, twice = apply(params, x, buffers=updated)
     reference = copy.deepcopy(module)
     reference(x)
-    assert_trees_equal(updated, {name: b for name, b in reference.named_buffers()})
+    assert_trees_equal(updated, dict(reference.named_buffers()))
     reference(x)
-    assert_trees_equal(twice, {name: b for name, b in reference.named_buffers()})
+    assert_trees_equal(twice, dict(reference.named_buffers()))
     module.eval()  # the mode at the time of the call
     assert_trees_close(apply(params, x, buffers=updated)[0], F.batch_norm(
         F.linear(x, params["0.weight"], params["0.bias"]), updated["1.running_mean"], updated["1.running_var"],
@@ -230,7 +230,7 @@ def test_bad_input():
     inside[0].compile(backend="eager")
     with pytest.raises(TypeError, match="module '0' is compiled"):
         gradacc.functional(inside)
-    apply, params, buffers = gradacc.functional(nn.Linear(1, 1))
+    apply, params, _buffers = gradacc.functional(nn.Linear(1, 1))
     with pytest.raises(ValueError, match=r"params has \['wieght'\], which the module does not have.*'weight', 'bias'"):
         apply({"wieght": params["weight"]}, torch.ones(1, 1))
     with pytest.raises(ValueError, match=r"buffers has \['mean'\]"):
