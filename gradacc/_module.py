@@ -76,17 +76,19 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]
         given = {} if buffers is None else buffers
         _known("params", params, plan.params)
         _known("buffers", given, plan.buffers)
-        tensors = {name: tensor.detach() for name, tensor in plan.tensors()} | dict(params) | dict(given)
+        tensors = {**params, **given}
+        tensors |= {name: tensor.detach() for name, tensor in plan.tensors() if name not in tensors}
         # Copies, since a forward pass may write into its buffers.
         tensors |= {name: tensors[name].detach().clone() for name in plan.buffers}
         if torch.compiler.is_compiling():
             output = torch.func.functional_call(module, tensors, inputs, kwargs)
-            after = tensors
-        else:
-            replica = plan.replica(tensors)
-            output = replica(*inputs, **kwargs)
-            after = dict(replica.named_buffers())
-        return output if buffers is None else (output, {name: after[name].detach() for name in plan.buffers})
+            return output if buffers is None else (output, {name: tensors[name].detach() for name in plan.buffers})
+        replica = plan.replica(tensors)
+        output = replica(*inputs, **kwargs)
+        if buffers is None:
+            return output
+        after = dict(replica.named_buffers())
+        return output, {name: after[name].detach() for name in plan.buffers}
 
     return apply, params, buffers
 
@@ -162,8 +164,13 @@ _REGISTRIES = ("_parameters", "_buffers", "_modules")
 
 
 def _shallow(module: nn.Module) -> nn.Module:
-    replica: nn.Module = module._replicate_for_data_parallel()  # type: ignore[no-untyped-call]  # torch has no types here
-    return replica
+    cls = type(module)
+    if cls._replicate_for_data_parallel is nn.Module._replicate_for_data_parallel:
+        replica = cls.__new__(cls)  # what that method does, without five calls of Module.__setattr__
+        replica.__dict__.update(module.__dict__)
+        return replica
+    special: nn.Module = module._replicate_for_data_parallel()  # type: ignore[no-untyped-call]  # torch has no types here
+    return special
 
 
 def _reaches(value: Any, owned: set[int]) -> bool:

@@ -164,14 +164,15 @@ def _own(leaf: Tensor) -> bool:
 
 def _uses(function: type[torch.autograd.Function], root: Node) -> bool:
     """Whether the graph that ``root`` ends has a node of this custom Function."""
-    seen: set[Node] = set()
-    stack: list[Node | None] = [root]
+    wanted = function._backward_cls
+    seen = {root}
+    stack = [root]
     while stack:
         node = stack.pop()
-        if node is None or node in seen:
-            continue
-        if isinstance(node, function._backward_cls):
+        if type(node) is wanted:
             return True
-        seen.add(node)
-        stack.extend(parent for parent, _ in node.next_functions)
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
     return False
