@@ -1,0 +1,1 @@
+"""Benchmarks: `python -m benchmarks.eager` and its siblings. They report; they assert nothing about time."""

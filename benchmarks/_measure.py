@@ -1,0 +1,199 @@
+"""What every benchmark measures with: interleaved times, paired ratios, peak memory, fresh processes, the machine.
+
+Nothing here knows what is measured: a run is any function without arguments, and its result is dropped.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+Run = Callable[[], object]
+PROC = Path("/proc/self")
+
+
+class Spread(NamedTuple):
+    """Median and quartiles of a sample."""
+
+    median: float
+    low: float
+    high: float
+
+
+def spread(sample: Sequence[float]) -> Spread:
+    """Median, first and third quartile (inclusive method)."""
+    if len(sample) == 1:
+        return Spread(sample[0], sample[0], sample[0])
+    low, median, high = statistics.quantiles(sample, n=4, method="inclusive")
+    return Spread(median, low, high)
+
+
+def order(count: int, turn: int) -> list[int]:
+    """The order in which `count` contestants run in round `turn`: a Williams design, fixed and without chance.
+
+    Over `count` rounds (twice as many when `count` is odd) everyone takes every place equally often and follows
+    everyone else equally often, so that neither the place in the round nor what the predecessor left in the caches
+    favours anyone.
+
+    >>> [order(4, turn) for turn in range(4)]
+    [[0, 1, 3, 2], [1, 2, 0, 3], [2, 3, 1, 0], [3, 0, 2, 1]]
+    """
+    zigzag = [(place + 1) // 2 if place % 2 else -(place // 2) for place in range(count)]
+    row = [(step + turn) % count for step in zigzag]
+    return row[::-1] if count % 2 and (turn // count) % 2 else row
+
+
+def interleaved(
+    runs: Mapping[str, Run], *, rounds: int, warmup: int, device: torch.device, repeats: int = 1
+) -> dict[str, list[float]]:
+    """Seconds per call of each run, one entry a round: every round times every run once, in the order of `order`.
+
+    The first `warmup` rounds are dropped. A timing is the mean of `repeats` calls; garbage is collected before it and
+    the collector is off during it; on an accelerator the clock waits for the device at both ends.
+    """
+    names = list(runs)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    gc.collect()
+    gc.freeze()  # what is there already need not be searched before every timing
+    for turn in range(warmup + rounds):
+        for index in order(len(names), turn):
+            elapsed = _timed(runs[names[index]], device, repeats)
+            if turn >= warmup:
+                seconds[names[index]].append(elapsed)
+    gc.unfreeze()
+    return seconds
+
+
+def _timed(run: Run, device: torch.device, repeats: int) -> float:
+    gc.collect()
+    gc.disable()
+    try:
+        _wait(device)
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        _wait(device)
+        return (time.perf_counter() - start) / repeats
+    finally:
+        gc.enable()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def paired(seconds: Mapping[str, Sequence[float]], name: str, base: str) -> Spread:
+    """Spread over the rounds of (time of `name` / time of `base`), both taken from the same round."""
+    return spread([mine / other for mine, other in zip(seconds[name], seconds[base], strict=True)])
+
+
+def allocated_peak(run: Run, device: torch.device) -> int:
+    """Bytes of tensor memory at the highest point during `run`, over what was allocated before it: exact, no noise.
+
+    On a CPU, the running sum over torch.profiler's records of every allocation and free; on CUDA, the caching
+    allocator's own maximum. Memory that libraries take behind torch's back (BLAS packing buffers, say) is not in it.
+    """
+    gc.collect()
+    if device.type == "cuda":
+        _wait(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        _wait(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as recorded:
+        run()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        recorded.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    held = peak = 0
+    for event in sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak
+
+
+def resident_peak(run: Run) -> int:
+    """Bytes by which `run` raised this process's resident set at its highest point: what the machine must really have.
+
+    The kernel's own peak (VmHWM), reset just before the run where /proc lets us, minus the resident set at that moment,
+    after unused heap was handed back. Elsewhere the peak since the process began, so call it once a process.
+    """
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
+    try:
+        (PROC / "clear_refs").write_text("5")
+        before = _proc_status("VmRSS")
+        run()
+        return _proc_status("VmHWM") - before
+    except OSError:
+        before = _maximum_resident()
+        run()
+        return _maximum_resident() - before
+
+
+def _proc_status(field: str) -> int:
+    for line in (PROC / "status").read_text().splitlines():
+        if line.startswith(f"{field}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _maximum_resident() -> int:
+    maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return maximum if sys.platform == "darwin" else maximum * 1024
+
+
+def fresh(module: str, arguments: Sequence[str]) -> Any:
+    """Run `python -m module arguments` in a new process and return the JSON that it printed on its last line."""
+    command = [sys.executable, "-m", module, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1], check=False)
+    if done.returncode:
+        raise RuntimeError(f"python -m {module} {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine(device: torch.device, packages: Sequence[str] = ()) -> dict[str, Any]:
+    """What the figures depend on: processor, cores, threads, versions. No host name, no paths."""
+    described: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{package: importlib.metadata.version(package) for package in packages},
+    }
+    if device.type == "cuda":
+        described["device"] = torch.cuda.get_device_name(device)
+    return described
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,166 @@
+"""Time and memory of one accumulated gradient, eager: gradacc against the loops that it replaces.
+
+    python -m benchmarks.eager [--rounds 31] [--device cuda] [--quick]
+
+**Time.** All variants of `benchmarks._variants` take turns in one process, once a round, in a balanced order. What is
+reported is the median over the rounds of the ratio to another variant's time *in the same round*, with the quartiles:
+what slows the whole machine down cancels. The hand-written loop runs twice a round, under two names: the second row's
+distance from 1 is the noise. No variant takes an optimizer step; every variant frees its gradients inside the clock.
+Before anything is timed, every variant's gradient is checked against the large batch's.
+
+**Memory.** The peak over what was there before the call (module, batch), in sizes of the parameters and in 10⁶ bytes.
+*allocated*: every tensor, exact (torch.profiler's allocation records; on CUDA the caching allocator's maximum).
+*resident*: what the kernel saw, each variant and number of steps in a fresh process of its own (CPU only). Both against
+`steps` for the same batch, and *allocated* also with one micro-batch's size kept while the batch grows with `steps`.
+
+Writes `eager.json` and `eager.png` (to `--out`) and prints Markdown tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks._measure import allocated_peak, fresh, interleaved, machine, paired, resident_peak, spread
+from benchmarks._report import draw, tables
+from benchmarks._variants import AGAIN, FLOOR, LOOP, VARIANTS, check
+from benchmarks._workloads import WORKLOADS
+
+STEPS = (1, 2, 4, 8)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure every workload, each task in a fresh process, and write and print the results."""
+    options = _parse(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.task is not None:
+        warnings.simplefilter("ignore")
+        print(json.dumps(TASKS[options.task](options)))
+        return 0
+    results: dict[str, Any] = {
+        "machine": machine(torch.device(options.device), ("accelerate", "lightning-fabric")),
+        "settings": {"rounds": options.rounds, "warmup": options.warmup, "steps": STEPS},
+        "workloads": {},
+    }
+    for workload in options.workloads:
+        work = WORKLOADS[workload](torch.device("cpu"))
+        results["workloads"][workload] = {
+            "title": work.title,
+            "steps": work.steps,
+            "parameter_bytes": work.parameter_bytes,
+            **_run("time", options, workload),
+        }
+        if workload != "tiny":
+            results["workloads"][workload]["memory"] = _memory(options, workload)
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "eager.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    draw(results, options.out / "eager.png")
+    print(tables(results))
+    return 0
+
+
+def _memory(options: argparse.Namespace, workload: str) -> dict[str, Any]:
+    memory: dict[str, Any] = _run("allocated", options, workload)
+    if options.device == "cpu":
+        memory["resident"] = {
+            name: {str(steps): _run("resident", options, workload, name, steps) for steps in _steps(options)}
+            for name in _distinct()
+        }
+    return memory
+
+
+def time_task(options: argparse.Namespace) -> dict[str, Any]:
+    """Check all variants, then time them in turns."""
+    device = torch.device(options.device)
+    work = WORKLOADS[options.workload](device)
+    errors = check(work)
+    runs = {name: build(work, work.steps) for name, build in VARIANTS.items()}
+    repeats = 10 if options.workload == "tiny" else 1
+    seconds = interleaved(runs, rounds=options.rounds, warmup=options.warmup, device=device, repeats=repeats)
+    return {
+        "time": {
+            name: {
+                "vs_loop": paired(seconds, name, LOOP)._asdict(),
+                "vs_floor": paired(seconds, name, FLOOR)._asdict(),
+                "seconds": spread(seconds[name])._asdict(),
+                "gradient_error": errors[name],
+                "rounds": [round(elapsed, 7) for elapsed in seconds[name]],
+            }
+            for name in VARIANTS
+        }
+    }
+
+
+def allocated_task(options: argparse.Namespace) -> dict[str, Any]:
+    """Exact peaks in bytes, by variant and steps: of the workload's batch, and of `steps` times its micro-batch."""
+    device = torch.device(options.device)
+    work = WORKLOADS[options.workload](device)
+    microbatch = len(work.inputs) // work.steps
+    peaks: dict[str, Any] = {"allocated": {}, "allocated_fixed_microbatch": {}}
+    for name in _distinct():
+        for key, grown in (("allocated", False), ("allocated_fixed_microbatch", True)):
+            peaks[key][name] = {}
+            for steps in _steps(options):
+                run = VARIANTS[name](work.resized(steps * microbatch) if grown else work, steps)
+                run()
+                peaks[key][name][str(steps)] = allocated_peak(run, device)
+    return peaks
+
+
+def resident_task(options: argparse.Namespace) -> int:
+    """The kernel's peak in bytes of one variant at one number of steps, after a call that loads what is loaded late."""
+    work = WORKLOADS[options.workload](torch.device("cpu"))
+    run = VARIANTS[options.variant](work, options.steps)
+    run()
+    return resident_peak(run)
+
+
+TASKS = {"time": time_task, "allocated": allocated_task, "resident": resident_task}
+
+
+def _run(task: str, options: argparse.Namespace, workload: str, variant: str = LOOP, steps: int = 1) -> Any:
+    print(f"{task}: {workload}" + (f", {variant}, {steps} steps" if task == "resident" else ""), file=sys.stderr)
+    passed = ["--task", task, "--workload", workload, "--variant", variant, "--steps", str(steps)]
+    passed += ["--device", options.device, "--rounds", str(options.rounds), "--warmup", str(options.warmup)]
+    passed += ["--quick"] if options.quick else []
+    passed += ["--threads", str(options.threads)] if options.threads is not None else []
+    return fresh("benchmarks.eager", passed)
+
+
+def _distinct() -> list[str]:
+    return [name for name in VARIANTS if name != AGAIN]
+
+
+def _steps(options: argparse.Namespace) -> tuple[int, ...]:
+    return (1, 4) if options.quick else STEPS
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.eager", description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=31, help="timed rounds (31)")
+    parser.add_argument("--warmup", type=int, default=3, help="rounds before them that are dropped (3)")
+    parser.add_argument("--threads", type=int, help="of torch's CPU kernels (its default; 1 is less noisy when shared)")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    results = Path(__file__).parent / "results"
+    parser.add_argument("--out", type=Path, default=results, help="folder (benchmarks/results)")
+    parser.add_argument("--workloads", nargs="+", choices=WORKLOADS, default=list(WORKLOADS), help="which (all)")
+    parser.add_argument("--quick", action="store_true", help="three rounds and two numbers of steps: does it work?")
+    for internal in ("task", "workload", "variant"):
+        parser.add_argument(f"--{internal}", help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.rounds, options.warmup = 3, 1
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
