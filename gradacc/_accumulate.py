@@ -209,14 +209,17 @@ def _run(options: Options, loss_fn: Callable[..., Any], args: tuple[Any, ...], k
         tree = _tree.unflatten(treedef, leaves)
         trees = dict(zip(differentiated, (tree,) if single else tree, strict=True))
         positional = [trees[n] if n in trees else engine.admit(arg) for n, arg in enumerate(microbatch.args)]
-        return _outcome(options, loss_fn(*positional, **engine.admit(kwargs)), microbatch)
+        named = engine.admit(kwargs)
+        with engine.calling():
+            out = loss_fn(*positional, **named)
+        return _outcome(options, out, microbatch)
 
     with engine.guard():
         buffer = engine.init(params, accumulated)
     sums = _fold.Sums(known=divided.examples)
     empty = divided.whole if divided.examples == 0 else None
     for microbatch in divided.parts:  # the caller's iterator runs in the caller's modes, not under the guard
-        if microbatch.examples == 0:
+        if microbatch.empty:
             empty = empty or microbatch
             continue
         with engine.guard():

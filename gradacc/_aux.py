@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -99,13 +100,18 @@ def restored(mean: Mean, dtype: torch.dtype) -> Mean:
 def _partial(
     name: str, leaf: Any, share: float | Tensor | None, sizes: frozenset[int], aux: Aux, index: int
 ) -> Partial:
-    if isinstance(leaf, Mean) and isinstance(leaf.total, Tensor):
+    if isinstance(leaf, Mean) and isinstance(leaf.total, Tensor) and isinstance(leaf.weight, (Tensor, numbers.Real)):
         return Total(summable(leaf), leaf.total.dtype)
     if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] in sizes:
         return [leaf]
     if isinstance(leaf, Tensor) and leaf.ndim == 0 and leaf.is_floating_point() and share is not None:
         return Average(scaled(leaf, share), leaf.dtype)
     path = _tree.paths(aux.treedef, "aux")[index]
+    if isinstance(leaf, Mean):
+        raise TypeError(
+            f"{name}: {path} is a Mean of {describe(leaf.total)} and {describe(leaf.weight)}; its total must be a tensor "
+            "(torch.as_tensor), and its weight a number or a tensor"
+        )
     what = f"a {leaf.dtype} tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else describe(leaf)
     batch = " or ".join(map(str, sorted(sizes))) or "unknown"
     raise TypeError(

@@ -11,12 +11,18 @@ NOTE [replicas instead of swapping]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from gradacc import _tree
+from gradacc._engines import functorch_is_active, graph_nodes
 
 Tensors = dict[str, Tensor]
 
@@ -45,11 +51,12 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]
 
     Raises:
         TypeError: ``module`` is not a module, or a compiled or scripted one.
-        ValueError: from ``apply``, for names that the module does not have.
+        ValueError: from ``apply``, for names that the module does not have, and where the module reaches a parameter of its
+            own through a closure (found in the first call's graph).
 
-    Where it is not equal: an attribute that a forward pass assigns (``self.calls += 1``) is assigned on the replica and
-    dropped; modules that the forward pass reaches only through a closure run with their own parameters; submodules that are
-    added or replaced later are not seen (call `functional` again).
+    Where it is not equal: what a forward pass assigns to an attribute (``self.calls += 1``, ``self.losses.append(x)``) stays
+    on the replica and is dropped; submodules that are added or replaced later are not seen (call `functional` again); hooks
+    that a forward pass registers stay on the module.
 
     Example:
         >>> import torch, gradacc
@@ -66,7 +73,7 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]
     Source: `torch.func.functional_call`, of which this is the form that survives recomputation and threads.
     """
     _check(module)
-    plan = _plan(module)
+    plan, unchecked = _plan(module), [True]
     params = {name: param.detach() for name, param in module.named_parameters()}
     buffers = {name: buffer.detach() for name, buffer in module.named_buffers()}
 
@@ -79,16 +86,19 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]
         tensors = {**params, **given}
         tensors |= {name: tensor.detach() for name, tensor in plan.tensors() if name not in tensors}
         # Copies, since a forward pass may write into its buffers.
-        tensors |= {name: tensors[name].detach().clone() for name in plan.buffers}
+        tensors |= {name: tensors[name].clone() for name in plan.buffers}
         if torch.compiler.is_compiling():
             output = torch.func.functional_call(module, tensors, inputs, kwargs)
             return output if buffers is None else (output, {name: tensors[name].detach() for name in plan.buffers})
-        replica = plan.replica(tensors)
-        output = replica(*inputs, **kwargs)
+        replicas = plan.replicas(tensors)
+        output = replicas[0](*inputs, **kwargs)
+        if unchecked and torch.is_grad_enabled() and not functorch_is_active():
+            _refuse_own_parameters(plan, params, output)  # once: it costs 1 us a node of the graph
+            unchecked.clear()
         if buffers is None:
             return output
-        after = dict(replica.named_buffers())
-        return output, {name: after[name].detach() for name in plan.buffers}
+        after = {name: replicas[i]._buffers.get(key) for name, (i, key) in plan.buffers.items()}
+        return output, {name: buffer.detach() for name, buffer in after.items() if buffer is not None}
 
     return apply, params, buffers
 
@@ -102,6 +112,8 @@ class _Part(NamedTuple):
     buffers: list[tuple[str, str | None]]
     holders: list[str]
     """Attributes outside the registries through which modules or tensors of the tree are reached."""
+    containers: list[str]
+    """Attributes that a forward pass may write into: lists, dicts, sets and tensors of the module's own."""
 
 
 class _Plan(NamedTuple):
@@ -114,12 +126,13 @@ class _Plan(NamedTuple):
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """The module's own tensors as they are now."""
-        for name, (part, key) in self.params.items():
-            yield name, self.parts[part].module._parameters[key]  # type: ignore[misc]  # not None: it has a name
-        for name, (part, key) in self.buffers.items():
-            yield name, self.parts[part].module._buffers[key]  # type: ignore[misc]
+        for names, registry in ((self.params, "_parameters"), (self.buffers, "_buffers")):
+            for name, (part, key) in names.items():
+                tensor = getattr(self.parts[part].module, registry).get(key)
+                if tensor is not None:
+                    yield name, tensor
 
-    def replica(self, tensors: Mapping[str, Tensor]) -> nn.Module:
+    def replicas(self, tensors: Mapping[str, Tensor]) -> list[nn.Module]:
         """New modules around the given tensors; NOTE [replicas instead of swapping]."""
         replicas = [_shallow(part.module) for part in self.parts]
         for part, replica in zip(self.parts, replicas, strict=True):
@@ -127,13 +140,20 @@ class _Plan(NamedTuple):
             attributes["_modules"] = {key: None if i is None else replicas[i] for key, i in part.children}
             attributes["_parameters"] = {key: None if name is None else tensors[name] for key, name in part.params}
             attributes["_buffers"] = {key: None if name is None else tensors[name] for key, name in part.buffers}
+            for name in part.containers:
+                value = attributes[name]
+                attributes[name] = value.clone() if isinstance(value, Tensor) else copy.copy(value)
+            if getattr(part.module, "max_norm", None) is not None:  # an embedding that renormalises its weight in place
+                attributes["_parameters"] = {
+                    k: v if v is None else v.clone() for k, v in attributes["_parameters"].items()
+                }
         if any(part.holders for part in self.parts):
             new: dict[int, Any] = {id(own): tensors[name] for name, own in self.tensors()}
             new |= {id(part.module): replica for part, replica in zip(self.parts, replicas, strict=True)}
             for part, replica in zip(self.parts, replicas, strict=True):
                 for name in part.holders:
                     replica.__dict__[name] = _renew(part.module.__dict__[name], new)
-        return replicas[0]
+        return replicas
 
 
 def _plan(module: nn.Module) -> _Plan:
@@ -148,6 +168,7 @@ def _plan(module: nn.Module) -> _Plan:
             [(key, names.get(id(param))) for key, param in original._parameters.items()],
             [(key, names.get(id(buffer))) for key, buffer in original._buffers.items()],
             [key for key, value in original.__dict__.items() if key not in _REGISTRIES and _reaches(value, owned)],
+            [key for key, value in original.__dict__.items() if key not in _INTERNAL and isinstance(value, _WRITABLE)],
         )
         for original in originals
     ]
@@ -161,37 +182,68 @@ def _plan(module: nn.Module) -> _Plan:
 
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
+_INTERNAL = frozenset(nn.Module().__dict__)
+_WRITABLE = (list, dict, set, deque, Tensor)
+_CONTAINERS = (list, tuple, set, frozenset, deque)
 
 
 def _shallow(module: nn.Module) -> nn.Module:
     cls = type(module)
     if cls._replicate_for_data_parallel is nn.Module._replicate_for_data_parallel:
-        replica = cls.__new__(cls)  # what that method does, without five calls of Module.__setattr__
+        replica: nn.Module = object.__new__(cls)  # what that method does, without five calls of Module.__setattr__
         replica.__dict__.update(module.__dict__)
         return replica
     special: nn.Module = module._replicate_for_data_parallel()  # type: ignore[no-untyped-call]  # torch has no types here
     return special
 
 
-def _reaches(value: Any, owned: set[int]) -> bool:
-    """Whether a module or tensor of the tree is reached through lists, tuples, dicts or bound methods."""
-    if id(value) in owned:
-        return True
+def _parts_of(value: Any) -> Iterable[Any]:
+    """What a value holds, as far as `_renew` can put something else in its place."""
     if isinstance(value, MethodType):
-        return id(value.__self__) in owned
-    items = value.values() if type(value) is dict else value if type(value) in (list, tuple) else ()
-    return any(_reaches(item, owned) for item in items)
+        return (value.__self__,)
+    if isinstance(value, partial):
+        return (value.func, *value.args, *value.keywords.values())
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, _CONTAINERS) else ()
 
 
-def _renew(value: Any, new: Mapping[int, Any]) -> Any:
+def _reaches(value: Any, owned: set[int], depth: int = 8) -> bool:
+    """Whether a module or tensor of the tree is reached through containers, bound methods and partials."""
+    return id(value) in owned or (depth > 0 and any(_reaches(item, owned, depth - 1) for item in _parts_of(value)))
+
+
+def _renew(value: Any, new: Mapping[int, Any], depth: int = 8) -> Any:
     """``value`` with what `_reaches` found replaced."""
     if id(value) in new:
         return new[id(value)]
+    if depth == 0 or not _parts_of(value):
+        return value
     if isinstance(value, MethodType):
         return MethodType(value.__func__, new.get(id(value.__self__), value.__self__))
-    if type(value) in (list, tuple):
-        return type(value)(_renew(item, new) for item in value)
-    return {key: _renew(item, new) for key, item in value.items()} if type(value) is dict else value
+    if isinstance(value, partial):
+        args = [_renew(item, new, depth - 1) for item in value.args]
+        named = {key: _renew(item, new, depth - 1) for key, item in value.keywords.items()}
+        return partial(_renew(value.func, new, depth - 1), *args, **named)
+    if isinstance(value, dict):
+        renewed = copy.copy(value)  # an OrderedDict or a defaultdict stays one
+        renewed.update({key: _renew(item, new, depth - 1) for key, item in value.items()})
+        return renewed
+    items = [_renew(item, new, depth - 1) for item in value]
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def _refuse_own_parameters(plan: _Plan, given: Mapping[str, Tensor], output: Any) -> None:
+    """The module's own parameter behind an output, where another was given: reached in a way that cannot be renewed."""
+    own = {id(tensor): name for name, tensor in plan.tensors() if name in given and tensor is not given[name]}
+    tensors = [leaf for leaf in _tree.flatten(output)[0] if isinstance(leaf, Tensor)]
+    for node in graph_nodes(tensor.grad_fn for tensor in tensors):
+        name = own.get(id(getattr(node, "variable", None)))
+        if name is not None:
+            raise ValueError(
+                f"apply: the module used its own parameter {name!r}, not the one that it was given. It reached it through a "
+                "closure, or an object that is not a module, a container or a functools.partial: reach it through self"
+            )
 
 
 def _check(module: Any) -> None:

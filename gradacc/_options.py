@@ -77,8 +77,12 @@ def options(name: str, loss_fn: Any, given: Given) -> Options:
         raise TypeError(f"{name}: has_aux must be True or False, got {describe(given.has_aux)}")
     if given.reduction not in ("mean", "sum"):
         raise ValueError(f"{name}: reduction must be 'mean' or 'sum', got {given.reduction!r}")
-    if given.dtype is not None and not (isinstance(given.dtype, torch.dtype) and given.dtype.is_floating_point):
-        raise TypeError(f"{name}: dtype must be a floating torch.dtype such as torch.float32, got {given.dtype!r}")
+    if given.dtype is not None and not (
+        isinstance(given.dtype, torch.dtype) and given.dtype.is_floating_point and given.dtype.itemsize >= 2
+    ):
+        raise TypeError(
+            f"{name}: dtype must be a floating torch.dtype of 16 bits or more (torch.float32), got {given.dtype!r}"
+        )
     return Options(
         name=name,
         steps=None if given.steps is None else positive_int(name, "steps", given.steps),

@@ -20,6 +20,9 @@ class Microbatch(NamedTuple):
     sizes: frozenset[int]
     """The sizes of its tensors along their split dimension: one where they agree."""
 
+    empty: bool = False
+    """Whether there is nothing in it: tensors without examples, and no other leaf that a weight could be counted from."""
+
     @property
     def examples(self) -> int | None:
         """How many examples it has; None where that cannot be told."""
@@ -101,7 +104,8 @@ def _iterate(options: Options, parts: Iterable[Any], args: Sequence[Any], dim: A
                 for leaf, d, path in zip(leaves, dims, paths, strict=True)
                 if isinstance(leaf, Tensor) and _validate.splittable(options.name, leaf, d, path) is not None
             ]
-        yield Microbatch((*args[:batch], part, *args[batch + 1 :]), frozenset(sizes))
+        empty = set(sizes) == {0} and len(sizes) == len(leaves)
+        yield Microbatch((*args[:batch], part, *args[batch + 1 :]), frozenset(sizes), empty)
 
 
 def _leaf_dims(options: Options, dims: Any, tree: Any, position: int) -> list[Any]:

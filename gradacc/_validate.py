@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import numbers
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from gradacc import _dtypes, _engines, _tree
@@ -51,6 +53,10 @@ def parameters(name: str, leaves: Sequence[Any], treedef: _tree.TreeDef, root: s
                 f"{name}: {path} is a DTensor of shape {tuple(leaf.shape)}; sharded parameters are not supported yet. "
                 "Pass local tensors (DTensor.to_local()), or full ones (DTensor.full_tensor())"
             )
+        if isinstance(leaf, Tensor) and _is_odd(leaf):
+            raise TypeError(
+                f"{name}: {path} is a sparse or nested tensor; parameters must be dense. Pass it as to_dense()"
+            )
         if isinstance(leaf, Tensor):
             raise TypeError(
                 f"{name}: {path} is a tensor of dtype {leaf.dtype} and shape {tuple(leaf.shape)}; only floating and "
@@ -66,7 +72,13 @@ def parameters(name: str, leaves: Sequence[Any], treedef: _tree.TreeDef, root: s
 
 
 def _is_parameter(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()) and not _is_sharded(leaf)
+    if not isinstance(leaf, Tensor) or _is_sharded(leaf) or _is_odd(leaf):
+        return False
+    return leaf.is_floating_point() or leaf.is_complex()
+
+
+def _is_odd(leaf: Tensor) -> bool:
+    return leaf.layout == torch.sparse_coo or leaf.is_nested
 
 
 def _is_sharded(leaf: Any) -> bool:
@@ -148,16 +160,20 @@ def iterable(options: Options, batch: Any) -> Any:
     """The micro-batches, where nothing says how to split: the batch must be an iterable of them."""
     if options.split is not None:
         batch = options.split(batch)
-        if not hasattr(batch, "__iter__"):
+        if not _is_iterable(batch):
             raise TypeError(f"{options.name}: split returned {describe(batch)}; it must yield or return micro-batches")
         return batch
-    is_record = isinstance(batch, (Tensor, dict, str, bytes)) or hasattr(batch, "keys") or hasattr(batch, "_fields")
-    if is_record or not hasattr(batch, "__iter__"):
+    if not _is_iterable(batch):
         raise TypeError(
             f"{options.name}: without steps, microbatch_size or split, the batch must be an iterable of micro-batches, "
             f"got {describe(batch)}. Pass steps= to have it split, or a list of micro-batches"
         )
     return batch
+
+
+def _is_iterable(batch: Any) -> bool:
+    is_record = isinstance(batch, (Tensor, str, bytes)) or hasattr(batch, "keys") or hasattr(batch, "_fields")
+    return hasattr(batch, "__iter__") and not is_record
 
 
 def returned(options: Options, out: Any) -> tuple[Any, Any]:
@@ -262,6 +278,15 @@ def dependence(options: Options, depends: bool) -> None:
         )
 
 
+def untouched(leaves: Sequence[Tensor]) -> None:
+    """A loss that calls ``.backward()`` on the parameters would add to what is accumulated."""
+    if any(leaf.grad is not None for leaf in leaves):
+        raise ValueError(
+            "gradacc: the loss called .backward() through the parameters that it was given. Use torch.autograd.grad or "
+            "torch.func.grad for a gradient inside a loss, or detach() the parameters there"
+        )
+
+
 def reentrant_checkpoint(found: bool) -> None:
     """Torch cannot run a reentrant checkpoint in a backward pass that is restricted to given leaves."""
     if found:
@@ -282,7 +307,7 @@ def _pair(out: Any) -> str:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (bool, int, float))
+    return isinstance(value, numbers.Real)  # NumPy's scalars too
 
 
 def _paths_if(leaves: Sequence[Any], treedef: _tree.TreeDef, root: str, good: Callable[[Any], bool]) -> Sequence[str]:

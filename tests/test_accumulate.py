@@ -324,7 +324,6 @@ def test_aux_is_what_the_large_batch_would_have_returned(reduction, engine, para
         (lambda x: torch.ones(5), r"shape \(5,\)"),
         (lambda x: 1.5, r"1.5 \(float\)"),
         (lambda x: "text", "a str"),
-        (lambda x: gradacc.Mean(1.0, 2), "Mean"),
     ],
 )
 def test_aux_that_cannot_be_put_together_is_an_error(leaf, named, engine):
@@ -333,6 +332,14 @@ def test_aux_that_cannot_be_put_together_is_an_error(leaf, named, engine):
 
     with pytest.raises(TypeError, match=f"(?s){named}.*gradacc.Mean.*micro-batch's size is 2"):
         ENGINES[engine](lambda: gradacc.accumulate(loss, steps=2, has_aux=True)(torch.ones(()), torch.ones(4)))
+
+
+@pytest.mark.parametrize(("total", "weight"), [(1.0, 2), (torch.ones(()), "2"), (torch.ones(()), None)])
+def test_a_mean_in_aux_is_of_a_tensor_and_a_number(total, weight):
+    with pytest.raises(TypeError, match=r"aux\['m'\] is a Mean of .*; its total must be a tensor"):
+        gradacc.accumulate(lambda w, x: ((w * x).mean(), {"m": gradacc.Mean(total, weight)}), steps=2, has_aux=True)(
+            torch.ones(()), torch.ones(4)
+        )
 
 
 def test_aux_of_another_structure_or_kind_is_an_error():
@@ -765,3 +772,123 @@ def test_an_exception_halfway_propagates_unchanged_and_leaves_nothing(params, ba
     assert all(ref() is None for ref in seen)
     grads = gradacc.accumulate(lambda w, b: apply(w, b["x"]).square().mean(), steps=3)(weights, batch)
     assert_trees_close(grads, torch.func.grad(lambda w: apply(w, batch["x"]).square().mean())(weights))
+
+
+# --- losses that do more than compute
+
+
+def test_a_grad_fn_inside_a_loss_is_differentiated_through():
+    """MAML: the outer gradient goes through the inner one, on the eager engine too."""
+    w, x = torch.tensor([0.3, -0.7], dtype=D), torch.arange(12, dtype=D).view(6, 2).sin()
+
+    def inner(w, x):
+        return torch.tanh(x @ w).square().mean()
+
+    def outer(grad_fn):
+        return lambda w, x: inner(w - 0.5 * grad_fn(w, x[:1].expand(4, 2) * 2), x)
+
+    expected = torch.func.grad_and_value(outer(torch.func.grad(inner)))(w, x)
+    ours = outer(gradacc.accumulate(inner, steps=2))
+    assert_trees_close(gradacc.accumulate_and_value(ours, steps=1)(w, x), expected)
+    penalty = gradacc.accumulate(lambda w, x: gradacc.accumulate(inner, steps=2)(w, x).square().sum(), steps=1)
+    assert_trees_close(penalty(w, x), torch.func.grad(lambda w: torch.func.grad(inner)(w, x).square().sum())(w))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_hooks_on_parameters_do_not_pile_up(dtype):
+    def loss(w, x):
+        w.register_hook(lambda grad: 2 * grad)
+        return (w * x).mean()
+
+    grads = gradacc.accumulate(loss, steps=4)(torch.ones((), dtype=dtype), torch.ones(4, dtype=dtype))
+    assert grads == 2
+
+
+def test_backward_inside_the_loss_is_refused():
+    def loss(w, x):
+        w.square().backward()
+        return (w * x).mean()
+
+    with pytest.raises(ValueError, match=r"called .backward\(\) through the parameters"):
+        gradacc.accumulate(loss, steps=2)(torch.ones(()), torch.ones(4))
+
+
+def test_an_autograd_gradient_inside_the_loss():
+    def loss(w, x):
+        (slope,) = torch.autograd.grad((w**3).sum(), w, create_graph=True)
+        return (slope * x[:, None]).mean()
+
+    x, w = torch.arange(3, dtype=D), torch.tensor([1.0, 2.0], dtype=D)
+    torch.testing.assert_close(gradacc.accumulate(loss, steps=3)(w, x), 6 * w / 2)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)  # torch's forward mode uses it
+def test_forward_mode_differentiation_reaches_the_gradient():
+    from torch.autograd import forward_ad
+
+    def loss(w, x):
+        return (w**3 * x).mean()
+
+    x = torch.ones(4, dtype=D)
+    with forward_ad.dual_level():
+        w = forward_ad.make_dual(torch.tensor(2.0, dtype=D), torch.tensor(1.0, dtype=D))
+        grad, tangent = forward_ad.unpack_dual(gradacc.accumulate(loss, steps=2)(w, x))
+    assert grad == 12
+    assert tangent == 12
+
+
+def test_a_loader_may_refill_its_buffer():
+    buffer = torch.zeros(2)
+
+    def loader():
+        for i in range(3):
+            yield buffer.fill_(i)
+
+    aux = gradacc.accumulate(lambda w, x: ((w * x).mean(), x), has_aux=True)(torch.ones(()), loader())[1]
+    assert aux.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+def test_a_micro_batch_without_tensor_rows_may_still_have_a_weight():
+    parts = [{"edges": torch.ones(2, 4), "n": 4}, {"edges": torch.zeros(0, 4), "n": 5}]
+    loss = lambda w, part: gradacc.Mean(w * part["n"] + (w * part["edges"]).sum(), part["n"])  # noqa: E731
+    grads, value = gradacc.accumulate_and_value(loss)(torch.ones(()), parts)
+    assert value.weight == 9
+    torch.testing.assert_close(grads, torch.tensor((4 + 8 + 5) / 9))
+
+
+def test_memory_does_not_grow_under_an_outer_autocast():
+    w, x = torch.ones(64, 64), torch.ones(4, 64)
+    grad_fn = gradacc.accumulate(lambda w, x: (x @ w).float().mean(), steps=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        counts = []
+        for calls in (3, 3, 20):
+            for _ in range(calls):
+                grad_fn(w, x)
+            gc.collect()
+            counts.append(sum(issubclass(type(thing), Tensor) for thing in gc.get_objects()))
+        bytes_kept = tensor_bytes_kept(lambda: [grad_fn(w, x) for _ in range(20)])
+    assert counts[0] == counts[-1]
+    assert bytes_kept == 0
+
+
+def tensor_bytes_kept(run):
+    """What torch has allocated and not freed after ``run()`` and its result are gone, in bytes."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
+        run()
+    return sum(event.nbytes() for event in profile.profiler.kineto_results.events() if event.name() == "[memory]")
+
+
+def test_numpy_scalars_are_numbers():
+    import numpy as np
+
+    for weight in (np.int64(4), np.float32(4), np.float64(4)):
+        assert (
+            gradacc.accumulate(lambda w, x, n=weight: gradacc.Mean((w * x).sum(), n), steps=1)(
+                torch.ones(()), torch.ones(4)
+            )
+            == 1
+        )

@@ -1,5 +1,6 @@
 """The eager engine's own promises: whose memory is whose, and how much of it."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -119,3 +120,28 @@ def test_memory_is_the_hand_written_loops():
     for steps in (1, 2, 4, 8):
         ours = tensor_bytes(lambda s=steps: gradacc.accumulate(loss, steps=s)(params, (x, y)))
         assert ours <= tensor_bytes(lambda s=steps: loop(s)) + 64
+
+
+def test_a_gradient_in_numpys_memory_is_copied():
+    array = np.arange(3.0)
+
+    class Product(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, p, x):
+            return (p * torch.from_numpy(array)).sum() * x
+
+        @staticmethod
+        def backward(ctx, grad):
+            return torch.from_numpy(array), None
+
+    grad_fn = gradacc.accumulate(lambda p, x: Product.apply(p, x.sum()), steps=2, reduction="sum")
+    grads = grad_fn(torch.ones(3, dtype=D), torch.ones(2, dtype=D))
+    grads.add_(1)
+    assert array.tolist() == [0, 1, 2]
+    assert grads.tolist() == [1, 3, 5]
+
+
+def test_a_gradient_keeps_no_larger_storage_alive():
+    params = [torch.ones(4, 8), torch.ones(2, 8)]
+    grads = gradacc.accumulate(lambda p, x: (torch.cat(p) * x.mean()).sum(), steps=2)(params, torch.ones(4))
+    assert [grad.untyped_storage().nbytes() for grad in grads] == [4 * 8 * 4, 2 * 8 * 4]

@@ -1,6 +1,9 @@
 """`functional`: equal to the module, never changing it, also where it is run again during the backward pass."""
 
 import copy
+import functools
+from collections import OrderedDict, defaultdict, deque
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -48,6 +51,42 @@ class Held(nn.Module):
         return x @ weight + bias
 
 
+class Ordered(nn.Module):
+    """And through other containers, partials, hooks and patched methods."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 3)
+        self.by_name = OrderedDict(first=self.a)
+        self.rest = defaultdict(list, {"more": [self.b]})
+        self.queue = deque([self.a])
+        self.pair = Pair(self.b, self.a)
+        self.act = functools.partial(self.scaled, factor=2.0)
+        self.gate = nn.Parameter(torch.ones(3))
+        self.seen = None
+        self.a.register_forward_hook(self.save)
+        self.b.register_forward_pre_hook(functools.partial(Ordered.shift, self))
+
+    def scaled(self, x, factor):
+        return torch.tanh(x * self.gate * factor)
+
+    def save(self, module, args, output):
+        self.seen = output
+
+    def shift(self, module, args):
+        return (args[0] + self.gate,)
+
+    def forward(self, x):
+        x = self.act(self.by_name["first"](x))
+        x = self.rest["more"][0](x) + self.seen
+        return self.pair.first(self.queue[0](x)) + self.pair.second(x)
+
+
+class Pair(NamedTuple):
+    first: nn.Module
+    second: nn.Module
+
+
 class Tied(nn.Module):
     def __init__(self):
         super().__init__()
@@ -87,6 +126,7 @@ MODULES = {
     "sequential": (lambda: nn.Sequential(nn.Linear(3, 4), nn.GELU(), nn.Linear(4, 2)), X),
     "checkpointed": (Checkpointed, X),
     "held": (Held, X),
+    "ordered": (Ordered, X),
     "tied": (Tied, torch.tensor([[0, 1, 6], [2, 2, 3], [4, 5, 0], [1, 1, 1]])),
     "unused": (Unused, X),
     "parametrized": (parametrized, X),
@@ -241,3 +281,70 @@ def test_bad_input():
 def test_scripted_modules_are_refused():
     with pytest.raises(TypeError, match="scripted"):
         gradacc.functional(torch.jit.script(nn.Linear(1, 1)))
+
+
+def test_a_parameter_reached_through_a_closure_is_an_error_not_a_zero_gradient():
+    module = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1)).double()
+    first = module[0]
+    module[1].register_forward_pre_hook(lambda _, args: (first(args[0]),))
+    apply, params, _ = gradacc.functional(module)
+    with pytest.raises(ValueError, match="used its own parameter '0.(weight|bias)'.*reach it through self"):
+        gradacc.accumulate(lambda p, x: apply(p, x).square().mean(), steps=2)(params, X)
+    apply(dict(module.named_parameters()), X)  # its own are its own
+
+
+class Habits(nn.Module):
+    """What forward passes leave behind."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+        self.losses, self.cache = [], {}
+        self.count = torch.zeros(())
+        self.register_buffer("previous", torch.zeros(3))
+        self.register_buffer("spare", torch.zeros(3))
+
+    def forward(self, x):
+        x = self.linear(x)
+        self.losses.append(x.sum())
+        self.cache["x"] = x
+        self.count += 1
+        self.spare = None
+        self.previous = x.detach().mean(0)
+        return x + sum(self.losses)
+
+
+def test_what_a_forward_pass_leaves_behind_stays_off_the_module():
+    module = Habits().double()
+    apply, params, buffers = gradacc.functional(module)
+    for _ in range(2):
+        output, after = apply(params, X, buffers=buffers)
+    assert (module.losses, module.cache, module.count.item()) == ([], {}, 0)
+    assert module.previous.tolist() == [0, 0, 0]
+    assert list(after) == ["previous"]
+    torch.testing.assert_close(after["previous"], module.linear(X).mean(0).detach())
+    torch.testing.assert_close(output, module.linear(X) + module.linear(X).sum())
+
+
+def test_an_embedding_that_renormalises_itself_changes_a_copy():
+    module = nn.Embedding(4, 2, max_norm=0.1).double()
+    apply, params, _ = gradacc.functional(module)
+    before = fingerprint(params)
+    output = apply(params, torch.tensor([0, 3]))
+    assert fingerprint(params) == before
+    assert (output.norm(dim=1) <= 0.1 + 1e-6).all()
+
+
+def test_gradients_with_respect_to_buffers():
+    apply, params, buffers = gradacc.functional(Shifted())
+    grads = torch.func.grad(lambda shift: apply(params, X, buffers=buffers | {"shift": shift})[0].sum())(X[0])
+    torch.testing.assert_close(grads, torch.full((3,), 4.0, dtype=D))
+
+
+class Shifted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("shift", torch.zeros(3, dtype=D))
+
+    def forward(self, x):
+        return x + self.shift

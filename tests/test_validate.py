@@ -177,6 +177,18 @@ CALL = {
     "window dict": ({}, (PARAMS, BATCH), TypeError, "must be an iterable of micro-batches, got a dict"),
     "window string": ({}, (PARAMS, "abc"), TypeError, "must be an iterable of micro-batches, got a str"),
     "window number": ({}, (PARAMS, 3), TypeError, r"must be an iterable of micro-batches, got 3 \(int\)"),
+    "split returns the batch": (
+        dict(split=lambda batch: batch["x"]),
+        (PARAMS, BATCH),
+        TypeError,
+        "split returned a tensor of shape .*; it must yield",
+    ),
+    "sparse parameters": (
+        dict(steps=2),
+        (torch.eye(2).to_sparse(), BATCH),
+        TypeError,
+        "params is a sparse or nested tensor",
+    ),
     "split returns": (dict(split=lambda batch: None), (PARAMS, BATCH), TypeError, "split returned None; it must yield"),
     "module": (
         dict(steps=2),

@@ -4,6 +4,7 @@ An engine is a module of functions; the caller never chooses one (`gradacc._accu
 
 - ``guard()``: the context for everything but the caller's own iterator;
 - ``init(params, dtypes) -> buffer``;
+- ``calling()``: the context of the loss itself;
 - ``admit(tree)``: arguments on their way to the loss;
 - ``update(buffer, evaluate, contribution) -> (buffer, outcome)``: ``outcome = evaluate(leaves)`` and, where
   ``contribution(outcome)`` is not None, ``buffer += cotangent * share * gradient of outcome.target``;
@@ -13,9 +14,49 @@ An engine is a module of functions; the caller never chooses one (`gradacc._accu
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
+from torch.autograd import forward_ad
+from torch.autograd.graph import Node
+
+_inside: ContextVar[bool] = ContextVar("inside a loss that the eager engine differentiates", default=False)
 
 
 def transforming() -> bool:
-    """Whether a functorch transform (vmap, grad, jvp, …) is active or Dynamo is tracing, so that no value can be read."""
-    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+    """Whether results are differentiated or batched further, so that no value can be read and nothing detached.
+
+    That is where a functorch transform (vmap, grad, jvp, …) is active, a level of forward-mode differentiation, or Dynamo's
+    tracing; and inside the loss of another ``grad_fn``, whose gradient goes through this one's result.
+    """
+    return torch.compiler.is_compiling() or functorch_is_active() or forward_ad._current_level >= 0 or _inside.get()
+
+
+def functorch_is_active() -> bool:
+    """Whether a functorch transform is."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def graph_nodes(roots: Iterable[Node | None]) -> Iterator[Node]:
+    """The nodes of an autograd graph, each once."""
+    stack = [root for root in roots if root is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        yield node
+        for parent, _ in node.next_functions:
+            if parent is not None and parent not in seen:
+                seen.add(parent)
+                stack.append(parent)
+
+
+@contextmanager
+def inside_a_loss() -> Iterator[None]:
+    """While the eager engine runs a loss."""
+    token = _inside.set(True)
+    try:
+        yield
+    finally:
+        _inside.reset(token)
