@@ -79,6 +79,9 @@ def accumulate_and_value(
 
         accumulate_and_value(f, steps=k)(params, batch) = torch.func.grad_and_value(f)(params, batch)
 
+    To rounding for any ``k``; bit for bit for ``k = 1`` (the bits are plain autograd's; torch.func decomposes the backward
+    pass of ``group_norm``, and differs from them there).
+
     It is this loop, for a loss that is a mean over examples:
 
     .. code-block:: python
