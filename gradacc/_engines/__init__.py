@@ -39,17 +39,16 @@ def functorch_is_active() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def graph_nodes(roots: Iterable[Node | None]) -> Iterator[Node]:
-    """The nodes of an autograd graph, each once."""
-    stack = [root for root in roots if root is not None]
-    seen = set(stack)
+def graph_nodes(roots: Iterable[Node | None]) -> set[Node]:
+    """The nodes of an autograd graph."""
+    seen = {root for root in roots if root is not None}
+    stack = list(seen)
     while stack:
-        node = stack.pop()
-        yield node
-        for parent, _ in node.next_functions:
+        for parent, _ in stack.pop().next_functions:
             if parent is not None and parent not in seen:
                 seen.add(parent)
                 stack.append(parent)
+    return seen
 
 
 @contextmanager

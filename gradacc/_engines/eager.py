@@ -86,8 +86,8 @@ def update(
     edge = get_gradient_edge(outcome.target) if counts is not None and outcome.target.requires_grad else None
     outcome = outcome.map(_bare)  # from here on the edge alone keeps the graph
     if counts is not None and edge is not None:
-        wanted = CheckpointFunction._backward_cls
-        _validate.reentrant_checkpoint(any(type(node) is wanted for node in _engines.graph_nodes([edge.node])))
+        types = set(map(type, _engines.graph_nodes([edge.node])))
+        _validate.reentrant_checkpoint(CheckpointFunction._backward_cls in types)
         _backward(buffer, leaves, edge, outcome.target, counts)
     device = leaves[0].device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
