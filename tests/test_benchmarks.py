@@ -12,11 +12,11 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.mark.slow
 def test_eager(tmp_path):
-    command = [sys.executable, "-m", "benchmarks.eager", "--quick", "--workloads", "tiny", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "benchmarks.eager", "--quick", "--workloads", "mlp", "--out", str(tmp_path)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert run.returncode == 0, run.stderr
     results = json.loads((tmp_path / "eager.json").read_text())
-    times = results["workloads"]["tiny"]["time"]
+    times = results["workloads"]["mlp"]["time"]
     assert times["hand-written loop"]["vs_loop"]["median"] == 1.0
     assert times["gradacc.accumulate"]["vs_loop"]["median"] > 0
     assert "gradacc.accumulate" in run.stdout
