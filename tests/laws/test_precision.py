@@ -84,7 +84,7 @@ def test_shares_below_float16s_range(engine):
     x = torch.full((3000,), 2.0**-10, dtype=torch.float16)
     grad_fn = gradacc.accumulate(lambda w, x: (w * x).mean(), microbatch_size=1)
     grads = ENGINES[engine](lambda: grad_fn(torch.ones((), dtype=torch.float16), x))
-    torch.testing.assert_close(grads, torch.tensor(2.0**-10, dtype=torch.float16), rtol=1e-3, atol=0)
+    torch.testing.assert_close(grads, torch.tensor(2.0**-10, dtype=torch.float16), rtol=1e-3, atol=0)  # eps is 9.8e-4
 
 
 def test_a_half_precision_loss_of_float32_parameters():
