@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from gradacc import _tree
-from gradacc._engines import functorch_is_active, graph_nodes
+from gradacc._engines import functorch_is_active, graph
 
 Tensors = dict[str, Tensor]
 
@@ -237,7 +237,7 @@ def _refuse_own_parameters(plan: _Plan, given: Mapping[str, Tensor], output: Any
     """The module's own parameter behind an output, where another was given: reached in a way that cannot be renewed."""
     own = {id(tensor): name for name, tensor in plan.tensors() if name in given and tensor is not given[name]}
     tensors = [leaf for leaf in _tree.flatten(output)[0] if isinstance(leaf, Tensor)]
-    for node in graph_nodes(tensor.grad_fn for tensor in tensors):
+    for node in graph(tensor.grad_fn for tensor in tensors):
         name = own.get(id(getattr(node, "variable", None)))
         if name is not None:
             raise ValueError(

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import optree
 import torch
 from torch import Tensor
 
 import gradacc
+from gradacc._engines import fused
 
 NAMESPACE = "gradacc"
 
@@ -66,4 +68,10 @@ def transformed(func: Callable[[], Any]) -> Any:
     return optree.tree_unflatten(treedef, [next(tensors) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
 
-ENGINES = {"eager": eager, "functional": transformed}
+def everything_fused(func: Callable[[], Any]) -> Any:
+    """The eager engine, with the weight gradients of small parameters fused too."""
+    with mock.patch.object(fused, "_SMALLEST", 1):
+        return func()
+
+
+ENGINES = {"eager": eager, "fused": everything_fused, "functional": transformed}

@@ -39,16 +39,19 @@ def functorch_is_active() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
-def graph_nodes(roots: Iterable[Node | None]) -> set[Node]:
-    """The nodes of an autograd graph."""
-    seen = {root for root in roots if root is not None}
-    stack = list(seen)
+def graph(roots: Iterable[Node | None]) -> dict[Node, int]:
+    """The nodes of an autograd graph, each with the number of edges that lead to it."""
+    uses = {root: 0 for root in roots if root is not None}
+    stack = list(uses)
     while stack:
         for parent, _ in stack.pop().next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
-    return seen
+            if parent is not None:
+                count = uses.get(parent)
+                if count is None:
+                    count = 0
+                    stack.append(parent)
+                uses[parent] = count + 1
+    return uses
 
 
 @contextmanager

@@ -27,17 +27,18 @@ NOTE [reentrant checkpoints]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.checkpoint import CheckpointFunction
 
 from gradacc import _engines, _tree, _validate
+from gradacc._engines import fused
 from gradacc._outcome import Contribution, Outcome
 
 
@@ -86,9 +87,9 @@ def update(
     edge = get_gradient_edge(outcome.target) if counts is not None and outcome.target.requires_grad else None
     outcome = outcome.map(_bare)  # from here on the edge alone keeps the graph
     if counts is not None and edge is not None:
-        types = set(map(type, _engines.graph_nodes([edge.node])))
-        _validate.reentrant_checkpoint(CheckpointFunction._backward_cls in types)
-        _backward(buffer, leaves, edge, outcome.target, counts)
+        uses = _engines.graph([edge.node])
+        _validate.reentrant_checkpoint(CheckpointFunction._backward_cls in set(map(type, uses)))
+        _backward(buffer, leaves, edge, uses, outcome.target, counts)
     device = leaves[0].device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         torch.clear_autocast_cache()  # of casts of these leaves, which it would keep until the outermost autocast ends
@@ -114,7 +115,12 @@ def finalize(buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float) -> li
 
 
 def _backward(
-    buffer: Buffer, leaves: Sequence[Tensor], edge: GradientEdge, target: Tensor, counts: Contribution
+    buffer: Buffer,
+    leaves: Sequence[Tensor],
+    edge: GradientEdge,
+    uses: Mapping[Node, int],
+    target: Tensor,
+    counts: Contribution,
 ) -> None:
     grads, cotangent, share = buffer.grads, float(counts.cotangent), float(counts.share)
     if target.dtype.itemsize < 4 or any(leaf.dtype != dtype for leaf, dtype in zip(leaves, buffer.dtypes, strict=True)):
@@ -125,7 +131,8 @@ def _backward(
         return
     for leaf, grad in zip(leaves, grads, strict=True):
         leaf.grad = grad
-    torch.autograd.backward(edge, torch.full_like(target, cotangent * share), inputs=leaves)
+    inputs = fused.install(uses, leaves, grads)
+    torch.autograd.backward(edge, torch.full_like(target, cotangent * share), inputs=inputs)
     for i, leaf in enumerate(leaves):
         if grads[i] is None and leaf.grad is not None:
             grads[i] = _own(leaf.grad)

@@ -1,0 +1,139 @@
+"""Weight gradients of matrix products and embeddings, added straight into the buffer.
+
+Of ``y = x @ w`` autograd writes the gradient ``x.mH @ dy`` to new memory, and then reads it again to add it to the buffer; of
+``y = w[indices]`` it writes a whole table of zeros for a few rows. Here the node adds by itself:
+
+.. code-block:: text
+
+    grad = x.mH @ dy; buffer += grad        # autograd
+    buffer.addmm_(x.mH, dy)                 # a hook of the product's node, which is then not asked for grad
+    buffer.index_add_(0, indices, dy)       # of an embedding's
+
+Against the same engine without it (medians, two cores): eight layers of 512x512 with 32 rows 0.84, of 256x256 0.96, of
+128x128 0.98, of 64x64 1.03 to 1.08 (hence `_SMALLEST`); the gradient of an embedding of 50257x256 for 512 tokens 0.0024.
+
+NOTE [reading the graph]
+    What is fused is found in the graph that the loss has left, after it ran: nodes of ``mm``, ``addmm`` (`F.linear`,
+    ``x @ w``, whatever calls them) and ``embedding`` of which a parameter or its transpose is an operand. So nothing is
+    swapped or wrapped while the loss runs, and what the graph does not show as such stays with autograd: compiled losses,
+    casts (autocast), `torch.func` inside the loss. A parameter is fused if all its uses are (tied, used twice); otherwise
+    none is. Left to autograd are also parameters with hooks, which are to see the gradient, and nodes whose other operand is
+    held by a saved-tensor hook (activation checkpointing, offloading), which must be unpacked once. A hook on the transpose
+    itself (``w.t().register_hook``) is the one thing that the graph does not show, and is not run.
+
+    ``backward`` computes what leads to its ``inputs``: fused parameters are not among them, but the edges of their nodes
+    are, which makes the engine run these without asking for the parameter's gradient.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+
+_SMALLEST = 1 << 14
+"""Elements from which a parameter is worth a hook in Python."""
+
+
+class _Use(NamedTuple):
+    """A node of which a parameter is an operand."""
+
+    node: Any
+    other: str
+    """The attribute that saves the other operand."""
+    add: Callable[[int, Tensor, Tensor, Tensor], None]
+    """``add(padding index, target, other operand, gradient of the result)``."""
+    transposed: bool
+    """Whether the operand is the parameter's transpose."""
+
+
+def install(uses: Mapping[Node, int], leaves: Sequence[Tensor], buffers: Sequence[Tensor | None]) -> list[Any]:
+    """Fuse what can be fused of a graph; returns the ``inputs`` for its backward pass.
+
+    ``uses``: of every node, how many edges lead to it. ``buffers``: a parameter without one is left to autograd, which hands
+    its gradient over.
+    """
+    indices = {id(leaf): i for i, leaf in enumerate(leaves) if _suits(leaf, buffers[i])}
+    if not indices:
+        return list(leaves)
+    found: dict[int, list[_Use]] = defaultdict(list)
+    expected: dict[int, int] = {}
+    for node in uses:
+        for place, other, add in _FUSED.get(type(node).__name__, ()):
+            parent: Any
+            parent, transposed = node.next_functions[place][0], False
+            if type(parent).__name__ == "TBackward0" and uses[parent] == 1:
+                parent, transposed = parent.next_functions[0][0], True
+            index = indices.get(id(getattr(parent, "variable", None)))
+            if parent is not None and index is not None and _is_plain(node, other):
+                found[index].append(_Use(node, other, add, transposed))
+                expected[index] = uses[parent]
+    fused = {index for index, nodes in found.items() if len(nodes) == expected[index]}
+    edges = [_install(use, buffers[index]) for index in fused for use in found[index]]
+    return [leaf for i, leaf in enumerate(leaves) if i not in fused] + edges
+
+
+def _suits(leaf: Tensor, buffer: Tensor | None) -> bool:
+    return (
+        buffer is not None
+        and leaf.ndim == 2
+        and leaf.numel() >= _SMALLEST
+        and not leaf._backward_hooks
+        and not leaf._post_accumulate_grad_hooks
+    )
+
+
+def _is_plain(node: Any, other: str) -> bool:
+    """Whether the other operand is simply there, and nothing scales the gradient."""
+    if getattr(node, f"_raw_saved_{other}").unpack_hook is not None:
+        return False
+    if other == "indices":  # on a GPU, index_add_ is not deterministic, and autograd's sum of rows is
+        return not node._saved_scale_grad_by_freq and node._saved_indices.device.type == "cpu"
+    return getattr(node, "_saved_alpha", 1) == 1
+
+
+def _install(use: _Use, buffer: Tensor | None) -> GradientEdge:
+    assert buffer is not None
+    operand = [getattr(use.node, f"_saved_{use.other}").detach()]
+    padding = getattr(use.node, "_saved_padding_idx", -1)
+    target = buffer.t() if use.transposed else buffer
+    use.node.register_prehook(partial(_hook, use.add, padding, target, operand))  # not the node: a cycle, never freed
+    return GradientEdge(use.node, 0)
+
+
+def _hook(
+    add: Callable[[int, Tensor, Tensor, Tensor], None],
+    padding: int,
+    target: Tensor,
+    operand: list[Tensor],
+    grads: tuple[Tensor | None, ...],
+) -> None:
+    """Before the node runs; ``operand`` is emptied, so that nothing lives longer than it would."""
+    other = operand.pop()
+    if grads[0] is not None:
+        add(padding, target, other, grads[0])
+
+
+def _left(_: int, target: Tensor, other: Tensor, grad: Tensor) -> None:
+    target.addmm_(grad, other.mH)
+
+
+def _right(_: int, target: Tensor, other: Tensor, grad: Tensor) -> None:
+    target.addmm_(other.mH, grad)
+
+
+def _rows(padding: int, target: Tensor, indices: Tensor, grad: Tensor) -> None:
+    if padding >= 0:
+        grad = grad.masked_fill((indices == padding).unsqueeze(-1), 0)
+    target.index_add_(0, indices.flatten(), grad.reshape(-1, grad.shape[-1]))
+
+
+_FUSED = {  # node -> for each operand: its place among next_functions, the attribute that saves the other one, how to add
+    "MmBackward0": ((0, "mat2", _left), (1, "self", _right)),
+    "AddmmBackward0": ((1, "mat2", _left), (2, "mat1", _right)),
+    "EmbeddingBackward0": ((0, "indices", _rows),),
+}
