@@ -6,6 +6,7 @@ micro-batch.
 
 from gradacc._accumulate import accumulate as accumulate
 from gradacc._accumulate import accumulate_and_value as accumulate_and_value
+from gradacc._all_reduce import all_reduce as all_reduce
 from gradacc._mean import Mean as Mean
 from gradacc._module import functional as functional
 from gradacc._version import __version__ as __version__

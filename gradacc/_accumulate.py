@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradacc import _aux, _dtypes, _fold, _options, _split, _tree, _validate
+from gradacc import _aux, _dtypes, _fold, _options, _split, _sync, _tree, _validate
+from gradacc._all_reduce import AllReduce
 from gradacc._engines import eager, functional, transforming
 from gradacc._mean import Mean
 from gradacc._options import Options
-from gradacc._outcome import Outcome
+from gradacc._outcome import Contribution, Outcome
 
 
 def accumulate(
@@ -29,7 +31,7 @@ def accumulate(
     reduction: _options.Reduction = "mean",
     dtype: torch.dtype | None = None,
     through: None = None,
-    sync: None = None,
+    sync: AllReduce | None = None,
 ) -> Callable[..., Any]:
     """The gradient of one large batch, in the memory of a micro-batch.
 
@@ -71,7 +73,7 @@ def accumulate_and_value(
     reduction: _options.Reduction = "mean",
     dtype: torch.dtype | None = None,
     through: None = None,
-    sync: None = None,
+    sync: AllReduce | None = None,
 ) -> Callable[..., Any]:
     """The gradient and the value of one large batch, in the memory of a micro-batch.
 
@@ -130,9 +132,11 @@ def accumulate_and_value(
         has_aux: ``loss_fn`` returns ``(loss, aux)``. Of a pytree ``aux``, `Mean` leaves add up, tensors with a leading
             batch dimension are concatenated, 0-dim floating tensors are averaged with the loss's weights (with numbers of
             examples where ``reduction="sum"``), and anything else is an error.
-        has_carry, through, sync: not available in this version.
+        has_carry, through: not available in this version.
         reduction: what a loss that is a plain tensor is over its examples, ``"mean"`` or ``"sum"``.
         dtype: accumulate in this floating dtype, and return gradients in it (complex ones in its complex counterpart).
+        sync: `gradacc.all_reduce`: the large batch is then the union of all ranks' batches. One all-reduce a call, after the
+            last micro-batch; what crosses, and what happens when a rank fails, is told there.
 
     Returns:
         ``grad_fn(params, batch, *args, **kwargs)``, which returns ``(grads, value)``, or ``(grads, (value, aux))`` with
@@ -181,10 +185,11 @@ def accumulate_and_value(
 
 def _grad_and_value(name: str, loss_fn: Callable[..., Any], given: _options.Given) -> Callable[..., Any]:
     options = _options.options(name, loss_fn, given)
+    agreed = _sync.Agreed()
 
     @functools.wraps(loss_fn, updated=())  # the __dict__ of a compiled loss holds Dynamo's marks, which are not ours
     def grad_fn(*args: Any, **kwargs: Any) -> Any:
-        return _run(options, loss_fn, args, kwargs)
+        return _run(options, agreed, loss_fn, args, kwargs)
 
     return grad_fn
 
@@ -198,15 +203,17 @@ def _without_value(grad_and_value: Callable[..., Any], has_aux: bool) -> Callabl
     return grad_fn
 
 
-def _run(options: Options, loss_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """One call of ``grad_fn``: ``finalize . fold(update) . init``."""
+def _run(
+    options: Options, agreed: _sync.Agreed, loss_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """One call of ``grad_fn``: ``finalize . sync . fold(update) . init``."""
     differentiated, batch = _validate.positions(options, args)
     single = isinstance(options.argnums, int)
     leaves, treedef = _tree.flatten(args[differentiated[0]] if single else tuple(args[n] for n in differentiated))
     params = _validate.parameters(options.name, leaves, treedef, "params")
     accumulated, returned = _dtypes.dtypes(options.dtype, params)
-    divided = _split.microbatches(options, args, differentiated, batch)
     engine = functional if transforming() else eager
+    link = _sync.connect(options, agreed, params, treedef, accumulated)
 
     def evaluate(microbatch: _split.Microbatch, leaves: Sequence[Tensor]) -> Outcome:
         tree = _tree.unflatten(treedef, leaves)
@@ -219,25 +226,66 @@ def _run(options: Options, loss_fn: Callable[..., Any], args: tuple[Any, ...], k
 
     with engine.guard():
         buffer = engine.init(params, accumulated)
-    sums = _fold.Sums(known=divided.examples)
-    empty = divided.whole if divided.examples == 0 else None
-    for microbatch in divided.parts:  # the caller's iterator runs in the caller's modes, not under the guard
-        if microbatch.empty:
-            empty = empty or microbatch
-            continue
-        with engine.guard():
-            buffer, outcome = engine.update(
-                buffer, functools.partial(evaluate, microbatch), functools.partial(_fold.contribution, options, sums)
-            )
-            sums = _fold.update(options, sums, outcome, microbatch.sizes)
-    with engine.guard():
-        if sums.kind is None and empty is not None:
-            with torch.no_grad():  # nothing to differentiate: it only says what types to return
+    sums = _fold.Sums()
+    try:
+        divided = _split.microbatches(options, args, differentiated, batch)
+        sums = sums._replace(known=divided.examples)
+        empty = divided.whole if divided.examples == 0 else None
+        for microbatch, last in _with_last(divided.parts, link):
+            # the caller's iterator runs in the caller's modes, not under the guard
+            if microbatch.empty:
+                empty = empty or microbatch
+                continue
+            with engine.guard():
+                buffer, outcome = engine.update(
+                    buffer,
+                    functools.partial(evaluate, microbatch),
+                    functools.partial(_contribution, options, sums, link if last else None),
+                    link.deliver if link is not None and last else None,
+                )
+                sums = _fold.update(options, sums, outcome, microbatch.sizes)
+        if sums.kind is None and empty is not None and (link is None or link.agreement is None):
+            with engine.guard(), torch.no_grad():  # nothing to differentiate: it only says what types to return
                 sums = _fold.update_with_nothing(options, sums, evaluate(empty, params), empty.sizes)
-        _validate.dependence(options, not sums.differentiated or engine.arrived(buffer))
+    except Exception:
+        if link is not None:
+            with contextlib.suppress(Exception), engine.guard():  # this rank's own error is the one to see
+                _sync.fail(link, sums)
+        raise
+    with engine.guard():
+        arrived = engine.arrived(buffer)
+        if link is not None:
+            grads, sums, arrived = _sync.cross(link, buffer.grads, sums, arrived)
+            buffer = buffer._replace(grads=grads)
+        _validate.dependence(options, not sums.differentiated or arrived)
         value, aux = _fold.finalize(options, sums, params[0])
         grads = _tree.unflatten(treedef, engine.finalize(buffer, returned, _fold.gradient_factor(options, sums)))
     return grads, ((value, aux) if options.has_aux else value)
+
+
+def _contribution(options: Options, sums: _fold.Sums, link: _sync.Link | None, outcome: Outcome) -> Contribution | None:
+    """What a micro-batch counts for; where its gradients are sent as they come, the link learns their unit first."""
+    if link is not None:
+        link.set_unit(_fold.unit(sums, outcome))
+    return _fold.contribution(options, sums, outcome)
+
+
+def _with_last(parts: Iterable[_split.Microbatch], link: _sync.Link | None) -> Iterator[tuple[_split.Microbatch, bool]]:
+    """Each micro-batch, and whether it is the last one, whose backward pass overlaps with the boundary.
+
+    Known only by reading one ahead, which is not done where nothing overlaps.
+    """
+    if link is None or not link.overlaps:
+        for part in parts:
+            yield part, False
+        return
+    held: list[_split.Microbatch] = []
+    for part in parts:
+        if held:
+            yield held.pop(), False
+        held.append(part)
+    for part in held:
+        yield part, True
 
 
 def _outcome(options: Options, out: Any, microbatch: _split.Microbatch) -> Outcome:

@@ -40,7 +40,7 @@ class Kind(NamedTuple):
 class Sums(NamedTuple):
     """The fold's state beside the gradients; see NOTE [units]."""
 
-    known: int | None
+    known: int | None = None
     """The number of examples of all micro-batches, where it is known beforehand."""
     kind: Kind | None = None
     """Of the first micro-batch; None before it."""
@@ -57,12 +57,12 @@ def contribution(options: Options, sums: Sums, outcome: Outcome) -> Contribution
     """What a micro-batch's gradient counts for; None (where it can be read) or a share of 0: exactly nothing."""
     if options.reduction == "sum":
         return Contribution(1.0, 1.0)
-    unit, weight = _unit(sums, outcome), outcome.weight
-    if unit is None or weight is None or (not isinstance(weight, Tensor) and not weight):
+    one, weight = unit(sums, outcome), outcome.weight
+    if one is None or weight is None or (not isinstance(weight, Tensor) and not weight):
         return None
     if isinstance(outcome.value, Mean):
-        return Contribution(1.0 / unit, (weight != 0).to(weight.dtype) if isinstance(weight, Tensor) else 1.0)
-    return Contribution(1.0, weight / unit)
+        return Contribution(1.0 / one, (weight != 0).to(weight.dtype) if isinstance(weight, Tensor) else 1.0)
+    return Contribution(1.0, weight / one)
 
 
 def update(options: Options, sums: Sums, outcome: Outcome, sizes: frozenset[int]) -> Sums:
@@ -70,12 +70,12 @@ def update(options: Options, sums: Sums, outcome: Outcome, sizes: frozenset[int]
     kind = Kind(isinstance(outcome.value, Mean), outcome.target.dtype, outcome.aux.treedef)
     first = sums.kind or kind
     _validate.same_kind(options, first.is_mean, kind.is_mean, first.aux, kind.aux)
-    unit, weight = _unit(sums, outcome), outcome.weight
+    one, weight = unit(sums, outcome), outcome.weight
     share: float | Tensor | None
     if weight is None:
         share = None
     elif isinstance(weight, Tensor) or weight:
-        share = weight / unit
+        share = weight / one
     else:
         share = 0.0
     if isinstance(outcome.value, Mean):
@@ -88,7 +88,7 @@ def update(options: Options, sums: Sums, outcome: Outcome, sizes: frozenset[int]
         kind=first,
         value=value if sums.value is None else sums.value + value,
         weight=sums.weight + (0.0 if weight is None else weight),
-        unit=unit,
+        unit=one,
         aux=_aux.absorb(options.name, sums.aux, outcome.aux, share, sizes),
         differentiated=sums.differentiated or options.reduction == "sum" or isinstance(weight, Tensor) or bool(weight),
     )
@@ -126,7 +126,7 @@ def finalize(options: Options, sums: Sums, like: Tensor) -> tuple[Tensor | Mean,
     return (sums.value if options.reduction == "sum" else sums.value * rest).to(sums.kind.dtype), aux
 
 
-def _unit(sums: Sums, outcome: Outcome) -> Any:
+def unit(sums: Sums, outcome: Outcome) -> Any:
     if sums.unit is not None:
         return sums.unit
     if sums.known and not isinstance(outcome.value, Mean):

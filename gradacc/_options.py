@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import nn
 
+from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
 
 Reduction = Literal["mean", "sum"]
@@ -42,6 +43,7 @@ class Options(NamedTuple):
     has_aux: bool
     reduction: Reduction
     dtype: torch.dtype | None
+    sync: AllReduce | None
 
 
 def options(name: str, loss_fn: Any, given: Given) -> Options:
@@ -56,7 +58,7 @@ def options(name: str, loss_fn: Any, given: Given) -> Options:
             f"{name}: loss_fn must be a function of (params, batch), got {describe(loss_fn)}; options are keyword-only, "
             "as in accumulate(loss_fn, steps=4)"
         )
-    for option, absent in (("has_carry", False), ("through", None), ("sync", None)):
+    for option, absent in (("has_carry", False), ("through", None)):
         if getattr(given, option) is not absent:
             raise NotImplementedError(
                 f"{name}: {option}={getattr(given, option)!r} is not available in this version; leave {option} out"
@@ -83,6 +85,8 @@ def options(name: str, loss_fn: Any, given: Given) -> Options:
         raise TypeError(
             f"{name}: dtype must be a floating torch.dtype of 16 bits or more (torch.float32), got {given.dtype!r}"
         )
+    if given.sync is not None and not isinstance(given.sync, AllReduce):
+        raise TypeError(f"{name}: sync must be gradacc.all_reduce(...), got {describe(given.sync)}")
     return Options(
         name=name,
         steps=None if given.steps is None else positive_int(name, "steps", given.steps),
@@ -95,6 +99,7 @@ def options(name: str, loss_fn: Any, given: Given) -> Options:
         has_aux=given.has_aux,
         reduction=given.reduction,
         dtype=given.dtype,
+        sync=given.sync,
     )
 
 

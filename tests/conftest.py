@@ -4,6 +4,8 @@ import hypothesis
 import pytest
 import torch
 
+from tests.workers import Pool
+
 hypothesis.settings.register_profile("gradacc", deadline=None, derandomize=True, print_blob=False)
 hypothesis.settings.load_profile("gradacc")
 torch.set_num_threads(1)
@@ -13,3 +15,11 @@ torch.set_num_threads(1)
 def _seeded():
     """Every test starts from the same random numbers."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def pool():
+    """Real ranks, `tests.workers`."""
+    pool = Pool()
+    yield pool
+    pool.close()

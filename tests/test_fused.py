@@ -20,7 +20,7 @@ def products(monkeypatch) -> list[str]:
     install = fused._install
     monkeypatch.setattr(fused, "_SMALLEST", 1)
     monkeypatch.setattr(
-        fused, "_install", lambda use, buffer: nodes.append(type(use.node).__name__) or install(use, buffer)
+        fused, "_install", lambda use, *rest: nodes.append(type(use.node).__name__) or install(use, *rest)
     )
     return nodes
 

@@ -6,8 +6,9 @@ An engine is a module of functions; the caller never chooses one (`gradacc._accu
 - ``init(params, dtypes) -> buffer``;
 - ``calling()``: the context of the loss itself;
 - ``admit(tree)``: arguments on their way to the loss;
-- ``update(buffer, evaluate, contribution) -> (buffer, outcome)``: ``outcome = evaluate(leaves)`` and, where
-  ``contribution(outcome)`` is not None, ``buffer += cotangent * share * gradient of outcome.target``;
+- ``update(buffer, evaluate, contribution, deliver) -> (buffer, outcome)``: ``outcome = evaluate(leaves)`` and, where
+  ``contribution(outcome)`` is not None, ``buffer += cotangent * share * gradient of outcome.target``; with ``deliver``,
+  ``deliver(index, gradient)`` of each as soon as it is final, which takes it out of the buffer;
 - ``arrived(buffer)``: whether any loss depended on the parameters;
 - ``finalize(buffer, dtypes, factor) -> gradients``: ``factor * buffer``, zeros where nothing arrived.
 """

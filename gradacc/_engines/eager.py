@@ -43,11 +43,13 @@ from gradacc._outcome import Contribution, Outcome
 
 
 class Buffer(NamedTuple):
-    """The gradients so far, in the accumulators' dtypes; None where nothing arrived."""
+    """The gradients so far, in the accumulators' dtypes; None where nothing arrived, or where it was delivered."""
 
     params: list[Tensor]
     dtypes: list[torch.dtype]
     grads: list[Tensor | None]
+    reached: set[int]
+    """Parameters that got a gradient."""
 
 
 def guard() -> AbstractContextManager[None]:
@@ -57,7 +59,7 @@ def guard() -> AbstractContextManager[None]:
 
 def init(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Buffer:
     """Nothing accumulated."""
-    return Buffer([_normal(param) for param in params], list(dtypes), [None] * len(params))
+    return Buffer([_normal(param) for param in params], list(dtypes), [None] * len(params), set())
 
 
 def calling() -> AbstractContextManager[None]:
@@ -77,6 +79,7 @@ def update(
     buffer: Buffer,
     evaluate: Callable[[Sequence[Tensor]], Outcome],
     contribution: Callable[[Outcome], Contribution | None],
+    deliver: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Buffer, Outcome]:
     """Run one micro-batch forward and backward, into the buffer: ``buffer.grads`` is changed in place."""
     leaves = [param.detach().requires_grad_() for param in buffer.params]
@@ -89,7 +92,7 @@ def update(
     if counts is not None and edge is not None:
         uses = _engines.graph([edge.node])
         _validate.reentrant_checkpoint(CheckpointFunction._backward_cls in set(map(type, uses)))
-        _backward(buffer, leaves, edge, uses, outcome.target, counts)
+        _backward(buffer, leaves, edge, uses, outcome.target, counts, deliver)
     device = leaves[0].device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         torch.clear_autocast_cache()  # of casts of these leaves, which it would keep until the outermost autocast ends
@@ -98,7 +101,7 @@ def update(
 
 def arrived(buffer: Buffer) -> bool:
     """Whether any parameter has got a gradient."""
-    return any(grad is not None for grad in buffer.grads)
+    return bool(buffer.reached)
 
 
 def finalize(buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float) -> list[Tensor]:
@@ -121,35 +124,65 @@ def _backward(
     uses: Mapping[Node, int],
     target: Tensor,
     counts: Contribution,
+    deliver: Callable[[int, Tensor], None] | None,
 ) -> None:
     grads, cotangent, share = buffer.grads, float(counts.cotangent), float(counts.share)
-    if target.dtype.itemsize < 4 or any(leaf.dtype != dtype for leaf, dtype in zip(leaves, buffer.dtypes, strict=True)):
+    wide = target.dtype.itemsize >= 4 and all(
+        leaf.dtype == dtype for leaf, dtype in zip(leaves, buffer.dtypes, strict=True)
+    )
+    done = partial(_done, buffer, deliver)
+    if wide:
+        for leaf, grad in zip(leaves, grads, strict=True):
+            leaf.grad = grad
+        inputs = fused.install(uses, leaves, grads, done)
+        hook = (
+            partial(_take, grads, done) if deliver is not None else None
+        )  # else taken when all is over: no hook at all
+        target = torch.full_like(target, cotangent * share)
+    else:
+        inputs, hook = list(leaves), partial(_add, buffer, share, done)
+        target = torch.full_like(target, cotangent)
+    if hook is not None:
         for i, leaf in enumerate(leaves):
-            hook = partial(_add, grads, i, buffer.dtypes[i], share)
-            leaf.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]  # torch has no types here
-        torch.autograd.backward(edge, torch.full_like(target, cotangent), inputs=leaves)
-        return
-    for leaf, grad in zip(leaves, grads, strict=True):
-        leaf.grad = grad
-    inputs = fused.install(uses, leaves, grads)
-    torch.autograd.backward(edge, torch.full_like(target, cotangent * share), inputs=inputs)
-    for i, leaf in enumerate(leaves):
-        if grads[i] is None and leaf.grad is not None:
-            grads[i] = _own(leaf.grad)
+            leaf.register_post_accumulate_grad_hook(partial(hook, i))  # type: ignore[no-untyped-call]  # torch's
+    torch.autograd.backward(edge, target, inputs=inputs)
+    if wide and hook is None:
+        for i, leaf in enumerate(leaves):
+            if leaf.grad is not None:
+                _take(grads, done, i, leaf)
 
 
-def _add(grads: list[Tensor | None], index: int, dtype: torch.dtype, share: float, leaf: Tensor) -> None:
+def _done(buffer: Buffer, deliver: Callable[[int, Tensor], None] | None, index: int) -> None:
+    """This micro-batch's part of a gradient is in the buffer."""
+    buffer.reached.add(index)
+    grad = buffer.grads[index]
+    if deliver is not None and grad is not None:
+        deliver(index, grad)
+        buffer.grads[index] = None
+
+
+def _take(grads: list[Tensor | None], done: Callable[[int], None], index: int, leaf: Tensor) -> None:
+    """A leaf's ``.grad`` is the buffer: the one that it was given, or a first gradient."""
+    grad, leaf.grad = leaf.grad, None
+    assert grad is not None
+    if grads[index] is None:
+        grads[index] = _own(grad)
+    done(index)
+
+
+def _add(buffer: Buffer, share: float, done: Callable[[int], None], index: int, leaf: Tensor) -> None:
     """Move a gradient into its accumulator, of another dtype, as soon as it is there."""
     grad, leaf.grad = leaf.grad, None
     assert grad is not None
     if grad.layout != torch.strided:
         grad = grad.to_dense()
-    sofar = grads[index]
+    sofar = buffer.grads[index]
     if sofar is None:
-        grad = grad.to(dtype, copy=True)  # NOTE [buffers that nobody else holds]
-        grads[index] = grad.mul_(share) if share != 1.0 else grad
+        grad = grad.to(buffer.dtypes[index], copy=True)  # NOTE [buffers that nobody else holds]
+        buffer.grads[index] = grad.mul_(share) if share != 1.0 else grad
     else:
         sofar.add_(grad, alpha=share)
+    done(index)
 
 
 def _bare(tensor: Tensor) -> Tensor:

@@ -53,8 +53,10 @@ def update(
     buffer: Buffer,
     evaluate: Callable[[Sequence[Tensor]], Outcome],
     contribution: Callable[[Outcome], Contribution | None],
+    deliver: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Buffer, Outcome]:
     """Run one micro-batch forward and backward."""
+    assert deliver is None, "nothing here is final before the end"
     seen: list[Outcome] = []
 
     def target(params: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

@@ -51,11 +51,16 @@ class _Use(NamedTuple):
     """Whether the operand is the parameter's transpose."""
 
 
-def install(uses: Mapping[Node, int], leaves: Sequence[Tensor], buffers: Sequence[Tensor | None]) -> list[Any]:
+def install(
+    uses: Mapping[Node, int],
+    leaves: Sequence[Tensor],
+    buffers: Sequence[Tensor | None],
+    done: Callable[[int], None],
+) -> list[Any]:
     """Fuse what can be fused of a graph; returns the ``inputs`` for its backward pass.
 
     ``uses``: of every node, how many edges lead to it. ``buffers``: a parameter without one is left to autograd, which hands
-    its gradient over.
+    its gradient over. ``done(index)`` is called when all uses of a fused parameter have been added.
     """
     indices = {id(leaf): i for i, leaf in enumerate(leaves) if _suits(leaf, buffers[i])}
     if not indices:
@@ -73,7 +78,12 @@ def install(uses: Mapping[Node, int], leaves: Sequence[Tensor], buffers: Sequenc
                 found[index].append(_Use(node, other, add, transposed))
                 expected[index] = uses[parent]
     fused = {index for index, nodes in found.items() if len(nodes) == expected[index]}
-    edges = [_install(use, buffers[index]) for index in fused for use in found[index]]
+    edges = []
+    for index in fused:
+        left = set(range(len(found[index])))
+        edges += [
+            _install(use, buffers[index], partial(_finish, left, n, index, done)) for n, use in enumerate(found[index])
+        ]
     return [leaf for i, leaf in enumerate(leaves) if i not in fused] + edges
 
 
@@ -96,26 +106,33 @@ def _is_plain(node: Any, other: str) -> bool:
     return getattr(node, "_saved_alpha", 1) == 1
 
 
-def _install(use: _Use, buffer: Tensor | None) -> GradientEdge:
+def _install(use: _Use, buffer: Tensor | None, done: Callable[[], None]) -> GradientEdge:
     assert buffer is not None
     operand = [getattr(use.node, f"_saved_{use.other}").detach()]
     padding = getattr(use.node, "_saved_padding_idx", -1)
-    target = buffer.t() if use.transposed else buffer
-    use.node.register_prehook(partial(_hook, use.add, padding, target, operand))  # not the node: a cycle, never freed
+    add = partial(use.add, padding, buffer.t() if use.transposed else buffer)
+    use.node.register_prehook(partial(_hook, add, operand, done))  # not the node: a cycle, never freed
     return GradientEdge(use.node, 0)
 
 
 def _hook(
-    add: Callable[[int, Tensor, Tensor, Tensor], None],
-    padding: int,
-    target: Tensor,
+    add: Callable[[Tensor, Tensor], None],
     operand: list[Tensor],
+    done: Callable[[], None],
     grads: tuple[Tensor | None, ...],
 ) -> None:
     """Before the node runs; ``operand`` is emptied, so that nothing lives longer than it would."""
     other = operand.pop()
     if grads[0] is not None:
-        add(padding, target, other, grads[0])
+        add(other, grads[0])
+    done()
+
+
+def _finish(left: set[int], number: int, index: int, done: Callable[[int], None]) -> None:
+    """One use of a parameter less is left."""
+    left.discard(number)
+    if not left:
+        done(index)
 
 
 def _left(_: int, target: Tensor, other: Tensor, grad: Tensor) -> None:

@@ -1,0 +1,89 @@
+"""`all_reduce`: a value for ``sync=``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from gradacc._describe import describe
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+@dataclass(frozen=True, slots=True)
+class AllReduce:
+    """What `all_reduce` returns."""
+
+    group: Any
+    compress: torch.dtype | None
+    overlap: bool
+
+
+def all_reduce(
+    group: ProcessGroup | DeviceMesh | None = None, *, compress: torch.dtype | None = None, overlap: bool = False
+) -> AllReduce:
+    """For ``sync=``: "one large batch" is then the union of the batches of all ranks.
+
+    .. code-block:: text
+
+        gradient = sum_r sum_i w_ri g_ri / sum_r sum_i w_ri       rank r, its micro-batch i of weight w_ri
+
+    Ranks may hold different numbers of micro-batches, examples and tokens, or none at all (an empty batch, an empty list of
+    micro-batches). What is a mean on one rank stays one over all of them: it is divided once, after the sum. The results
+    have the same bits on every rank.
+
+    **What crosses, and when.** One all-reduce (a sum) in each call of ``grad_fn``, after the last micro-batch, whatever the
+    number of micro-batches, parameters and metrics; one for each accumulator dtype and device, where the parameters have
+    several. It carries every gradient (in the accumulators' dtype: float32 for half precision), `Mean` and 0-dim leaves of
+    ``aux``, and for each rank a record of about 100 bytes with its weight and value, which cross exactly. Per step and rank
+    that is ``4 bytes x parameters`` of float32 to reduce, of which a ring sends ``2 (W - 1) / W`` times as much. Leaves of
+    ``aux`` that are concatenated stay on their rank. A `Mean` leaf that is not 0-dim crosses in its own dtype, in a call of
+    its own where no gradient has that dtype. At first use one exchange more, of descriptions: ranks whose parameters differ
+    in structure, shape or dtype all get the same error.
+
+    **Failure.** If the loss raises on one rank, that rank raises its error, and every other one a RuntimeError that names
+    it; nobody hangs, and the next call works. If a rank is killed or does not come, the others raise a RuntimeError that
+    names the group, at the latest after the process group's timeout (``init_process_group(timeout=...)``). A NaN on one
+    rank is a NaN on all.
+
+    Arguments:
+        group: a ProcessGroup, a one-dimensional DeviceMesh or one dimension of a mesh (``mesh["dp"]``); by default the
+            default process group. Where there is none (a plain ``python train.py``), or it has one rank, nothing crosses.
+        compress: gradients cross in this dtype, `torch.bfloat16` or `torch.float16`, half the bytes; weights, values
+            and metrics stay exact. With W ranks and the dtype's unit roundoff u (2**-8, 2**-11), an element's error is at
+            most about ``W u sum_r |c_r|``, ``c_r = sum_i w_ri g_ri / sum w``: each contribution is rounded once, then the
+            partial sums. float16 overflows where a mean gradient's element exceeds 65504.
+        overlap: send buckets of about 25 MB (the first one 1 MB) while the last micro-batch's backward pass still runs, in
+            the parameters' reverse order on every rank. As many all-reduces as there are buckets; the same bits for two
+            ranks, for more the sums are associated differently. An iterable of micro-batches is read one ahead. It pays
+            where the network takes longer than packing (see ``benchmarks/boundary.py``).
+
+    Raises (when ``grad_fn`` is called):
+        RuntimeError: the environment says WORLD_SIZE > 1 and no process group was initialised.
+        ValueError: this process is not in ``group``; a mesh of several dimensions; ranks that differ.
+
+    Example:
+        >>> import torch, gradacc
+        >>> def loss_fn(w, x):
+        ...     return (w * x).square().mean()
+        >>> grad_fn = gradacc.accumulate(loss_fn, steps=2, sync=gradacc.all_reduce())
+        >>> grad_fn(torch.ones(()), torch.arange(4.0))      # one process: nothing crosses
+        tensor(7.)
+
+    Source: PyTorch DDP (buckets, overlap: Li et al., "PyTorch Distributed: Experiences on Accelerating Data Parallel
+    Training", VLDB 2020); torchtitan (count first, divide by the global count).
+    """
+    if compress is not None and compress not in (torch.bfloat16, torch.float16):
+        raise TypeError(f"all_reduce: compress must be torch.bfloat16 or torch.float16, got {compress!r}")
+    if not isinstance(overlap, bool):
+        raise TypeError(f"all_reduce: overlap must be True or False, got {describe(overlap)}")
+    if isinstance(group, (torch.dtype, str, int, list, tuple)):
+        raise TypeError(
+            f"all_reduce: group must be a ProcessGroup, a DeviceMesh or None, got {describe(group)}. "
+            "Make one with torch.distributed.new_group(ranks)"
+        )
+    return AllReduce(group, compress, overlap)

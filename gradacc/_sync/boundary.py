@@ -1,0 +1,397 @@
+"""One call's boundary: agree on what there is, send it, read it."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gradacc import _engines, _fold, _tree
+from gradacc._options import Options
+from gradacc._sync import group as groups
+from gradacc._sync import layout as layouts
+from gradacc._sync import wire
+from gradacc._sync.layout import Layout
+
+_FINE, _RAISED, _CHANGED = 0, 1, 2
+_STATUS, _DIFFERENTIATED, _ARRIVED, _WEIGHT, _UNIT = range(5)
+_FIXED = 5
+"""Columns of every record: the five above."""
+
+
+class Agreement(NamedTuple):
+    """What the ranks of a group found alike at first use."""
+
+    layout: Layout
+    scale: float
+    """A power of two near the total weight of the first call: gradients cross in units of it, in the range of a mean."""
+    plan: wire.Plan
+
+
+Agreed = WeakKeyDictionary[dist.ProcessGroup, dict[Any, Agreement]]
+"""Of one ``grad_fn``: by group and by the parameters' structure. It saves an exchange, and changes no result."""
+
+
+@dataclass(frozen=True)
+class _Description:
+    """What a rank says of itself at first use."""
+
+    params: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+    options: tuple[Any, ...]
+    layout: Layout | None
+    weight: float
+    raised: bool
+
+
+class Link:
+    """One call's connection to the other ranks, and what it has sent so far."""
+
+    def __init__(
+        self,
+        options: Options,
+        group: dist.ProcessGroup,
+        agreed: dict[Any, Agreement],
+        params: Sequence[Tensor],
+        treedef: _tree.TreeDef,
+        dtypes: Sequence[torch.dtype],
+    ) -> None:
+        self.options, self.group, self.agreed = options, group, agreed
+        self.params, self.treedef, self.dtypes = params, treedef, dtypes
+        self.signature = (treedef, tuple((p.shape, p.dtype, p.device) for p in params), tuple(dtypes))
+        self.agreement = agreed.get(self.signature)
+        self.factor: float = 1.0
+        """What a gradient is multiplied by on its way: from this rank's unit to the common one."""
+        self.delivered: set[int] = set()
+        self._flats: list[Tensor | None] = []
+        self._missing: list[int] = []
+        self._works: list[dist.Work] = []
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether gradients can be delivered before `cross`: not at first use."""
+        return self.agreement is not None and self.options.sync is not None and self.options.sync.overlap
+
+    def set_unit(self, unit: float | Tensor | None) -> None:
+        """Say in which unit this rank's gradients are, before the first one is delivered."""
+        assert self.agreement is not None
+        self.factor = 1.0 if self.options.reduction == "sum" else float(unit or 0.0) / self.agreement.scale
+
+    def deliver(self, index: int, grad: Tensor) -> None:
+        """A gradient that is final: it is packed, and its bucket leaves when it is full and its turn has come."""
+        assert self.agreement is not None
+        plan = self.agreement.plan
+        if not self._flats:
+            self._open(plan)
+        at = plan.places[index].bucket
+        _pack(plan.places[index], self._flat(plan, at), grad, self.factor)
+        self.delivered.add(index)
+        self._missing[at] -= 1
+        while len(self._works) < plan.header and not self._missing[len(self._works)]:
+            if plan.vectors[len(self._works)]:
+                break  # its riders are known at the end
+            self._launch(self._flats[len(self._works)])
+
+    def send(self, plan: wire.Plan, grads: list[Tensor | None], values: list[Any] | None, record: Tensor) -> None:
+        """Everything that has not been delivered; takes the gradients out of ``grads``."""
+        if not self._flats:
+            self._open(plan)
+        for at in range(len(self._works), len(plan.buckets)):
+            bucket, flat = plan.buckets[at], self._flat(plan, at)
+            for index in bucket.indices:
+                if index not in self.delivered:
+                    grad, grads[index] = grads[index], None
+                    _pack(plan.places[index], flat, grad, self.factor)
+            wire.write_vectors(plan, at, flat, values)
+            if at == plan.header:
+                slots = flat[len(flat) - self.group.size() * wire.digits(len(record), bucket.wire) :].zero_()
+                mine = wire.encode(record, bucket.wire)
+                slots.view(self.group.size(), -1)[self.group.rank()].copy_(mine)
+            self._launch(flat)
+
+    def receive(self) -> list[Tensor]:
+        """The sums, one tensor a bucket."""
+        with groups.speaking(self.options.name, self.group):
+            for work in self._works:
+                work.wait()
+        flats, self._flats, self._works = self._flats, [], []
+        return [flat for flat in flats if flat is not None]
+
+    def _open(self, plan: wire.Plan) -> None:
+        self._flats, self._missing = [None] * len(plan.buckets), [len(bucket.indices) for bucket in plan.buckets]
+
+    def _flat(self, plan: wire.Plan, at: int) -> Tensor:
+        flat = self._flats[at]
+        if flat is None:
+            bucket = plan.buckets[at]
+            numel = wire.size(plan, at, self.group.size(), _columns(plan))
+            flat = self._flats[at] = torch.empty(numel, dtype=bucket.wire, device=bucket.device)
+        return flat
+
+    def _launch(self, flat: Tensor | None) -> None:
+        assert flat is not None
+        with groups.speaking(self.options.name, self.group):
+            self._works.append(dist.all_reduce(flat, group=self.group, async_op=True))
+
+
+def connect(
+    options: Options,
+    agreed: Agreed,
+    params: Sequence[Tensor],
+    treedef: _tree.TreeDef,
+    dtypes: Sequence[torch.dtype],
+) -> Link | None:
+    """The connection that a call needs; None where nothing crosses."""
+    if options.sync is None:
+        return None
+    group = groups.resolve(options.name, options.sync.group)
+    if group is None:
+        return None
+    if _engines.transforming():
+        raise NotImplementedError(
+            f"{options.name}: sync=all_reduce() inside a functorch transform, torch.compile or another grad_fn's loss is not "
+            "available in this version; call it outside, or leave sync out"
+        )
+    return Link(options, group, agreed.setdefault(group, {}), params, treedef, dtypes)
+
+
+def cross(
+    link: Link, grads: list[Tensor | None], sums: _fold.Sums, arrived: bool, raised: bool = False
+) -> tuple[list[Tensor | None], _fold.Sums, bool]:
+    """The union's gradients (in the unit of the returned sums), sums, and whether any rank's loss reached its parameters.
+
+    Takes the gradients out of ``grads``, each as it is packed.
+    """
+    options, here = link.options, None if sums.kind is None else layouts.of(link.options, sums)
+    agreement, problem = link.agreement, None
+    if agreement is None:
+        agreement = _agree(link, here, float(sums.weight), raised)
+        if agreement is None:
+            return [None] * len(grads), sums._replace(kind=None), False
+    elif here is not None:
+        problem = layouts.difference(agreement.layout, here)
+    status = _RAISED if raised else _CHANGED if problem else _FINE
+    plan, kept = agreement.plan, status == _FINE and here is not None
+    if kept and not link.delivered:
+        link.agreement = agreement
+        link.set_unit(sums.unit)
+    values = layouts.values(sums) if kept else None
+    record = _record(plan, sums, values, status, arrived)
+    link.send(plan, grads if kept else [None] * len(grads), values, record)
+    flats = link.receive()
+    header = flats[plan.header]
+    coded = header[len(header) - link.group.size() * wire.digits(_columns(plan), header.dtype) :]
+    table = wire.decode(coded.view(link.group.size(), -1).cpu(), _columns(plan))
+    if problem is not None:
+        raise ValueError(
+            f"{options.name}: {problem}: the first at this grad_fn's first call, the second now. With sync, ranks rely on "
+            "what they agreed on then; return the same kinds always, or make another grad_fn"
+        )
+    _check_status(link, table[:, _STATUS].tolist(), raised)
+    summed, weight = _sum(table, plan, agreement.scale)
+    for at, flat in enumerate(flats):
+        for n, tensor in wire.read_vectors(plan, at, flat).items():
+            summed[n] = tensor
+    kind, value, aux = layouts.restore(
+        agreement.layout,
+        [_restored(x, spec, link.params[0].device) for x, spec in zip(summed, plan.specs, strict=True)],
+        sums,
+        link.params[0],
+    )
+    whole = _fold.Sums(
+        None, kind, value, weight, agreement.scale, aux, differentiated=bool(table[:, _DIFFERENTIATED].any())
+    )
+    return _unpack(plan, flats, link.params), whole, bool(table[:, _ARRIVED].any())
+
+
+def fail(link: Link, sums: _fold.Sums) -> None:
+    """Tell the others that this rank's loss has raised; NOTE [failing together]."""
+    cross(link, [None] * len(link.params), sums._replace(kind=None), arrived=False, raised=True)
+
+
+def _agree(link: Link, here: Layout | None, weight: float, raised: bool) -> Agreement | None:
+    """Exchange descriptions; None where there is nothing to sum yet, or this rank is about to raise."""
+    options, group, unknown = link.options, link.group, None
+    assert options.sync is not None
+    try:
+        pickle.dumps(here)
+    except Exception as error:  # whatever a user's class raises
+        here, raised, unknown = None, True, error
+    paths = _tree.paths(link.treedef, "params")
+    mine = _Description(
+        tuple((path, tuple(p.shape), p.dtype) for path, p in zip(paths, link.params, strict=True)),
+        (
+            ("reduction", options.reduction),
+            ("dtype", options.dtype),
+            ("has_aux", options.has_aux),
+            ("compress", options.sync.compress),
+            ("overlap", options.sync.overlap),
+        ),
+        here,
+        weight,
+        raised,
+    )
+    everyone: list[Any] = [None] * group.size()
+    with groups.speaking(options.name, group):
+        dist.all_gather_object(everyone, mine, group=group)
+    if unknown is not None:
+        raise TypeError(
+            f"{options.name}: with sync, ranks tell each other the structure of aux, which cannot be pickled: {unknown}. "
+            "Return it in containers of module-level classes"
+        ) from unknown
+    ranks = dist.get_process_group_ranks(group)
+    _check_alike(link, ranks, everyone)
+    _check_status(link, [_RAISED if each.raised else _FINE for each in everyone], raised)
+    known = [(rank, each.layout) for rank, each in zip(ranks, everyone, strict=True) if each.layout is not None]
+    for rank, layout in known[1:]:
+        problem = layouts.difference(known[0][1], layout)
+        if problem is not None:
+            raise ValueError(f"{options.name}: ranks {known[0][0]} and {rank} differ: {problem}; {groups.title(group)}")
+    total = sum(each.weight for each in everyone)
+    if raised or not known:
+        return None
+    scale = 2.0 ** round(torch.tensor(total, dtype=torch.float64).log2().item()) if total else 1.0
+    agreement = Agreement(
+        known[0][1],
+        scale,
+        wire.plan(
+            [p.shape for p in link.params],
+            link.dtypes,
+            [p.device for p in link.params],
+            known[0][1].specs(),
+            options.sync.compress,
+            options.sync.overlap,
+        ),
+    )
+    if total:
+        link.agreed[link.signature] = agreement
+    return agreement
+
+
+def _check_alike(link: Link, ranks: Sequence[int], everyone: Sequence[_Description]) -> None:
+    """The same error on every rank, naming the first difference from the group's first rank."""
+    first = everyone[0]
+    for rank, each in zip(ranks[1:], everyone[1:], strict=True):
+        problem = None
+        if each.options != first.options:
+            (option, one), (_, other) = next((a, b) for a, b in zip(first.options, each.options, strict=True) if a != b)
+            problem = f"{option}={one!r} on rank {ranks[0]}, {option}={other!r} on rank {rank}"
+        elif each.params != first.params:
+            problem = _difference(ranks[0], first.params, rank, each.params)
+        if problem is not None:
+            raise ValueError(
+                f"{link.options.name}: ranks {ranks[0]} and {rank} differ: {problem}. Every rank of {groups.title(link.group)} "
+                "must call the same grad_fn with parameters of the same structure, shapes and dtypes"
+            )
+
+
+def _difference(rank: int, params: tuple[Any, ...], other: int, others: tuple[Any, ...]) -> str:
+    for a, b in zip(params, others, strict=False):
+        if a[0] != b[0]:
+            return f"the first parameter that differs is {a[0]} on rank {rank}, {b[0]} on rank {other}"
+        if a != b:
+            return f"{a[0]} is {a[2]} of shape {a[1]} on rank {rank}, {b[2]} of shape {b[1]} on rank {other}"
+    longer, number, extra = (
+        (rank, len(params), params[len(others) :])
+        if len(params) > len(others)
+        else (
+            other,
+            len(others),
+            others[len(params) :],
+        )
+    )
+    return f"rank {longer} has {number} parameters, {extra[0][0]} among them, the other {min(len(params), len(others))}"
+
+
+def _check_status(link: Link, statuses: Sequence[int], raised: bool) -> None:
+    ranks = dist.get_process_group_ranks(link.group)
+    failed = [rank for rank, status in zip(ranks, statuses, strict=True) if status != _FINE]
+    if failed and not raised:
+        raise RuntimeError(
+            f"{link.options.name}: no gradient on rank {dist.get_rank()}, because the call raised on rank"
+            f"{'s' if len(failed) > 1 else ''} {', '.join(map(str, failed))} of {groups.title(link.group)}; see the error there"
+        )
+
+
+def _columns(plan: wire.Plan) -> int:
+    scalars = [spec for spec in plan.specs if not spec.shape]
+    return _FIXED + sum(2 if spec.dtype is not None and spec.dtype.is_complex else 1 for spec in scalars)
+
+
+def _record(plan: wire.Plan, sums: _fold.Sums, values: list[Any] | None, status: int, arrived: bool) -> Tensor:
+    """This rank's record, int64 on the CPU; what is floating is there by its bits."""
+    mine = values is not None
+    columns = [
+        torch.tensor([status, mine and sums.differentiated, mine and arrived], dtype=torch.int64),
+        _bits([float(sums.weight) if mine else 0.0, float(sums.unit or 0.0) if mine else 0.0]),
+    ]
+    for n, spec in enumerate(plan.specs):
+        if spec.shape:
+            continue
+        value = 0 if values is None else values[n]
+        if isinstance(value, Tensor):
+            value = value.item()
+        if spec.dtype is None or spec.dtype.is_floating_point:
+            columns.append(_bits([float(value)]))
+        elif spec.dtype.is_complex:
+            columns.append(_bits([value.real, value.imag]))
+        else:
+            columns.append(torch.tensor([value], dtype=torch.int64))
+    return torch.cat(columns)
+
+
+def _bits(numbers: list[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float64).view(torch.int64)
+
+
+def _sum(table: Tensor, plan: wire.Plan, scale: float) -> tuple[list[Any], float]:
+    """The sums over ranks of the records' columns (None for what is not in them), and the total weight."""
+    floats = table.view(torch.float64)
+    shares = floats[:, _UNIT] / scale
+    summed: list[Any] = []
+    column = _FIXED
+    for spec in plan.specs:
+        if spec.shape:
+            summed.append(None)
+        elif spec.dtype is None or spec.dtype.is_floating_point:
+            values = floats[:, column]
+            summed.append((values * shares if spec.weighted else values).sum())
+            column += 1
+        elif spec.dtype.is_complex:
+            summed.append(torch.complex(*floats[:, column : column + 2].sum(0)))
+            column += 2
+        else:
+            summed.append(table[:, column].sum())
+            column += 1
+    return summed, floats[:, _WEIGHT].sum().item()
+
+
+def _restored(value: Tensor, spec: layouts.Spec, device: torch.device) -> Any:
+    if spec.dtype is None:
+        number = float(value.item())
+        return int(number) if number.is_integer() else number
+    return value.to(device=device, dtype=spec.dtype)
+
+
+def _pack(place: wire.Place, flat: Tensor, grad: Tensor | None, factor: float) -> None:
+    part = flat.narrow(0, place.offset, place.numel)
+    if grad is None:
+        part.zero_()
+    else:
+        numbers = wire.real(grad.detach())
+        torch.mul(numbers, factor, out=part.view(numbers.shape))
+
+
+def _unpack(plan: wire.Plan, flats: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients, views of one tensor a bucket in the accumulators' dtype."""
+    wide = [flat[: bucket.numel].to(bucket.dtype) for bucket, flat in zip(plan.buckets, flats, strict=True)]
+    parts = [wide[place.bucket].narrow(0, place.offset, place.numel) for place in plan.places]
+    return [
+        torch.view_as_complex(part.view(*param.shape, 2)) if param.is_complex() else part.view(param.shape)
+        for part, param in zip(parts, params, strict=True)
+    ]

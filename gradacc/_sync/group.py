@@ -1,0 +1,67 @@
+"""Process groups: which one is meant, and what to say when it breaks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch.distributed as dist
+
+from gradacc._describe import describe
+
+
+def resolve(name: str, group: Any) -> dist.ProcessGroup | None:
+    """The process group to talk to; None where there is nobody."""
+    if not dist.is_available() or not dist.is_initialized():
+        world = os.environ.get("WORLD_SIZE", "1")
+        if world.isdigit() and int(world) > 1:
+            raise RuntimeError(
+                f"{name}: WORLD_SIZE is {world}, but no process group was initialised, so nothing would be synchronised. "
+                "Call torch.distributed.init_process_group() before training, or leave sync out"
+            )
+        if group is None:
+            return None
+        raise RuntimeError(
+            f"{name}: sync has a group, but torch.distributed is not initialised (or was destroyed); "
+            "call torch.distributed.init_process_group() first"
+        )
+    if group is None:
+        group = dist.group.WORLD
+    elif hasattr(group, "get_group") and hasattr(group, "mesh_dim_names"):
+        if group.ndim != 1:
+            names = group.mesh_dim_names or ()
+            raise ValueError(
+                f"{name}: sync has a DeviceMesh of {group.ndim} dimensions {tuple(names)}; name the one to reduce over, "
+                f"as in mesh[{(names or ('dp',))[0]!r}]"
+            )
+        group = group.get_group()
+    if group is dist.GroupMember.NON_GROUP_MEMBER or (
+        isinstance(group, dist.ProcessGroup) and dist.get_rank(group) < 0
+    ):
+        raise ValueError(
+            f"{name}: rank {dist.get_rank()} is not in sync's group; call grad_fn on the ranks of the group only"
+        )
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"{name}: sync's group must be a ProcessGroup or a DeviceMesh, got {describe(group)}")
+    return group if group.size() > 1 else None
+
+
+def title(group: dist.ProcessGroup) -> str:
+    """How messages name a group."""
+    ranks = dist.get_process_group_ranks(group)
+    shown = f"{ranks[:8]}"[:-1] + (f", ... {len(ranks)} of them]" if len(ranks) > 8 else "]")
+    return f"process group {group.group_name!r} ({group.group_desc}; {dist.get_backend(group)}; ranks {shown})"
+
+
+@contextmanager
+def speaking(name: str, group: dist.ProcessGroup) -> Iterator[None]:
+    """Around collectives: torch's errors say which connection broke, not what that means."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"{name}: the collective of {title(group)} failed on rank {dist.get_rank()}: another rank has ended, did not "
+            f"come within the group's timeout, or made another call. No gradient was returned. torch says: {error}"
+        ) from error

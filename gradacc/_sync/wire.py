@@ -1,0 +1,166 @@
+"""Packing: buckets of gradients, records of bytes in a sum of floats. NOTE [one collective]"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradacc._sync.layout import Spec
+
+FIRST, LATER = 1 << 20, 25 << 20
+"""Bytes of the first bucket, which is to leave early, and of the later ones, where there is overlap."""
+
+_BYTES = {torch.float64: 6, torch.float32: 3, torch.float16: 1, torch.bfloat16: 1}
+"""Whole bytes that a float of this dtype holds exactly."""
+
+
+class Bucket(NamedTuple):
+    """What crosses in one all-reduce: gradients, as real numbers of one dtype on one device."""
+
+    dtype: torch.dtype
+    wire: torch.dtype
+    device: torch.device
+    indices: tuple[int, ...]
+    """Which parameters' gradients, in order."""
+    numel: int
+    """Of all of them, in real numbers."""
+
+
+class Place(NamedTuple):
+    """Where a gradient goes."""
+
+    bucket: int
+    offset: int
+    numel: int
+
+
+class Plan(NamedTuple):
+    """All that crosses; the same on every rank."""
+
+    buckets: tuple[Bucket, ...]
+    places: tuple[Place, ...]
+    """Of every parameter's gradient."""
+    vectors: tuple[tuple[int, ...], ...]
+    """For every bucket, the numbers of the specs (not 0-dim) that ride behind its gradients."""
+    specs: tuple[Spec, ...]
+    """Of everything that is not a gradient."""
+    header: int
+    """The bucket at whose end the records ride."""
+
+
+def plan(
+    shapes: Sequence[torch.Size],
+    dtypes: Sequence[torch.dtype],
+    devices: Sequence[torch.device],
+    specs: Sequence[Spec],
+    compress: torch.dtype | None,
+    overlap: bool,
+) -> Plan:
+    """Where everything goes: one bucket a dtype and device; with ``overlap``, more, in the order of a backward pass."""
+    filled: list[tuple[torch.dtype, torch.device, list[int]]] = []
+    numels: list[int] = []
+    places: dict[int, Place] = {}
+    current: dict[tuple[torch.dtype, torch.device], int] = {}
+
+    def another(dtype: torch.dtype, device: torch.device) -> int:
+        filled.append((dtype, device, []))
+        numels.append(0)
+        return len(filled) - 1
+
+    for i in reversed(range(len(shapes))) if overlap else range(len(shapes)):
+        dtype, numel = dtypes[i].to_real(), shapes[i].numel() * (2 if dtypes[i].is_complex else 1)
+        at = current.get((dtype, devices[i]))
+        if at is not None and overlap:
+            limit = LATER if at else FIRST
+            if (numels[at] + numel) * (compress or dtype).itemsize > limit:
+                at = None
+        if at is None:
+            at = current[dtype, devices[i]] = another(dtype, devices[i])
+        places[i] = Place(at, numels[at], numel)
+        filled[at][2].append(i)
+        numels[at] += numel
+    header = len(filled) - 1
+    last = {} if compress else {dtype: at for (dtype, _), at in current.items()}  # metrics are not rounded
+    riders: dict[int, list[int]] = {}
+    for n, spec in enumerate(specs):
+        if spec.shape:
+            assert spec.dtype is not None
+            dtype = spec.dtype.to_real() if spec.dtype.is_complex else spec.dtype
+            if dtype not in last:
+                last[dtype] = another(dtype, devices[0])
+            riders.setdefault(last[dtype], []).append(n)
+    return Plan(
+        tuple(
+            Bucket(dtype, compress or dtype if indices else dtype, device, tuple(indices), numel)
+            for (dtype, device, indices), numel in zip(filled, numels, strict=True)
+        ),
+        tuple(places[i] for i in range(len(shapes))),
+        tuple(tuple(riders.get(at, ())) for at in range(len(filled))),
+        tuple(specs),
+        header,
+    )
+
+
+def size(plan: Plan, at: int, world: int, columns: int) -> int:
+    """Elements of a bucket, riders and records included."""
+    numel = plan.buckets[at].numel + sum(_numel(plan.specs[n]) for n in plan.vectors[at])
+    return numel + (world * digits(columns, plan.buckets[at].wire) if at == plan.header else 0)
+
+
+def _numel(spec: Spec) -> int:
+    assert spec.dtype is not None
+    return torch.Size(spec.shape).numel() * (2 if spec.dtype.is_complex else 1)
+
+
+def write_vectors(plan: Plan, at: int, flat: Tensor, values: Sequence[Any] | None) -> None:
+    """Put a bucket's riders behind its gradients; None: this rank has nothing."""
+    offset = plan.buckets[at].numel
+    for n in plan.vectors[at]:
+        part = flat.narrow(0, offset, _numel(plan.specs[n]))
+        part.zero_() if values is None else part.copy_(real(values[n]).reshape(-1))
+        offset += part.numel()
+
+
+def read_vectors(plan: Plan, at: int, flat: Tensor) -> dict[int, Tensor]:
+    """The sums of a bucket's riders, by their number."""
+    offset, found = plan.buckets[at].numel, {}
+    for n in plan.vectors[at]:
+        spec = plan.specs[n]
+        assert spec.dtype is not None
+        part = flat.narrow(0, offset, _numel(spec)).clone()
+        offset += part.numel()
+        shaped = part.view(*spec.shape, 2) if spec.dtype.is_complex else part.view(spec.shape)
+        found[n] = torch.view_as_complex(shaped) if spec.dtype.is_complex else shaped
+    return found
+
+
+def real(tensor: Tensor) -> Tensor:
+    """The real numbers of a tensor."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def digits(columns: int, dtype: torch.dtype) -> int:
+    """Elements of ``dtype`` that hold a record of so many columns of 8 bytes."""
+    return -(-8 * columns // _BYTES[dtype])
+
+
+def encode(record: Tensor, dtype: torch.dtype) -> Tensor:
+    """A record (int64) as integers in ``dtype``, each of as many bytes as it holds exactly."""
+    width = _BYTES[dtype]
+    raw = record.contiguous().view(torch.uint8)
+    raw = torch.nn.functional.pad(raw, (0, -len(raw) % width))
+    return (raw.view(-1, width).to(torch.int64) << _shifts(width)).sum(1).to(dtype)
+
+
+def decode(coded: Tensor, columns: int) -> Tensor:
+    """The inverse of `encode`, for the records of all ranks: ``[W, digits] -> [W, columns]``."""
+    width = _BYTES[coded.dtype]
+    raw = (coded.to(torch.int64).unsqueeze(-1) >> _shifts(width)) & 255
+    return raw.to(torch.uint8).flatten(1)[:, : 8 * columns].contiguous().view(torch.int64)
+
+
+def _shifts(width: int) -> Tensor:
+    return torch.arange(0, 8 * width, 8)
