@@ -81,7 +81,7 @@ def all_reduce(
         raise TypeError(f"all_reduce: compress must be torch.bfloat16 or torch.float16, got {compress!r}")
     if not isinstance(overlap, bool):
         raise TypeError(f"all_reduce: overlap must be True or False, got {describe(overlap)}")
-    if isinstance(group, (torch.dtype, str, int, list, tuple)):
+    if isinstance(group, (torch.dtype, str, list, tuple, set, bool)):
         raise TypeError(
             f"all_reduce: group must be a ProcessGroup, a DeviceMesh or None, got {describe(group)}. "
             "Make one with torch.distributed.new_group(ranks)"

@@ -254,3 +254,81 @@ def test_a_layer_that_gets_no_gradient(products):
     grads = gradacc.accumulate(loss, steps=3)({"a": doubles(4, 4), "b": doubles(4, 4)}, doubles(6, 4))
     assert grads["b"].eq(0).all()
     assert grads["a"].ne(0).any()
+
+
+def test_only_parameters_that_are_leaves_of_the_graph(products):
+    """A Function's node is its ctx, which may hold a parameter under any name."""
+
+    class Triple(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, w):
+            ctx.variable = w
+            return w.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 3
+
+    w, x = doubles(4, 4), doubles(6, 4)
+    grads = gradacc.accumulate(lambda w, x: squared(x @ Triple.apply(w)), steps=3)(w, x)
+    assert_trees_close(grads, 3 * torch.func.grad(lambda w, x: squared(x @ w))(w, x))
+    assert products == []
+
+
+def test_a_backward_pass_inside_a_hook(products):
+    """As implicit differentiation does: a hook runs backward through the same nodes, with vectors of its own."""
+
+    def loss(w, x):
+        y = F.linear(x, w["a"])
+        z = torch.tanh(F.linear(y, w["b"]))
+
+        def hook(grad):
+            for _ in range(2):
+                torch.autograd.grad(z, y, grad, retain_graph=True)
+
+        handle = z.register_hook(lambda grad: (handle.remove(), hook(grad))[1])
+        return squared(z)
+
+    params, x = {"a": doubles(4, 4), "b": doubles(4, 4)}, doubles(6, 4)
+    expected = torch.func.grad(lambda w, x: squared(torch.tanh(F.linear(F.linear(x, w["a"]), w["b"]))))(params, x)
+    assert_trees_close(gradacc.accumulate(loss, steps=3)(params, x), expected)
+    assert products == ["MmBackward0"] * 4
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state:UserWarning")  # torch's own
+def test_sparse_and_nested_operands(products):
+    w, x = doubles(4, 4), doubles(6, 4)
+    assert_trees_close(
+        gradacc.accumulate(lambda w, x: squared(torch.mm(w, x.t().to_sparse()).t()), steps=3)(w, x),
+        torch.func.grad(lambda w, x: squared((w @ x.t()).t()))(w, x),
+    )
+    tokens = torch.tensor([[0, 1, 2], [2, 2, 3], [1, 0, 0]])
+    offsets = torch.tensor([0, 1, 3])
+
+    def nested(w, tokens):
+        jagged = torch.nested.nested_tensor_from_jagged(tokens.flatten(), offsets)
+        return F.embedding(jagged, w).values().square().sum()
+
+    assert_trees_close(
+        gradacc.accumulate(nested, steps=3, reduction="sum")(w, tokens),
+        torch.func.grad(lambda w, tokens: F.embedding(tokens, w).square().sum())(w, tokens),
+    )
+    assert products == []
+
+
+def test_a_sparse_gradient_that_arrives(products):
+    def loss(w, x):
+        return squared(torch.gather(x @ w, 1, (x > 0).long(), sparse_grad=True))
+
+    w, x = doubles(4, 4), doubles(6, 4)
+    expected = torch.func.grad(lambda w, x: squared(torch.gather(x @ w, 1, (x > 0).long())))(w, x)
+    assert_trees_close(gradacc.accumulate(loss, steps=3)(w, x), expected)
+    assert products == ["MmBackward0"] * 2
+
+
+def test_anomaly_mode_sees_every_gradient(products):
+    w, x = doubles(4, 4), doubles(6, 4)
+    x[5] = torch.nan
+    with torch.autograd.set_detect_anomaly(True, check_nan=True), pytest.raises(RuntimeError, match="returned nan"):  # noqa: PT012
+        gradacc.accumulate(lambda w, x: squared((x @ w).nan_to_num()), steps=3)(w, x)
+    assert products == []

@@ -43,8 +43,9 @@ FACTORY = {
     "dtype int": (dict(dtype=torch.int32), TypeError, "dtype must be a floating.*torch.int32"),
     "dtype complex": (dict(dtype=torch.complex64), TypeError, "dtype must be a floating.*torch.complex64"),
     "dtype str": (dict(dtype="float32"), TypeError, "dtype must be a floating.*'float32'"),
-    "sync": (dict(sync=object()), NotImplementedError, "sync=.* is not available in this version"),
-    "sync False": (dict(sync=False), NotImplementedError, "sync=False is not available in this version"),
+    "sync": (dict(sync=object()), TypeError, r"sync must be gradacc.all_reduce\(...\), got"),
+    "sync False": (dict(sync=False), TypeError, "sync must be gradacc.all_reduce.* got"),
+    "sync uncalled": (dict(sync=gradacc.all_reduce), TypeError, "sync must be gradacc.all_reduce.* got a function"),
     "has_carry": (dict(has_carry=True), NotImplementedError, "has_carry=True is not available"),
     "through": (dict(through=loss_fn), NotImplementedError, "through=.* is not available"),
 }

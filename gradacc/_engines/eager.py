@@ -134,7 +134,7 @@ def _backward(
     if wide:
         for leaf, grad in zip(leaves, grads, strict=True):
             leaf.grad = grad
-        inputs = fused.install(uses, leaves, grads, done)
+        inputs = fused.install(edge.node, uses, leaves, grads, done)
         hook = (
             partial(_take, grads, done) if deliver is not None else None
         )  # else taken when all is over: no hook at all

@@ -18,8 +18,14 @@ NOTE [reading the graph]
     swapped or wrapped while the loss runs, and what the graph does not show as such stays with autograd: compiled losses,
     casts (autocast), `torch.func` inside the loss. A parameter is fused if all its uses are (tied, used twice); otherwise
     none is. Left to autograd are also parameters with hooks, which are to see the gradient, and nodes whose other operand is
-    held by a saved-tensor hook (activation checkpointing, offloading), which must be unpacked once. A hook on the transpose
-    itself (``w.t().register_hook``) is the one thing that the graph does not show, and is not run.
+    held by a saved-tensor hook (activation checkpointing, offloading), which must be unpacked once; everything in anomaly
+    mode, which looks at gradients. What the graph does not show is hooks on its nodes: a hook on a transpose itself
+    (``w.t().register_hook``), on a parameter's ``AccumulateGrad``, or one that looks at the product's gradients
+    (``y.grad_fn.register_hook``, the deprecated ``Module.register_backward_hook``) finds None in the place of a fused one.
+    An embedding adds its rows one by one to the sum of all micro-batches, as the large batch's own backward pass does.
+
+    A hook of the loss may run a backward pass of its own through the same nodes (implicit differentiation does): only the
+    pass that began at the loss adds.
 
     ``backward`` computes what leads to its ``inputs``: fused parameters are not among them, but the edges of their nodes
     are, which makes the engine run these without asking for the parameter's gradient.
@@ -32,6 +38,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
@@ -52,18 +59,19 @@ class _Use(NamedTuple):
 
 
 def install(
+    root: Node,
     uses: Mapping[Node, int],
     leaves: Sequence[Tensor],
     buffers: Sequence[Tensor | None],
     done: Callable[[int], None],
 ) -> list[Any]:
-    """Fuse what can be fused of a graph; returns the ``inputs`` for its backward pass.
+    """Fuse what can be fused of a graph; returns the ``inputs`` for its backward pass, which begins at ``root``.
 
     ``uses``: of every node, how many edges lead to it. ``buffers``: a parameter without one is left to autograd, which hands
     its gradient over. ``done(index)`` is called when all uses of a fused parameter have been added.
     """
     indices = {id(leaf): i for i, leaf in enumerate(leaves) if _suits(leaf, buffers[i])}
-    if not indices:
+    if not indices or torch.is_anomaly_enabled():
         return list(leaves)
     found: dict[int, list[_Use]] = defaultdict(list)
     expected: dict[int, int] = {}
@@ -73,16 +81,23 @@ def install(
             parent, transposed = node.next_functions[place][0], False
             if type(parent).__name__ == "TBackward0" and uses[parent] == 1:
                 parent, transposed = parent.next_functions[0][0], True
-            index = indices.get(id(getattr(parent, "variable", None)))
-            if parent is not None and index is not None and _is_plain(node, other):
+            if type(parent).__name__ != "AccumulateGrad":
+                continue
+            index = indices.get(id(parent.variable))
+            if index is not None and _is_plain(node, other):
                 found[index].append(_Use(node, other, add, transposed))
                 expected[index] = uses[parent]
     fused = {index for index, nodes in found.items() if len(nodes) == expected[index]}
+    if not fused:
+        return list(leaves)
+    task: list[int] = []
+    root.register_prehook(partial(_note_task, task))
     edges = []
     for index in fused:
         left = set(range(len(found[index])))
         edges += [
-            _install(use, buffers[index], partial(_finish, left, n, index, done)) for n, use in enumerate(found[index])
+            _install(use, buffers[index], task, partial(_finish, left, n, index, done))
+            for n, use in enumerate(found[index])
         ]
     return [leaf for i, leaf in enumerate(leaves) if i not in fused] + edges
 
@@ -101,30 +116,39 @@ def _is_plain(node: Any, other: str) -> bool:
     """Whether the other operand is simply there, and nothing scales the gradient."""
     if getattr(node, f"_raw_saved_{other}").unpack_hook is not None:
         return False
+    if getattr(node, f"_saved_{other}").layout != torch.strided:
+        return False
     if other == "indices":  # on a GPU, index_add_ is not deterministic, and autograd's sum of rows is
         return not node._saved_scale_grad_by_freq and node._saved_indices.device.type == "cpu"
     return getattr(node, "_saved_alpha", 1) == 1
 
 
-def _install(use: _Use, buffer: Tensor | None, done: Callable[[], None]) -> GradientEdge:
+def _install(use: _Use, buffer: Tensor | None, task: list[int], done: Callable[[], None]) -> GradientEdge:
     assert buffer is not None
     operand = [getattr(use.node, f"_saved_{use.other}").detach()]
-    padding = getattr(use.node, "_saved_padding_idx", -1)
+    padding = getattr(use.node, "_saved_padding_idx", 0)
     add = partial(use.add, padding, buffer.t() if use.transposed else buffer)
-    use.node.register_prehook(partial(_hook, add, operand, done))  # not the node: a cycle, never freed
+    use.node.register_prehook(partial(_hook, task, add, operand, done))  # not the node: a cycle, never freed
     return GradientEdge(use.node, 0)
 
 
+def _note_task(task: list[int], _: Any) -> None:
+    task.append(torch._C._current_graph_task_id())
+
+
 def _hook(
+    task: list[int],
     add: Callable[[Tensor, Tensor], None],
     operand: list[Tensor],
     done: Callable[[], None],
     grads: tuple[Tensor | None, ...],
 ) -> None:
     """Before the node runs; ``operand`` is emptied, so that nothing lives longer than it would."""
-    other = operand.pop()
-    if grads[0] is not None:
-        add(other, grads[0])
+    if task != [torch._C._current_graph_task_id()]:
+        return
+    other, grad = operand.pop(), grads[0]
+    if grad is not None:
+        add(other, grad if grad.layout == torch.strided else grad.to_dense())
     done()
 
 
@@ -144,9 +168,10 @@ def _right(_: int, target: Tensor, other: Tensor, grad: Tensor) -> None:
 
 
 def _rows(padding: int, target: Tensor, indices: Tensor, grad: Tensor) -> None:
-    if padding >= 0:
-        grad = grad.masked_fill((indices == padding).unsqueeze(-1), 0)
+    kept = target[padding].clone() if padding < len(target) else None  # without one it is -1, read as unsigned
     target.index_add_(0, indices.flatten(), grad.reshape(-1, grad.shape[-1]))
+    if kept is not None:
+        target[padding] = kept
 
 
 _FUSED = {  # node -> for each operand: its place among next_functions, the attribute that saves the other one, how to add

@@ -374,7 +374,7 @@ def _sum(table: Tensor, plan: wire.Plan, scale: float) -> tuple[list[Any], float
 def _restored(value: Tensor, spec: layouts.Spec, device: torch.device) -> Any:
     if spec.dtype is None:
         number = float(value.item())
-        return int(number) if number.is_integer() else number
+        return int(number) if spec.whole and number.is_integer() else number
     return value.to(device=device, dtype=spec.dtype)
 
 

@@ -21,6 +21,8 @@ class Spec:
     shape: tuple[int, ...]
     weighted: bool
     """Whether it counts in shares of the rank's unit (NOTE [units]), or is a sum by itself."""
+    whole: bool = field(default=False, compare=False)
+    """Of a Python number: whether it is an int."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,9 @@ def _mean_specs(mean: Mean) -> tuple[Spec, ...]:
 
 
 def _spec(value: Any, *, weighted: bool) -> Spec:
-    return Spec(value.dtype, tuple(value.shape), weighted) if isinstance(value, Tensor) else Spec(None, (), weighted)
+    if isinstance(value, Tensor):
+        return Spec(value.dtype, tuple(value.shape), weighted)
+    return Spec(None, (), weighted, whole=isinstance(value, int))
 
 
 def _leaf(part: _aux.Partial) -> Leaf:
