@@ -30,7 +30,11 @@ def token_loss(params, batch):
         "each": y.sum((-1, -2)),
         "hits": gradacc.Mean((y > 0).sum((0, 1)), real.sum()),
         "average": total / real.sum(),
-        "rest": (gradacc.Mean(y.square().sum(), y.numel()), None, [gradacc.Mean(y.sum((0, 1)), y.new_full((), len(y)))]),
+        "rest": (
+            gradacc.Mean(y.square().sum(), y.numel()),
+            None,
+            [gradacc.Mean(y.sum((0, 1)), y.new_full((), len(y)))],
+        ),
         "complex": gradacc.Mean(torch.complex(y.sum(), y.sum()), float(len(y))),
     }
     return gradacc.Mean(total, real.sum()), aux
