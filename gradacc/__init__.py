@@ -4,6 +4,7 @@
 micro-batch.
 """
 
+from gradacc import data as data
 from gradacc._accumulate import accumulate as accumulate
 from gradacc._accumulate import accumulate_and_value as accumulate_and_value
 from gradacc._all_reduce import all_reduce as all_reduce

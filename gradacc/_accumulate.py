@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradacc import _aux, _dtypes, _fold, _options, _split, _sync, _tree, _validate
 from gradacc._all_reduce import AllReduce
-from gradacc._engines import eager, functional, transforming
+from gradacc._engines import eager, functional, loop, loops, transforming
 from gradacc._mean import Mean
 from gradacc._options import Options
 from gradacc._outcome import Contribution, Outcome
@@ -224,30 +224,39 @@ def _run(
             out = loss_fn(*positional, **named)
         return _outcome(options, out, microbatch)
 
+    def step(
+        buffer: Any, sums: _fold.Sums, microbatch: _split.Microbatch, link: _sync.Link | None = None
+    ) -> tuple[Any, _fold.Sums]:
+        buffer, outcome = engine.update(
+            buffer,
+            functools.partial(evaluate, microbatch),
+            functools.partial(_contribution, options, sums, link),
+            None if link is None else link.deliver,
+        )
+        return buffer, _fold.update(options, sums, outcome, microbatch.sizes)
+
     with engine.guard():
-        buffer = engine.init(params, accumulated)
+        buffer: Any = engine.init(params, accumulated)
     sums = _fold.Sums()
     try:
         divided = _split.microbatches(options, args, differentiated, batch)
         sums = sums._replace(known=divided.examples)
         empty = divided.whole if divided.examples == 0 else None
-        for microbatch, last in _with_last(divided.parts, link):
-            # the caller's iterator runs in the caller's modes, not under the guard
-            if microbatch.empty:
-                empty = empty or microbatch
-                continue
-            with engine.guard():
-                buffer, outcome = engine.update(
-                    buffer,
-                    functools.partial(evaluate, microbatch),
-                    functools.partial(_contribution, options, sums, link if last else None),
-                    link.deliver if link is not None and last else None,
-                )
-                sums = _fold.update(options, sums, outcome, microbatch.sizes)
+        if divided.cut is not None and loops():
+            buffer, sums = loop.fold(step, buffer, sums, divided.cut)
+        else:
+            for microbatch, last in _with_last(divided.parts, link):
+                # the caller's iterator runs in the caller's modes, not under the guard
+                if microbatch.empty:
+                    empty = empty or microbatch
+                    continue
+                with engine.guard():
+                    buffer, sums = step(buffer, sums, microbatch, link if last else None)
         if sums.kind is None and empty is not None and (link is None or link.agreement is None):
             with engine.guard(), torch.no_grad():  # nothing to differentiate: it only says what types to return
                 sums = _fold.update_with_nothing(options, sums, evaluate(empty, params), empty.sizes)
-    except Exception:
+    except Exception as error:
+        _validate.note_unsplit(error, options, args)
         if link is not None:
             with contextlib.suppress(Exception), engine.guard():  # this rank's own error is the one to see
                 _sync.fail(link, sums)

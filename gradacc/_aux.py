@@ -50,7 +50,7 @@ def flatten(aux: Any) -> Aux:
 
 
 def absorb(
-    name: str, sofar: list[Partial] | None, aux: Aux, share: float | Tensor | None, sizes: frozenset[int]
+    name: str, sofar: list[Partial] | None, aux: Aux, share: float | Tensor | None, sizes: tuple[int, ...]
 ) -> list[Partial]:
     """``sofar`` and one more micro-batch, in place where there is something.
 
@@ -98,7 +98,7 @@ def restored(mean: Mean, dtype: torch.dtype) -> Mean:
 
 
 def _partial(
-    name: str, leaf: Any, share: float | Tensor | None, sizes: frozenset[int], aux: Aux, index: int
+    name: str, leaf: Any, share: float | Tensor | None, sizes: tuple[int, ...], aux: Aux, index: int
 ) -> Partial:
     if isinstance(leaf, Mean) and isinstance(leaf.total, Tensor) and isinstance(leaf.weight, (Tensor, numbers.Real)):
         return Total(summable(leaf), leaf.total.dtype)

@@ -18,6 +18,7 @@ NOTE [cotangents and shares]
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -65,7 +66,7 @@ def contribution(options: Options, sums: Sums, outcome: Outcome) -> Contribution
     return Contribution(1.0, weight / one)
 
 
-def update(options: Options, sums: Sums, outcome: Outcome, sizes: frozenset[int]) -> Sums:
+def update(options: Options, sums: Sums, outcome: Outcome, sizes: tuple[int, ...]) -> Sums:
     """``sums`` and one more micro-batch."""
     kind = Kind(isinstance(outcome.value, Mean), outcome.target.dtype, outcome.aux.treedef)
     first = sums.kind or kind
@@ -94,9 +95,35 @@ def update(options: Options, sums: Sums, outcome: Outcome, sizes: frozenset[int]
     )
 
 
-def update_with_nothing(options: Options, sums: Sums, outcome: Outcome, sizes: frozenset[int]) -> Sums:
+def update_with_nothing(options: Options, sums: Sums, outcome: Outcome, sizes: tuple[int, ...]) -> Sums:
     """``sums`` and an empty batch, which only says what types to return."""
     return update(options, sums, outcome._replace(weight=0.0), sizes)._replace(differentiated=False)
+
+
+def numbers(sums: Sums) -> list[Any]:
+    """Everything that is summed (tensors and Python numbers), but the weight and what is concatenated."""
+    found: list[Any] = [sums.value.total, sums.value.weight] if isinstance(sums.value, Mean) else [sums.value]
+    for part in sums.aux or ():
+        if isinstance(part, _aux.Total):
+            found += [part.mean.total, part.mean.weight]
+        elif isinstance(part, _aux.Average):
+            found.append(part.total)
+    return found
+
+
+def with_numbers(sums: Sums, numbers: Iterable[Any]) -> Sums:
+    """The same with other `numbers`."""
+    left = iter(numbers)
+    value = Mean(next(left), next(left)) if isinstance(sums.value, Mean) else next(left)
+    aux: list[_aux.Partial] = []
+    for part in sums.aux or ():
+        if isinstance(part, _aux.Total):
+            aux.append(part._replace(mean=Mean(next(left), next(left))))
+        elif isinstance(part, _aux.Average):
+            aux.append(part._replace(total=next(left)))
+        else:
+            aux.append(part)
+    return sums._replace(value=value, aux=aux)
 
 
 def factor(sums: Sums) -> float | Tensor:
@@ -130,6 +157,6 @@ def unit(sums: Sums, outcome: Outcome) -> Any:
     if sums.unit is not None:
         return sums.unit
     if sums.known and not isinstance(outcome.value, Mean):
-        return float(sums.known)
+        return sums.known
     weight = outcome.weight
     return torch.where(weight == 0, 1.0, weight) if isinstance(weight, Tensor) else weight or None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -17,7 +17,7 @@ class Microbatch(NamedTuple):
     args: tuple[Any, ...]
     """All positional arguments, those that are split replaced by their part."""
 
-    sizes: frozenset[int]
+    sizes: tuple[int, ...]
     """The sizes of its tensors along their split dimension: one where they agree."""
 
     empty: bool = False
@@ -26,7 +26,15 @@ class Microbatch(NamedTuple):
     @property
     def examples(self) -> int | None:
         """How many examples it has; None where that cannot be told."""
-        return next(iter(self.sizes)) if len(self.sizes) == 1 else None
+        return self.sizes[0] if len(self.sizes) == 1 else None
+
+
+class Run(NamedTuple):
+    """Micro-batches of one size, one after the other."""
+
+    offset: int
+    size: int
+    repeats: int
 
 
 class Microbatches(NamedTuple):
@@ -37,6 +45,21 @@ class Microbatches(NamedTuple):
     """Of all parts together, where that is known before the first one."""
     whole: Microbatch | None
     """The undivided batch, where there is one."""
+    cut: Cut | None = None
+    """How ``parts`` are cut from it, where they are."""
+
+
+class Cut(NamedTuple):
+    """A batch that is cut along its dimensions."""
+
+    runs: list[Run]
+    """At most two: `torch.tensor_split`'s sizes differ by one; the last of equal micro-batches may be smaller."""
+    at: Callable[[int, int], Microbatch]
+    """``at(offset, size)``: one micro-batch, of views."""
+    stacked: Callable[[Run], list[Tensor]]
+    """What is split, with the micro-batches of a run as a new leading dimension: views too."""
+    unstacked: Callable[[Sequence[Tensor], int], Microbatch]
+    """``unstacked(tensors, size)``: the micro-batch of one index along that dimension."""
 
 
 def microbatches(options: Options, args: Sequence[Any], differentiated: Sequence[int], batch: int) -> Microbatches:
@@ -60,36 +83,73 @@ def _slice(options: Options, args: Sequence[Any], dims: Sequence[Any]) -> Microb
     ]
     total = _validate.batch_size(options.name, sizes, [path for n in split for path in paths[n]])
 
-    def cut(offset: int, size: int) -> Microbatch:
-        part = list(args)
-        for n, (leaves, treedef) in flat.items():
-            part[n] = _tree.unflatten(
-                treedef,
-                [
-                    leaf if dim is None or not isinstance(leaf, Tensor) else leaf.narrow(dim, offset, size)
-                    for leaf, dim in zip(leaves, leaf_dims[n], strict=True)
-                ],
-            )
-        return Microbatch(tuple(part), frozenset({size}))
+    dims_of = [
+        dim if isinstance(leaf, Tensor) else None
+        for n in split
+        for leaf, dim in zip(flat[n][0], leaf_dims[n], strict=True)
+    ]
+    everything = [leaf for n in split for leaf in flat[n][0]]
 
+    def with_leaves(leaves: Sequence[Any], size: int) -> Microbatch:
+        part, left = list(args), iter(leaves)
+        for n, (own, treedef) in flat.items():
+            part[n] = _tree.unflatten(treedef, [next(left) for _ in own])
+        return Microbatch(tuple(part), (size,))
+
+    def at(offset: int, size: int) -> Microbatch:
+        return with_leaves(
+            [
+                leaf if dim is None else leaf.narrow(dim, offset, size)
+                for leaf, dim in zip(everything, dims_of, strict=True)
+            ],
+            size,
+        )
+
+    def stacked(run: Run) -> list[Tensor]:
+        return [
+            leaf.narrow(dim, run.offset, run.size * run.repeats)
+            .unflatten(dim, (run.repeats, run.size))
+            .movedim(dim % leaf.ndim, 0)
+            for leaf, dim in zip(everything, dims_of, strict=True)
+            if dim is not None
+        ]
+
+    def unstacked(tensors: Sequence[Tensor], size: int) -> Microbatch:
+        left = iter(tensors)
+        return with_leaves(
+            [leaf if dim is None else next(left) for leaf, dim in zip(everything, dims_of, strict=True)], size
+        )
+
+    cut = Cut(runs(total, options.steps, options.microbatch_size), at, stacked, unstacked)
     return Microbatches(
-        (cut(offset, size) for offset, size in cuts(total, options.steps, options.microbatch_size)),
+        (at(offset, size) for offset, size in cuts(total, options.steps, options.microbatch_size)),
         total,
-        Microbatch(tuple(args), frozenset({total})),
+        Microbatch(tuple(args), (total,)),
+        cut,
     )
 
 
+def runs(total: int, steps: int | None = None, microbatch_size: int | None = None) -> list[Run]:
+    """The micro-batches of a batch; with ``steps`` of the sizes of `torch.tensor_split`, empty ones left out."""
+    if total == 0:
+        return []
+    if steps is None:
+        size = microbatch_size or total
+        count, rest = total // size, total % size
+        return [Run(0, size, count)] * (count > 0) + [Run(count * size, rest, 1)] * (rest > 0)
+    if total < steps:
+        return [Run(0, 1, total)]
+    size, larger = total // steps, total % steps
+    if larger == 0:
+        return [Run(0, size, steps)]
+    return [Run(0, size + 1, larger), Run(larger * (size + 1), size, steps - larger)]
+
+
 def cuts(total: int, steps: int | None = None, microbatch_size: int | None = None) -> Iterator[tuple[int, int]]:
-    """``(offset, size)`` of each micro-batch; with ``steps`` the sizes of `torch.tensor_split`, empty ones left out."""
-    offset = 0
-    while offset < total:
-        if steps is None:
-            size = min(microbatch_size or total, total - offset)
-        else:
-            size = -(-(total - offset) // steps)  # what is left, divided by the steps that are left, rounded up
-            steps -= 1
-        yield offset, size
-        offset += size
+    """``(offset, size)`` of each micro-batch of `runs`."""
+    for run in runs(total, steps, microbatch_size):
+        for i in range(run.repeats):
+            yield run.offset + i * run.size, run.size
 
 
 def _iterate(options: Options, parts: Iterable[Any], args: Sequence[Any], dim: Any, batch: int) -> Iterator[Microbatch]:
@@ -104,8 +164,11 @@ def _iterate(options: Options, parts: Iterable[Any], args: Sequence[Any], dim: A
                 for leaf, d, path in zip(leaves, dims, paths, strict=True)
                 if isinstance(leaf, Tensor) and _validate.splittable(options.name, leaf, d, path) is not None
             ]
-        empty = set(sizes) == {0} and len(sizes) == len(leaves)
-        yield Microbatch((*args[:batch], part, *args[batch + 1 :]), frozenset(sizes), empty)
+        empty = bool(sizes) and not any(sizes) and len(sizes) == len(leaves)
+        different = [
+            size for n, size in enumerate(sizes) if size not in sizes[:n]
+        ]  # no set: Dynamo would fix the sizes
+        yield Microbatch((*args[:batch], part, *args[batch + 1 :]), tuple(different), empty)
 
 
 def _leaf_dims(options: Options, dims: Any, tree: Any, position: int) -> list[Any]:

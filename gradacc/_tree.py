@@ -55,17 +55,16 @@ def broadcast_prefix(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool] | No
     Raises:
         ValueError: ``prefix`` is not a prefix of ``tree``.
     """
-    _, treedef = flatten(tree, is_leaf)
-    boxed = optree.tree_map(_Box, prefix, is_leaf=lambda x: x is None, namespace=NAMESPACE, none_is_leaf=True)
-    positions = unflatten(treedef, range(treedef.num_leaves))
-    spread: list[Any] = [None] * treedef.num_leaves
-
-    def assign(box: _Box, subtree: Any) -> None:
-        for position in optree.tree_leaves(subtree, namespace=NAMESPACE):
-            spread[position] = box.value
-
-    optree.tree_map_(assign, boxed, positions, namespace=NAMESPACE)
-    return spread
+    flatten(tree, is_leaf)  # adopts what only torch's registry knows
+    boxes = optree.tree_map(_Box, prefix, is_leaf=lambda x: x is None, namespace=NAMESPACE, none_is_leaf=True)
+    entries, outer = optree.tree_flatten(
+        boxes, namespace=NAMESPACE
+    )  # boxes also because Dynamo breaks at constant leaves
+    return [
+        entry.value
+        for entry, subtree in zip(entries, outer.flatten_up_to(tree), strict=True)
+        for _ in optree.tree_leaves(subtree, is_leaf=is_leaf, namespace=NAMESPACE)
+    ]
 
 
 def map_tensors(func: Callable[[Tensor], Tensor], tree: Any) -> Any:

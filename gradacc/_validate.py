@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import re
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,7 +34,7 @@ def positions(options: Options, args: Sequence[Any]) -> tuple[tuple[int, ...], i
     if not rest:
         raise ValueError(
             f"{name}: no batch among the {len(args)} positional arguments: each is differentiated (argnums={argnums}). "
-            "Call grad_fn(params, batch)"
+            "Call grad_fn(params, batch), with the batch positionally: keyword arguments are never split"
         )
     return differentiated, rest[0]
 
@@ -129,11 +130,12 @@ def splittable(name: str, leaf: Any, dim: Any, path: str) -> int | None:
         return leaf.shape[dim]
     if isinstance(leaf, (bool, int, float, complex)):
         return None
-    fix = (
-        "Convert it with torch.as_tensor"
-        if hasattr(leaf, "__array__")
-        else "Convert it to tensors (or a dict of them), or register its class as a pytree node"
-    )
+    if hasattr(leaf, "__array__"):
+        fix = "Convert it with torch.as_tensor"
+    elif is_iterable(leaf):
+        fix = "An iterable of micro-batches is passed without steps or microbatch_size. Otherwise convert it to tensors"
+    else:
+        fix = "Convert it to tensors (or a dict of them), or register its class as a pytree node"
     raise TypeError(
         f"{name}: {path} is {describe(leaf)}, which cannot be split: the batch is a pytree of tensors, "
         f"numbers, bools and None. {fix}, give it None in in_dims, or pass it as another argument of loss_fn"
@@ -147,23 +149,78 @@ def batch_size(name: str, sizes: Sequence[int | None], paths: Sequence[str]) -> 
         raise TypeError(
             f"{name}: there is no tensor to split in the batch; by default that is the argument after params"
         )
-    if len({size for size, _ in known}) > 1:
-        listing = ", ".join(f"{path} has {size}" for size, path in known)
+    size, path = known[0]
+    others = [(other, where) for other, where in known if other != size]
+    if others:
+        if len(known) <= 6:
+            listing = ", ".join(f"{where} has {each}" for each, where in known)
+        else:
+            listing = (
+                f"{path} has {size}, {others[0][1]} has {others[0][0]} "
+                f"({len(others)} of {len(known)} tensors differ from the first)"
+            )
         raise ValueError(
             f"{name}: the split dimensions differ: {listing}. Give what is not per example None in in_dims, "
-            "or pass it as another argument of loss_fn"
+            f"or pass it as another argument of loss_fn{_hint_for_lists(path, others[0][1])}"
         )
-    return known[0][0]
+    return size
+
+
+def _hint_for_lists(first: str, other: str) -> str:
+    """What to do where two paths lead to items of one list: they may be micro-batches, or ragged examples."""
+    a, b = (re.split(r"(?=[.\[])", path) for path in (first, other))
+    shared = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), 0)
+    if shared < 2 or not all(re.fullmatch(r"\[\d+\]", parts[shared]) for parts in (a, b)):
+        return ""  # 1 is where the arguments of the call part
+    ragged = f"If {''.join(a[:shared])} is a list of ragged examples, pad them into one tensor"
+    return f". {ragged}" + (
+        "; a list of micro-batches is passed without steps or microbatch_size" if shared == 2 else ""
+    )
+
+
+def note_unsplit(error: Exception, options: Options, args: Sequence[Any]) -> None:
+    """Add to a loss's own error what was passed whole, or split, where that is likely not what was meant."""
+    if options.in_dims is not None or (options.steps is None and options.microbatch_size is None):
+        return
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is not None and trace.tb_frame.f_globals is globals():
+        return  # an error from here says it all
+    differentiated, batch = positions(options, args)
+    size = _leading(args[batch])
+    whole = [
+        n for n, arg in enumerate(args) if n not in (*differentiated, batch) and size > 1 and _leading(arg) == size
+    ]
+    if whole:
+        dims = tuple(0 if n in (batch, *whole) else None for n in range(len(args)))
+        names = " and ".join(f"args[{n}]" for n in whole)
+        each, verb = ("has", "is") if len(whole) == 1 else ("have", "are")
+        error.add_note(
+            f"{options.name}: {names} {each} the batch's leading size, {size}, but {verb} passed whole; "
+            f"did you mean in_dims={dims}?"
+        )
+    if type(args[batch]) in (list, tuple) and not any(isinstance(item, Tensor) for item in args[batch]):
+        error.add_note(
+            f"{options.name}: args[{batch}] is {describe(args[batch])}, and every tensor in it was split; "
+            "a list of micro-batches is passed without steps or microbatch_size"
+        )
+
+
+def _leading(tree: Any) -> int:
+    """The one size that all tensors of a tree have along dim 0; 0 where there is none."""
+    sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in _tree.flatten(tree)[0] if isinstance(leaf, Tensor)}
+    return sizes.pop() if len(sizes) == 1 else 0
 
 
 def iterable(options: Options, batch: Any) -> Any:
     """The micro-batches, where nothing says how to split: the batch must be an iterable of them."""
     if options.split is not None:
         batch = options.split(batch)
-        if not _is_iterable(batch):
+        if not is_iterable(batch):
             raise TypeError(f"{options.name}: split returned {describe(batch)}; it must yield or return micro-batches")
         return batch
-    if not _is_iterable(batch):
+    if not is_iterable(batch):
         raise TypeError(
             f"{options.name}: without steps, microbatch_size or split, the batch must be an iterable of micro-batches, "
             f"got {describe(batch)}. Pass steps= to have it split, or a list of micro-batches"
@@ -171,7 +228,8 @@ def iterable(options: Options, batch: Any) -> Any:
     return batch
 
 
-def _is_iterable(batch: Any) -> bool:
+def is_iterable(batch: Any) -> bool:
+    """Whether it can be micro-batches: a record (a dict, a ``NamedTuple``) or a tensor is one batch."""
     is_record = isinstance(batch, (Tensor, str, bytes)) or hasattr(batch, "keys") or hasattr(batch, "_fields")
     return hasattr(batch, "__iter__") and not is_record
 
@@ -241,7 +299,7 @@ def weight(options: Options, value: Any, like: Tensor) -> float | Tensor:
     return float(value)
 
 
-def examples(options: Options, count: int | None, sizes: frozenset[int]) -> int | None:
+def examples(options: Options, count: int | None, sizes: tuple[int, ...]) -> int | None:
     """The number of examples a plain loss is the mean of; a sum needs none."""
     if count is None and options.reduction == "mean":
         found = (

@@ -329,6 +329,6 @@ def test_a_sparse_gradient_that_arrives(products):
 def test_anomaly_mode_sees_every_gradient(products):
     w, x = doubles(4, 4), doubles(6, 4)
     x[5] = torch.nan
-    with torch.autograd.set_detect_anomaly(True, check_nan=True), pytest.raises(RuntimeError, match="returned nan"):  # noqa: PT012
+    with torch.autograd.set_detect_anomaly(True, check_nan=True), pytest.raises(RuntimeError, match="returned nan"):
         gradacc.accumulate(lambda w, x: squared((x @ w).nan_to_num()), steps=3)(w, x)
     assert products == []

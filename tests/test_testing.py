@@ -52,6 +52,18 @@ def token_mean(p: Any, b: Any) -> Tensor:
     return tokens(p, b).value
 
 
+def class_weighted(p: Any, b: Any, reduction: str = "mean") -> Tensor:
+    weights, y = torch.arange(1, 6, dtype=F64), b["mask"].sum(dim=1) - 1
+    return F.cross_entropy(
+        b["x"] * p["w"] + b["y"][:, None] * p["b"] * torch.arange(5), y, weights, reduction=reduction
+    )
+
+
+def class_weighted_as_mean(p: Any, b: Any) -> gradacc.Mean:
+    weights, y = torch.arange(1, 6, dtype=F64), b["mask"].sum(dim=1) - 1
+    return gradacc.Mean(class_weighted(p, b, "sum"), weights[y].sum())
+
+
 def sum_squares(p: Any, b: Any) -> Tensor:
     return (b["x"] @ p["w"] + p["b"] - b["y"]).square().sum()
 
@@ -155,6 +167,8 @@ CASES = {
     "token mean, bfloat16": Case(token_mean, "weights", "gradacc.Mean", dtype=torch.bfloat16),
     "token mean, float64 refused": Case(closing_over(torch.eye(5)), "weights", "gradacc.Mean", dtype=torch.float32),
     "token mean as a sum": Case(token_mean, "weights", 'leave reduction="sum" out', options={"reduction": "sum"}),
+    "class weights": Case(class_weighted, "weights", "Mean(sum of the weighted losses, w[y].sum())", examples=12),
+    "class weights as the fix says": Case(class_weighted_as_mean, None, examples=12),
     "Mean of another weight": Case(wrong_weight, "weights", "gradacc.Mean", "not over the weights of its Mean"),
     "Mean of a mean": Case(mean_of_total, "weights", "with the sum as total", "total is itself a mean"),
     "sum as a mean": Case(sum_squares, "reduction", 'pass reduction="sum"'),
@@ -187,7 +201,7 @@ CASES = {
     ),
     "weights of both signs": Case(signed, "unknown", "", "no weights make"),
     "largest loss": Case(largest, "unknown", "needs the whole batch", "a maximum"),
-    "dropout": Case(dropped, "randomness", "switched off"),
+    "dropout": Case(dropped, "randomness", "switch only the randomness off (p=0)"),
     "Python's random": Case(noisy(lambda _: random.random()), "randomness"),
     "NumPy's random": Case(noisy(lambda n: np.random.rand(n)), "randomness"),
     "a counter": Case(counting(), "state", "make what it reads an argument"),
@@ -356,6 +370,24 @@ def test_batch_norm_is_named_and_left_as_it_was(functional: str, dtype: torch.dt
     assert check_accumulation(loss, params, data(dtype)[1]).exact
 
 
+def test_dropout_hides_batch_norm_until_only_dropout_is_off() -> None:
+    module = batch_norm().append(nn.Dropout(0.5))
+    loss, params = of_module(module, gradacc.functional(module)[0])
+    report = check_accumulation(loss, params, data()[1])
+    assert report.cause == "randomness"
+    assert "eval()" not in report.fix  # that would switch BatchNorm off, too
+    assert str(report).endswith("\nOther causes may hide behind this one: fix it, and check again.")
+    module[-1].p = 0.0
+    assert check_accumulation(loss, params, data()[1]).cause == "interaction"
+
+
+@pytest.mark.parametrize(
+    ("loss", "line"), [(contrastive, True), (counting(), True), (token_mean, False), (least_squares, False)]
+)
+def test_only_what_may_hide_another_cause_says_so(loss: Any, line: bool) -> None:
+    assert ("Other causes may hide" in str(check_accumulation(loss, *data()))) is line
+
+
 def test_state_that_a_module_keeps_is_found_out_and_put_back() -> None:
     class Warmup(nn.Module):
         def __init__(self) -> None:
@@ -447,7 +479,10 @@ def test_the_text_is_an_aligned_table() -> None:
     column = head.index("verdict")
     assert {row[column : column + 7] for row in rows} == {"INEXACT"}
     assert all(row[head.index("worst leaf") :].startswith("params['") for row in rows)
-    assert tolerance == "Errors are relative to the large batch; tolerance 1.5e-08 (float64)."
+    assert tolerance.startswith(
+        "Errors are relative to the large batch (gradient: the worst leaf, relative to that leaf); "
+    )
+    assert tolerance.endswith("tolerance 1.5e-08 (float64).")
     assert why.startswith("Why: ")
     assert more.startswith("     ")
     assert "Fix: return gradacc.Mean" in str(report)
@@ -498,6 +533,31 @@ def test_bad_arguments() -> None:
         check_accumulation(lambda p, b: (least_squares(p, b), 1), params, batch)
     with pytest.raises(ValueError, match="under a functorch transform"):
         torch.func.vmap(lambda y: check_accumulation(least_squares, params, batch | {"y": y}))(batch["y"][None])
+
+
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (lambda batch: [batch, batch], "list"),
+        (lambda batch: (batch, {name: leaf[:4] for name, leaf in batch.items()}), "tuple"),
+        (lambda batch: iter([batch]), "list_iterator"),
+    ],
+)
+def test_micro_batches_are_not_one_batch(make: Callable[[Any], Any], kind: str) -> None:
+    params, batch = data()
+    with pytest.raises(TypeError, match=f"the batch is a {kind} of micro-batches. Pass one whole batch"):
+        check_accumulation(least_squares, params, make(batch))
+
+
+def test_a_batch_that_is_a_tuple_is_one_batch() -> None:
+    def pair(p: Any, b: Any) -> Tensor:
+        x, y = b
+        return least_squares(p, {"x": x, "y": y})
+
+    params, batch = data()
+    assert check_accumulation(pair, params, (batch["x"], batch["y"])).exact
+    with pytest.raises(KeyError, match="oops"):  # the loss's own error stays
+        check_accumulation(lambda p, b: p["oops"] * b[0].sum(), params, (batch["x"], batch["y"]))
 
 
 def test_a_report_is_a_frozen_value() -> None:

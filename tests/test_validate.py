@@ -1,11 +1,14 @@
 """Bad input: a clear error that names what arrived and the fix, and nothing changed."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import gradacc
+from gradacc import _options, _validate
 from tests.helpers import ENGINES, fingerprint
 
 
@@ -84,7 +87,39 @@ CALL = {
         dict(steps=2, in_dims=(None, 0, 1)),
         (PARAMS, torch.ones(4), torch.ones(4, 3)),
         ValueError,
-        r"args\[1\] has 4, args\[2\] has 3",
+        r"args\[1\] has 4, args\[2\] has 3\. Give .* argument of loss_fn$",
+    ),
+    "sizes differ in a record": (
+        dict(steps=2),
+        (PARAMS, {0: torch.ones(4), "y": torch.ones(3)}),
+        ValueError,
+        r"has 4, args\[1\]\['y'\] has 3\. Give .* argument of loss_fn$",
+    ),
+    "micro-batches and steps": (
+        dict(steps=2),
+        (PARAMS, [{"x": torch.ones(n)} for n in (7, 5)]),
+        ValueError,
+        r"args\[1\]\[0\]\['x'\] has 7, args\[1\]\[1\]\['x'\] has 5\. Give .*\. "
+        r"If args\[1\] is a list of ragged examples, pad them.*micro-batches is passed without steps or microbatch_size$",
+    ),
+    "ragged examples": (
+        dict(microbatch_size=2),
+        (PARAMS, {"x": [torch.ones(n) for n in (7, 7, 5, 7, 6, 7, 7)]}),
+        ValueError,
+        r"differ: args\[1\]\['x'\]\[0\] has 7, args\[1\]\['x'\]\[2\] has 5 \(2 of 7 tensors differ from the first\)\. "
+        r"Give .*\. If args\[1\]\['x'\] is a list of ragged examples, pad them into one tensor$",
+    ),
+    "six sizes are listed": (
+        dict(steps=2),
+        (PARAMS, [torch.ones(n) for n in (7, 5, 7, 7, 7, 7)]),
+        ValueError,
+        r"\[0\] has 7, args\[1\]\[1\] has 5, args.*, args\[1\]\[5\] has 7\. Give",
+    ),
+    "generator and steps": (
+        dict(steps=2),
+        (PARAMS, iter([BATCH])),
+        TypeError,
+        r"args\[1\] is a list_iterator, which .* An iterable of micro-batches is passed without steps",
     ),
     "0-dim": (
         dict(steps=2),
@@ -111,7 +146,7 @@ CALL = {
         dict(steps=2),
         (PARAMS,),
         ValueError,
-        r"no batch among the 1 positional arguments.*grad_fn\(params, batch\)",
+        r"no batch among the 1 positional arguments.*grad_fn\(params, batch\).*keyword arguments are never split",
     ),
     "no arguments": (dict(steps=2), (), ValueError, "argnums=0 does not fit a call with 0 positional arguments"),
     "argnums too large": (
@@ -322,6 +357,49 @@ def test_bad_losses(case, engine):
     assert fingerprint((PARAMS, BATCH)) == before
 
 
+X = torch.ones(6, 2)
+NOTES = {
+    # name: (options, arguments after params, what a loss's own error says more)
+    "a target": (
+        dict(steps=2),
+        (X, X[:, 0]),
+        [r"args\[2\] has the batch's .* size, 6, but .* in_dims=\(None, 0, 0\)\?"],
+    ),
+    "two of three": (
+        dict(microbatch_size=2),
+        (X, {"y": X, "z": X[:, 0]}, torch.ones(2), X),
+        [r"args\[2\] and args\[4\] have .* are passed whole; did you mean in_dims=\(None, 0, 0, None, 0\)\?"],
+    ),
+    "another size": (dict(steps=2), (X, X.T), []),
+    "a scalar": (dict(steps=2), (X, torch.tensor(2.0), 6), []),
+    "two sizes": (dict(steps=2), (X, {"y": X, "z": torch.ones(2)}), []),
+    "one example": (dict(steps=2), (X[:1], X[:1]), []),
+    "said so": (dict(steps=2, in_dims=(None, 0, None)), (X, X), []),
+    "micro-batches": ({}, ([X], torch.ones(1)), []),
+    "micro-batches, split": (dict(steps=2), ([{"x": X}, {"x": X}],), [r"args\[1\] is a list, .* passed without steps"]),
+    "a pair": (dict(steps=2), ((X, X),), []),
+}
+
+
+@pytest.mark.parametrize("case", NOTES)
+def test_a_losss_own_error_tells_what_was_not_split(case):
+    given, args, notes = NOTES[case]
+    error = RuntimeError("shapes differ")
+    options = _options.options("accumulate", loss_fn, _options.Given(**given))
+    _validate.note_unsplit(error, options, (PARAMS, *args))
+    found = getattr(error, "__notes__", [])
+    assert len(found) == len(notes)
+    assert all(re.match(f"accumulate: {note}", text) for note, text in zip(notes, found, strict=True)), found
+
+
+def test_an_error_of_ours_gets_no_note():
+    options = _options.options("accumulate", loss_fn, _options.Given(steps=2))
+    with pytest.raises(TypeError) as caught:
+        _validate.loss(options, None)
+    _validate.note_unsplit(caught.value, options, (PARAMS, X, X))
+    assert not hasattr(caught.value, "__notes__")
+
+
 def test_a_mean_is_not_a_sum():
     with pytest.raises(ValueError, match="leave reduction='sum' out"):
         gradacc.accumulate(mean(linear, lambda p, b: 2), steps=2, reduction="sum")(PARAMS, BATCH)
@@ -349,3 +427,14 @@ def test_sharded_parameters_are_refused(tmp_path):
             gradacc.accumulate(lambda p, b: (p["w"] * b).mean(), steps=2)(params, torch.ones(4, 2))
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_target_that_is_passed_whole_is_named(engine):
+    def loss(p, x, y):
+        return (p["w"] * x - y).square().mean()
+
+    x = torch.arange(6.0)
+    with pytest.raises(RuntimeError) as caught:
+        ENGINES[engine](lambda: gradacc.accumulate(loss, steps=2)(PARAMS, x, x))
+    assert "did you mean in_dims=(None, 0, 0)?" in caught.value.__notes__[0]

@@ -59,9 +59,13 @@ class Pool:
 
     def close(self) -> None:
         """End the processes."""
-        for connection in self._connections:
-            _send(connection, None)
-        self._process.wait(30)
+        try:
+            for connection in self._connections:
+                _send(connection, None)
+            self._process.wait(30)
+        finally:
+            self._process.kill()
+            self._process.wait()
 
 
 def _send(connection: Connection, value: Any) -> None:

@@ -35,6 +35,11 @@ def transforming() -> bool:
     return torch.compiler.is_compiling() or functorch_is_active() or forward_ad._current_level >= 0 or _inside.get()
 
 
+def loops() -> bool:
+    """Whether equal micro-batches are one loop of a graph: while Dynamo traces, unless a functorch transform is active."""
+    return torch.compiler.is_compiling() and not functorch_is_active()
+
+
 def functorch_is_active() -> bool:
     """Whether a functorch transform is."""
     return torch._C._functorch.peek_interpreter_stack() is not None

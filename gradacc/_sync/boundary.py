@@ -34,8 +34,8 @@ class Agreement(NamedTuple):
     plan: wire.Plan
 
 
-Agreed = WeakKeyDictionary[dist.ProcessGroup, dict[Any, Agreement]]
-"""Of one ``grad_fn``: by group and by the parameters' structure. It saves an exchange, and changes no result."""
+Agreed = WeakKeyDictionary[Any, dict[Any, Agreement]]
+"""Of one ``grad_fn``: by process group and by the parameters' structure. It saves an exchange, and changes no result."""
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,7 @@ def cross(
     if kept and not link.delivered:
         link.agreement = agreement
         link.set_unit(sums.unit)
-    values = layouts.values(sums) if kept else None
+    values = _fold.numbers(sums) if kept else None
     record = _record(plan, sums, values, status, arrived)
     link.send(plan, grads if kept else [None] * len(grads), values, record)
     flats = link.receive()
@@ -197,15 +197,12 @@ def cross(
     for at, flat in enumerate(flats):
         for n, tensor in wire.read_vectors(plan, at, flat).items():
             summed[n] = tensor
-    kind, value, aux = layouts.restore(
+    whole = layouts.restore(
         agreement.layout,
         [_restored(x, spec, link.params[0].device) for x, spec in zip(summed, plan.specs, strict=True)],
         sums,
         link.params[0],
-    )
-    whole = _fold.Sums(
-        None, kind, value, weight, agreement.scale, aux, differentiated=bool(table[:, _DIFFERENTIATED].any())
-    )
+    )._replace(weight=weight, unit=agreement.scale, differentiated=bool(table[:, _DIFFERENTIATED].any()))
     return _unpack(plan, flats, link.params), whole, bool(table[:, _ARRIVED].any())
 
 

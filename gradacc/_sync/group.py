@@ -19,12 +19,12 @@ def resolve(name: str, group: Any) -> dist.ProcessGroup | None:
         if world.isdigit() and int(world) > 1:
             raise RuntimeError(
                 f"{name}: WORLD_SIZE is {world}, but no process group was initialised, so nothing would be synchronised. "
-                "Call torch.distributed.init_process_group() before training, or leave sync out"
+                "Call torch.distributed.init_process_group() first, or leave sync (of windows: group) out"
             )
         if group is None:
             return None
         raise RuntimeError(
-            f"{name}: sync has a group, but torch.distributed is not initialised (or was destroyed); "
+            f"{name}: there is a group, but torch.distributed is not initialised (or was destroyed); "
             "call torch.distributed.init_process_group() first"
         )
     if group is None:
@@ -33,18 +33,16 @@ def resolve(name: str, group: Any) -> dist.ProcessGroup | None:
         if group.ndim != 1:
             names = group.mesh_dim_names or ()
             raise ValueError(
-                f"{name}: sync has a DeviceMesh of {group.ndim} dimensions {tuple(names)}; name the one to reduce over, "
+                f"{name}: the group is a DeviceMesh of {group.ndim} dimensions {tuple(names)}; name the one to reduce over, "
                 f"as in mesh[{(names or ('dp',))[0]!r}]"
             )
         group = group.get_group()
     if group is dist.GroupMember.NON_GROUP_MEMBER or (
         isinstance(group, dist.ProcessGroup) and dist.get_rank(group) < 0
     ):
-        raise ValueError(
-            f"{name}: rank {dist.get_rank()} is not in sync's group; call grad_fn on the ranks of the group only"
-        )
+        raise ValueError(f"{name}: rank {dist.get_rank()} is not in the group; make the call on the group's ranks only")
     if not isinstance(group, dist.ProcessGroup):
-        raise TypeError(f"{name}: sync's group must be a ProcessGroup or a DeviceMesh, got {describe(group)}")
+        raise TypeError(f"{name}: the group must be a ProcessGroup or a DeviceMesh, got {describe(group)}")
     return group if group.size() > 1 else None
 
 
@@ -63,5 +61,5 @@ def speaking(name: str, group: dist.ProcessGroup) -> Iterator[None]:
     except RuntimeError as error:
         raise RuntimeError(
             f"{name}: the collective of {title(group)} failed on rank {dist.get_rank()}: another rank has ended, did not "
-            f"come within the group's timeout, or made another call. No gradient was returned. torch says: {error}"
+            f"come within the group's timeout, or made another call. Nothing was returned. torch says: {error}"
         ) from error

@@ -59,34 +59,23 @@ def of(options: Options, sums: _fold.Sums) -> Layout:
     return Layout(kind.is_mean, kind.dtype, value, _tree.unflatten(kind.aux, [_leaf(part) for part in sums.aux]))
 
 
-def values(sums: _fold.Sums) -> list[Any]:
-    """What `Layout.specs` describes: tensors and numbers."""
-    assert sums.aux is not None
-    found: list[Any] = _pair(sums.value) if isinstance(sums.value, Mean) else [sums.value]
-    for part in sums.aux:
-        if isinstance(part, _aux.Total):
-            found += _pair(part.mean)
-        elif isinstance(part, _aux.Average):
-            found.append(part.total)
-    return found
-
-
-def restore(layout: Layout, summed: list[Any], local: _fold.Sums, like: Tensor) -> tuple[_fold.Kind, Any, list[Any]]:
-    """Kind, value and aux of the union, from the sums of what `values` gave; concatenated leaves are ``local``'s own."""
+def restore(layout: Layout, summed: list[Any], local: _fold.Sums, like: Tensor) -> _fold.Sums:
+    """The union's kind, value and aux, from the sums of `_fold.numbers`; concatenated leaves are ``local``'s own."""
     leaves, treedef = _tree.flatten(layout.aux)
-    left = iter(summed)
-    value: Any = Mean(next(left), next(left)) if layout.is_mean else next(left)
     aux: list[Any] = []
     for i, leaf in enumerate(leaves):
         if len(leaf.specs) == 2:
-            aux.append(_aux.Total(Mean(next(left), next(left)), leaf.dtype))
+            aux.append(_aux.Total(Mean(like, like), leaf.dtype))
         elif leaf.specs:
-            aux.append(_aux.Average(next(left), leaf.dtype))
+            aux.append(_aux.Average(like, leaf.dtype))
         elif local.aux is not None:
             aux.append(local.aux[i])
         else:
             aux.append([torch.empty((0, *leaf.trailing), dtype=leaf.dtype, device=like.device)])
-    return _fold.Kind(layout.is_mean, layout.dtype, treedef), value, aux
+    kind = _fold.Kind(layout.is_mean, layout.dtype, treedef)
+    return _fold.with_numbers(
+        _fold.Sums(kind=kind, value=Mean(like, like) if layout.is_mean else like, aux=aux), summed
+    )
 
 
 def difference(one: Layout, other: Layout) -> str | None:
@@ -105,12 +94,8 @@ def difference(one: Layout, other: Layout) -> str | None:
     return None
 
 
-def _pair(mean: Mean) -> list[Any]:
-    return [mean.total, mean.weight]
-
-
 def _mean_specs(mean: Mean) -> tuple[Spec, ...]:
-    return tuple(_spec(value, weighted=False) for value in _pair(mean))
+    return tuple(_spec(value, weighted=False) for value in (mean.total, mean.weight))
 
 
 def _spec(value: Any, *, weighted: bool) -> Spec:

@@ -15,6 +15,7 @@ from gradacc.demo.settings import DEFAULT_ITERATIONS, DEFAULT_SECONDS, DemoError
 
 USAGE, INTERRUPTED = 2, 130
 DEFAULTS = Settings()
+MOST_PROCESSES = 64
 EPILOG = """\
 The files of an earlier run in the same folder are replaced. Ctrl-C ends the run with a report of what was reached; a
 second Ctrl-C skips its last measurements. Exit codes: 0, all done; 1, training diverged; 2, wrong options, unreadable
@@ -37,14 +38,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     _never_fail_to_print()
     settings = parse(arguments)
+    return conduct(settings) if settings.nproc == 1 else _exit_code(lambda: _launch(settings))
+
+
+def conduct(settings: Settings) -> int:
+    """The run of this process, alone or as one of several ranks; returns the exit code."""
+    _never_fail_to_print()
+    return _exit_code(lambda: _run(settings))
+
+
+def _run(settings: Settings) -> int:
+    with interrupts() as interrupted:
+        return _import_run()(settings, interrupted)
+
+
+def _launch(settings: Settings) -> int:
+    from gradacc.demo.launch import launch
+
+    _import_run()  # what is missing is missing for all: said once
+    return launch(settings, conduct)
+
+
+def _exit_code(call: Callable[[], int]) -> int:
+    """``call()``, where mistakes are one line."""
     try:
-        with interrupts() as interrupted:
-            return _import_run()(settings, interrupted)
+        return call()
     except DemoError as error:
-        print(f"gradacc demo: error: {_one_line(str(error))}", file=sys.stderr)
+        _complain(f"error: {_one_line(str(error))}")
         return USAGE
     except KeyboardInterrupt:
-        print("gradacc demo: ended by Ctrl-C before there was anything to report", file=sys.stderr)
+        _complain("ended by Ctrl-C before there was anything to report")
         return INTERRUPTED
     except BrokenPipeError:  # whoever read our output went away; nothing may fail again when the process ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -65,7 +88,13 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
     )
     count = _whole(1, 1024)
     add = demo.add_argument
-    add("--steps", type=count, default=DEFAULTS.steps, metavar="K", help="micro-batches per batch (%(default)s)")
+    add(
+        "--steps",
+        type=count,
+        default=DEFAULTS.steps,
+        metavar="K",
+        help="micro-batches per batch and process (%(default)s)",
+    )
     add("--batch-size", type=count, default=DEFAULTS.batch_size, metavar="N", help="pieces of text (%(default)s)")
     add(
         "--iterations",
@@ -95,6 +124,14 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         default=DEFAULTS.out,
         metavar="FOLDER",
         help="where report.html and metrics.jsonl go (%(default)s)",
+    )
+    add(
+        "--nproc",
+        type=_whole(1, MOST_PROCESSES),
+        default=DEFAULTS.nproc,
+        metavar="N",
+        help="processes that share every batch, with a GPU each where there are GPUs (%(default)s); for several machines, "
+        "torchrun ... -m gradacc demo",
     )
     options = vars(parser.parse_args(arguments))
     del options["command"]
@@ -137,6 +174,12 @@ def _import_run() -> Callable[..., int]:
             raise
         raise DemoError(f"the demo needs {error.name}, which is missing: pip install 'gradacc[demo]'") from error
     return run
+
+
+def _complain(message: str) -> None:
+    """Of all processes on a machine, the first one speaks."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"gradacc demo: {message}", file=sys.stderr)
 
 
 def _one_line(message: str) -> str:

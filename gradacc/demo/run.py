@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import math
 import platform
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
@@ -19,6 +21,7 @@ from gradacc.demo.batch import batch_at
 from gradacc.demo.corpus import Corpus, describe, load
 from gradacc.demo.interrupt import Interrupted
 from gradacc.demo.proof import prove, table_head, table_row
+from gradacc.demo.ranks import EndedError, Ranks, decide, exchange, find_device, hear, here, joined, together
 from gradacc.demo.record import Record
 from gradacc.demo.report import describe_model, render
 from gradacc.demo.sample import samples
@@ -36,7 +39,7 @@ class Job(NamedTuple):
     corpus: Corpus
     device: torch.device
     model: Model
-    metrics: FileIO
+    ranks: Ranks
     start: float
     interrupted: Interrupted
 
@@ -51,17 +54,68 @@ def run(settings: Settings, interrupted: Interrupted) -> int:
         KeyboardInterrupt: Ctrl-C before there was anything to report.
     """
     start = time.monotonic()
-    corpus = load(settings.data, settings.model.context, interrupted)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    record = Record(settings, describe(corpus), _machine(device))
-    with _create(settings.out, "metrics.jsonl") as metrics, _create(settings.out, "report.html") as page:
-        model, state = build(settings, device)
-        record.parameters = sum(parameter.numel() for parameter in state.params.values())
-        job = Job(settings, corpus, device, model, metrics, start, interrupted)
+    ranks = here()
+    device = find_device(ranks)
+    with joined(ranks, device), _one_thread():
         try:
-            with _one_thread():
-                code = _prove_and_train(job, state, record)
+            corpus = together(ranks, lambda: load(settings.data, settings.model.context, interrupted))
+            together(ranks, lambda: _check_alike(settings, corpus, ranks))
+            model, state = build(settings, device)
+            job = Job(settings, corpus, device, model, ranks, start, interrupted)
+            return _lead(job, state) if ranks.first else _follow(job, state)
+        except EndedError:
+            return FINISHED
+
+
+def _check_alike(settings: Settings, corpus: Corpus, ranks: Ranks) -> None:
+    """All ranks must draw the same batches."""
+    pieces = hashlib.sha256(b"".join(b"%d %b" % (len(piece), piece) for piece in corpus.train)).hexdigest()
+    alike = exchange(ranks, (settings._replace(data=None, out=Path()), pieces)) if ranks.world > 1 else []
+    for rank, (options, text) in enumerate(alike):
+        if options != alike[0][0]:
+            raise DemoError(f"rank {rank} was given other options than rank 0: {options}, {alike[0][0]}")
+        if text != alike[0][1]:
+            raise DemoError(
+                f"rank {rank} read another text than rank 0; name the same one with --data on every machine"
+            )
+
+
+def _follow(job: Job, state: State) -> int:
+    """A run of another rank than 0: its part of every gradient. Returns 0: the exit code of the run is that of rank 0."""
+    try:
+        hear(job.ranks)  # the files are there
+        hear(job.ranks)  # the table has been drawn
+        for _ in train(job.settings, job.model.loss_fn, state, job.corpus.train, job.device, job.ranks):
+            hear(job.ranks)
+    except KeyboardInterrupt:
+        pass  # a second Ctrl-C
+    except RuntimeError:  # rank 0 has left in the middle of a gradient
+        if not job.interrupted():
+            raise
+    return FINISHED
+
+
+def _lead(job: Job, state: State) -> int:
+    """The run of rank 0."""
+    settings = job.settings
+    record = Record(settings, describe(job.corpus), _machine(job))
+    record.parameters = sum(parameter.numel() for parameter in state.params.values())
+    with ExitStack() as stack:
+        files: list[FileIO] = []
+
+        def create() -> None:
+            for name in ("metrics.jsonl", "report.html"):
+                files.append(stack.enter_context(_create(settings.out, name)))
+
+        decide(job.ranks, create)
+        metrics, page = files
+        try:
+            code = _prove_and_train(job, state, record, metrics)
         except KeyboardInterrupt:  # a second Ctrl-C: no last measurements any more, only the report
+            code = INTERRUPTED
+        except RuntimeError:  # another rank was faster to leave
+            if job.ranks.world == 1 or not job.interrupted():
+                raise
             code = INTERRUPTED
         if code == INTERRUPTED:
             record.note = f"Ended by Ctrl-C after {len(record.history)} of {settings.iterations} iterations."
@@ -72,21 +126,13 @@ def run(settings: Settings, interrupted: Interrupted) -> int:
     return code
 
 
-def _prove_and_train(job: Job, state: State, record: Record) -> int:
+def _prove_and_train(job: Job, state: State, record: Record, metrics: FileIO) -> int:
     """The run itself: prints, and fills ``record`` as it goes; returns the exit code."""
     settings, corpus = job.settings, job.corpus
-    print(f"Text: {record.corpus}.\nModel: {describe_model(record)}.\nMachine: {record.machine}.\n", flush=True)
-    batch = batch_at(corpus.train, settings.batch_size, settings.seed, 0, job.device)
-    for proof in prove(job.model.loss_fn, state.params, batch):
-        record.proof = proof
-        print(table_row(proof.rows[-1]) if proof.rows else table_head(proof), flush=True)
-        if job.interrupted():
-            return INTERRUPTED
-    if settings.iterations == 0:
-        return FINISHED
-    print(flush=True)
-    code = _train(job, state, record)
-    if code == DIVERGED:
+    code = decide(job.ranks, lambda: _prove(job, state, record))
+    if code is None:
+        code = _train(job, state, record, metrics)
+    if not record.history or code == DIVERGED:
         return code
     (_, before), *_, (iteration, after) = record.held_out
     print(f"\nHeld-out text: {before:.2f} bits per byte before, {after:.2f} after {iteration} iterations.", flush=True)
@@ -102,40 +148,66 @@ def _prove_and_train(job: Job, state: State, record: Record) -> int:
     return code
 
 
-def _train(job: Job, state: State, record: Record) -> int:
+def _prove(job: Job, state: State, record: Record) -> int | None:
+    """Prints the table; returns the exit code where the run ends with it."""
+    settings = job.settings
+    print(f"Text: {record.corpus}.\nModel: {describe_model(record)}.\nMachine: {record.machine}.\n", flush=True)
+    batch = batch_at(job.corpus.train, settings.batch_size, settings.seed, 0, job.device)
+    for proof in prove(job.model.loss_fn, state.params, batch):
+        record.proof = proof
+        print(table_row(proof.rows[-1]) if proof.rows else table_head(proof), flush=True)
+        if job.interrupted():
+            return INTERRUPTED
+    if settings.iterations == 0:
+        return FINISHED
+    print(flush=True)
+    _hold_out(job, state, record)
+    return None
+
+
+def _train(job: Job, state: State, record: Record, file: FileIO) -> int:
     """Trains until the end, the time limit, Ctrl-C or divergence, measuring held-out text now and then."""
-    settings, loss_fn, params = job.settings, job.model.loss_fn, state.params
-    every = math.ceil(settings.iterations / HELD_OUT_TIMES)
-
-    def hold_out(iteration: int) -> None:
-        bits = held_out_bits_per_byte(loss_fn, params, job.corpus.held_out, job.device)
-        record.held_out.append((iteration, bits))
-
-    hold_out(0)
-    code = FINISHED
+    settings, code = job.settings, None
     with tqdm(total=settings.iterations, unit="it") as bar:
-        for _, metrics in train(settings, loss_fn, state, job.corpus.train, job.device):
+
+        def observe(metrics: Metrics) -> int | None:
             record.history.append(metrics)
-            _write(job.metrics, _json_line(metrics))
+            _write(file, _json_line(metrics))
             bar.set_postfix_str(f"loss {metrics.loss:.3f}, {metrics.tokens_per_second:,.0f} tokens/s", refresh=False)
             bar.update()
-            if not math.isfinite(metrics.loss + metrics.grad_norm):
-                record.note = f"Training diverged at iteration {metrics.iteration}: a smaller --lr may help."
-                return DIVERGED
-            if job.interrupted():
-                code = INTERRUPTED
+            return _verdict(job, state, record)
+
+        for _, metrics in train(settings, job.model.loss_fn, state, job.corpus.train, job.device, job.ranks):
+            code = decide(job.ranks, functools.partial(observe, metrics))
+            if code is not None:
                 break
-            if settings.seconds is not None and time.monotonic() - job.start > settings.seconds:
-                record.note = (
-                    f"Ended after {metrics.iteration} of {settings.iterations} iterations, at the time limit of "
-                    f"{settings.seconds:.0f} s; with --iterations there is none."
-                )
-                break
-            if metrics.iteration % every == 0:
-                hold_out(metrics.iteration)
-    if record.held_out[-1][0] != len(record.history):
-        hold_out(len(record.history))
-    return code
+    if code != DIVERGED and record.held_out[-1][0] != len(record.history):
+        _hold_out(job, state, record)
+    return FINISHED if code is None else code
+
+
+def _verdict(job: Job, state: State, record: Record) -> int | None:
+    """After an iteration: the exit code where the run ends with it."""
+    settings, metrics = job.settings, record.history[-1]
+    if not math.isfinite(metrics.loss + metrics.grad_norm):
+        record.note = f"Training diverged at iteration {metrics.iteration}: a smaller --lr may help."
+        return DIVERGED
+    if job.interrupted():
+        return INTERRUPTED
+    if settings.seconds is not None and time.monotonic() - job.start > settings.seconds:
+        record.note = (
+            f"Ended after {metrics.iteration} of {settings.iterations} iterations, at the time limit of "
+            f"{settings.seconds:.0f} s; with --iterations there is none."
+        )
+        return FINISHED
+    if metrics.iteration % math.ceil(settings.iterations / HELD_OUT_TIMES) == 0:
+        _hold_out(job, state, record)
+    return None
+
+
+def _hold_out(job: Job, state: State, record: Record) -> None:
+    bits = held_out_bits_per_byte(job.model.loss_fn, state.params, job.corpus.held_out, job.device)
+    record.held_out.append((len(record.history), bits))
 
 
 @contextmanager
@@ -174,6 +246,8 @@ def _write(file: FileIO, text: str) -> None:
         raise DemoError(f"{file.name} cannot be written: {error.strerror}") from error
 
 
-def _machine(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU, one thread"
-    return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
+def _machine(job: Job) -> str:
+    gpu = job.device.type == "cuda"
+    name = torch.cuda.get_device_name(job.device) if gpu else f"{platform.machine()} CPU, one thread"
+    several = f"{job.ranks.world} processes, each with: " if job.ranks.world > 1 else ""
+    return f"{several}{name}, torch {torch.__version__}, Python {platform.python_version()}"

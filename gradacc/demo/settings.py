@@ -31,3 +31,4 @@ class Settings(NamedTuple):
     out: Path = Path("gradacc-demo")
     seconds: float | None = DEFAULT_SECONDS
     model: GPTConfig = MODEL
+    nproc: int = 1

@@ -18,6 +18,7 @@ import gradacc
 from gradacc.demo.batch import batch_at, draw, pad
 from gradacc.demo.model import GPT, next_byte_loss
 from gradacc.demo.proof import LossFn, Params
+from gradacc.demo.ranks import ALONE, Ranks
 from gradacc.demo.settings import Settings
 
 MAX_GRADIENT_NORM = 1.0
@@ -78,13 +79,21 @@ def lr_share(iteration: int, iterations: int) -> float:
 
 
 def train(
-    settings: Settings, loss_fn: LossFn, state: State, pieces: Sequence[bytes], device: torch.device
+    settings: Settings,
+    loss_fn: LossFn,
+    state: State,
+    pieces: Sequence[bytes],
+    device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Iterator[tuple[State, Metrics]]:
-    """Yields after every iteration, up to ``settings.iterations``; the parameters are updated in place."""
-    grad_fn = gradacc.accumulate_and_value(loss_fn, steps=settings.steps)
+    """Yields after every iteration, up to ``settings.iterations``; the parameters are updated in place.
+
+    On every rank the same: the batch is all ranks' together.
+    """
+    grad_fn = gradacc.accumulate_and_value(loss_fn, steps=settings.steps, sync=gradacc.all_reduce())
     while state.iteration < settings.iterations:
         start = time.perf_counter()
-        batch = batch_at(pieces, settings.batch_size, settings.seed, state.iteration, device)
+        batch = batch_at(pieces, settings.batch_size, settings.seed, state.iteration, device, ranks)
         grads, mean = grad_fn(state.params, batch)
         for name, parameter in state.params.items():
             parameter.grad = grads[name]

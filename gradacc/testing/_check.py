@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from gradacc import _options, _split, _tree, _validate
+from gradacc._describe import describe
 from gradacc._engines import transforming
 from gradacc.testing import _diagnose, _sandbox
-from gradacc.testing._evidence import Evidence
+from gradacc.testing._evidence import Evidence, attempt
 from gradacc.testing._probe import Errors, Probe, Result, copy, errors
 from gradacc.testing._report import Diagnosis, Report, Split
 
@@ -65,8 +66,8 @@ def check_accumulation(
     Arguments:
         loss_fn: as for `gradacc.accumulate`, as are ``params``, ``batch`` and ``args``: its positional arguments.
         params: a pytree of floating or complex tensors. Values matter: where the gradient is zero, any error is large.
-        batch: at least two examples, of different content: with equal weights (the same number of tokens in each
-            example, say) a wrong mean is exact by chance.
+        batch: one whole batch, not micro-batches; at least two examples, of different content: with equal weights (the
+            same number of tokens in each example, say) a wrong mean is exact by chance.
         steps: an int, or several: the splits to try, as in ``accumulate(steps=...)``.
         rtol: the tolerance. By default ``sqrt(eps)`` of the coarsest dtype among the parameters, the loss and ``dtype=``
             (float64: 1.5e-8, float32: 3.5e-4): half of the digits. Rounding errors are ``eps`` times how ill-conditioned
@@ -80,7 +81,7 @@ def check_accumulation(
 
     Raises:
         TypeError, ValueError: as `gradacc.accumulate` for bad input; an option that is not one of the above; fewer than
-            two examples; parameters on the meta device.
+            two examples; an iterable of micro-batches; parameters on the meta device.
 
     Nothing passed in is changed: parameters and batch are copied, the state of the random generators (torch, Python,
     NumPy) and of the modules that ``loss_fn`` reaches (through its closure, globals, attributes) is put back, also when
@@ -105,11 +106,12 @@ def check_accumulation(
         steps  micro-batches of  gradient    value  verdict  worst leaf
             2              2, 2   1.4e-01  1.3e-01  INEXACT  params
             4        1, 1, 1, 1   3.0e-01  2.3e-01  INEXACT  params
-        Errors are relative to the large batch; tolerance 1.5e-08 (float64).
+        Errors are relative to the large batch (gradient: the worst leaf, relative to that leaf); tolerance 1.5e-08 (float64).
         Why: the loss is a mean, but not over the examples: the large batch is the weighted mean of its
              parts if 4 parts count 43% : 14% : 29% : 14%, and not 25% : 25% : 25% : 25%.
         Fix: return gradacc.Mean(loss_sum, number) with the number of what the mean is over (tokens, pixels,
-             edges), counted from the data.
+             edges), counted from the data; for cross entropy with class weights w, Mean(sum of the weighted
+             losses, w[y].sum()).
     """
     options = _checked(loss_fn, accumulate_options)
     counts = _counts(steps)
@@ -122,13 +124,13 @@ def check_accumulation(
     before = _sandbox.snapshot(_sandbox.find_modules(loss_fn, params, batch, *args))
     try:
         with torch.inference_mode(False):
-            return _check(_probe(loss_fn, (params, batch, *args), options, accumulate_options, before), counts, rtol)
+            probe, large = _probe(loss_fn, (params, batch, *args), options, accumulate_options, before)
+            return _check(probe, large, counts, rtol)
     finally:
         _sandbox.restore(before)
 
 
-def _check(probe: Probe, counts: list[int], rtol: float | None) -> Report:
-    large = probe.evaluate()
+def _check(probe: Probe, large: Result, counts: list[int], rtol: float | None) -> Report:
     dtypes = [param.dtype for param in probe.parameters()[0]] + [large.value.dtype]
     if probe.options.dtype is not None:
         dtypes.append(probe.options.dtype)
@@ -181,19 +183,46 @@ def _probe(
     options: _options.Options,
     given: dict[str, Any],
     before: _sandbox.Snapshot,
-) -> Probe:
+) -> tuple[Probe, Result]:
+    """The loss on this batch, and what the large batch gives."""
     differentiated, batch = _validate.positions(options, args)
     for n in differentiated:
         root = "params" if n == 0 else f"args[{n}]"
         for leaf in _validate.parameters(_NAME, *_tree.flatten(args[n]), root):
             if leaf.is_meta:
                 raise ValueError(f"{_NAME}: {root} holds meta tensors, which have no values to compare")
-    examples = _split.microbatches(options, args, differentiated, batch).examples
-    if examples is None or examples < 2:
-        raise ValueError(f"{_NAME}: the batch has {examples} examples; a split needs at least 2")
-    own = tuple(_tree.map_tensors(copy, arg) if n in differentiated else arg for n, arg in enumerate(args))
-    dims = _validate.in_dims(options, args, differentiated, batch)
-    return Probe(loss_fn, given, options, own, differentiated, dims, examples, before)
+    try:
+        examples = _split.microbatches(options, args, differentiated, batch).examples
+        if examples is None or examples < 2:
+            raise ValueError(f"{_NAME}: the batch has {examples} examples; a split needs at least 2")
+        own = tuple(_tree.map_tensors(copy, arg) if n in differentiated else arg for n, arg in enumerate(args))
+        dims = _validate.in_dims(options, args, differentiated, batch)
+        probe = Probe(loss_fn, given, options, own, differentiated, dims, examples, before)
+        return probe, probe.evaluate()
+    except Exception as error:
+        if _holds_microbatches(loss_fn, options, args, batch):
+            raise TypeError(
+                f"{_NAME}: the batch is {describe(args[batch])} of micro-batches. Pass one whole batch, say theirs "
+                "concatenated: check_accumulation splits it itself"
+            ) from error
+        raise
+
+
+def _holds_microbatches(
+    loss_fn: Callable[..., Any], options: _options.Options, args: tuple[Any, ...], batch: int
+) -> bool:
+    """Where the loss refuses the batch: whether it is an iterable of micro-batches (it takes the first one of a list)."""
+    whole = args[batch]
+    if not _validate.is_iterable(whole) or hasattr(whole, "__array__"):
+        return False
+    if not isinstance(whole, (list, tuple)):
+        return _tree.flatten(whole)[0] == [whole]  # a loader, a generator: nothing that could be split
+
+    def first() -> Tensor:
+        own = _tree.map_tensors(copy, (*args[:batch], whole[0], *args[batch + 1 :]))
+        return _validate.loss(options, _validate.returned(options, loss_fn(*own))[0])
+
+    return attempt(first) is not None
 
 
 def _checked(loss_fn: Any, given: dict[str, Any]) -> _options.Options:

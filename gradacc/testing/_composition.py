@@ -72,7 +72,7 @@ def _weights(evidence: Evidence, parts: _additive.Parts, tolerance: float) -> Di
         f"the loss is a mean, but not over {'the examples' if parts.means is None else 'the weights of its Mean'}: the "
         f"large batch is the weighted mean of its parts if {len(weights)} parts count {listing}, and not {instead}.",
         "return gradacc.Mean(loss_sum, number) with the number of what the mean is over (tokens, pixels, edges), counted "
-        "from the data"
+        "from the data; for cross entropy with class weights w, Mean(sum of the weighted losses, w[y].sum())"
         + ("" if evidence.probe.options.reduction == "mean" else ', and leave reduction="sum" out')
         + ".",
     )
@@ -118,7 +118,8 @@ def _interaction(evidence: Evidence, measured: Probe, parts: _additive.Parts, to
         return Diagnosis(
             "interaction",
             f"examples see each other through {kinds} in training mode: in evaluation mode every split is exact.",
-            "use GroupNorm or LayerNorm, or put BatchNorm in evaluation mode (module.eval()); or keep its batches whole.",
+            "use GroupNorm or LayerNorm; or put BatchNorm alone in evaluation mode, on running statistics that are already "
+            "trained; or keep its batches whole.",
         )
     weights = _additive.solve(parts)
     residual = math.inf if weights is None else parts.residual(weights)

@@ -35,7 +35,7 @@ def nonfinite(probe: Probe, large: Result) -> Diagnosis:
     return Diagnosis(
         "nonfinite",
         f"the large batch itself gives NaN or infinity, in {where}: there is nothing to compare with.",
-        "find the operation with torch.autograd.set_detect_anomaly(True), and check again.",
+        "find the operation with torch.autograd.set_detect_anomaly(True).",
     )
 
 
@@ -64,8 +64,9 @@ def _randomness(evidence: Evidence) -> Diagnosis | None:
         "randomness",
         f"the loss draws random numbers: the same large batch from another random state differs by {change:.1e}. Micro-"
         "batches draw one after the other, reproducibly, but not what the large batch draws.",
-        "if that is meant (dropout in training), nothing is wrong; check with it switched off (module.eval(), p=0). Where "
-        "the draw must not depend on the split, make it data: noise, or a key for each example, as a leaf of the batch.",
+        "if that is meant (dropout in training), nothing is wrong with it; to see the rest, switch only the randomness off "
+        "(p=0), and leave the modules in training mode. Where the draw must not depend on the split, make it data: noise, or "
+        "a key for each example, as a leaf of the batch.",
     )
 
 

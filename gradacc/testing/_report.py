@@ -36,6 +36,10 @@ Cause = Literal[
 """
 
 
+_HIDING: tuple[Cause, ...] = ("nonfinite", "state", "randomness", "interaction")
+"""Causes whose experiment does not account for the whole difference."""
+
+
 class Diagnosis(NamedTuple):
     """A cause, the evidence for it, and what to do."""
 
@@ -102,11 +106,14 @@ class Report:
         parts = [
             f"Accumulation is {verdict}.",
             _table(self.splits),
-            f"Errors are relative to the large batch; tolerance {self.rtol:.1e} ({self.dtype}).",
+            f"Errors are relative to the large batch (gradient: the worst leaf, relative to that leaf); tolerance "
+            f"{self.rtol:.1e} ({self.dtype}).",
         ]
         for title, text in (("Why", self.why), ("Fix", self.fix)):
             if text:
                 parts.append(textwrap.fill(f"{title}: {text}", width=100, subsequent_indent="     "))
+        if self.cause in _HIDING:
+            parts.append("Other causes may hide behind this one: fix it, and check again.")
         return "\n".join(parts)
 
 

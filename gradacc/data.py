@@ -1,0 +1,190 @@
+"""Windows: the micro-batches of one optimizer step each, and as many of them on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Sized
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gradacc._describe import describe
+from gradacc._options import positive_int
+from gradacc._sync import group as groups
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+T = TypeVar("T")
+
+_NAME = "windows"
+
+
+@dataclass(frozen=True, slots=True)
+class Windows(Generic[T]):
+    """What `windows` returns."""
+
+    loader: Iterable[T]
+    steps: int
+    group: dist.ProcessGroup | None
+    """The ranks to keep up with; None where there is nobody."""
+
+    def __iter__(self) -> Iterator[list[T]]:
+        if self.group is None:
+            return _cut(self.loader, self.steps)
+        return _together(self.loader, self.steps, self.group)
+
+    def __len__(self) -> int:
+        if self.group is not None:
+            raise TypeError(
+                f"{_NAME}: with a group, the number of windows is that of the rank with the most, which is asked for when "
+                "the loop begins; len() would have to wait for every other rank to call it too"
+            )
+        if not isinstance(self.loader, Sized):
+            raise TypeError(f"{_NAME}: the loader has no len(), so its windows have none: {describe(self.loader)}")
+        return -(-len(self.loader) // self.steps)
+
+
+def windows(loader: Iterable[T], steps: int, *, group: dist.ProcessGroup | DeviceMesh | None = None) -> Windows[T]:
+    """Lists of up to ``steps`` micro-batches: one for each optimizer step, and as many on every rank.
+
+    It is this loop, which may be run again:
+
+    .. code-block:: python
+
+        left = iter(loader)
+        while window := list(itertools.islice(left, steps)):
+            yield window
+
+    Nothing is dropped: the last window is shorter where ``steps`` does not divide the number of micro-batches. With
+    ``group``, ranks whose data ends early yield empty windows until the last rank's data has ended. An empty window adds
+    nothing to what ``accumulate(..., sync=gradacc.all_reduce(group))`` returns, which weights by what each rank holds; so
+    the call on every rank's window is the call on their union, and nobody waits for a rank that has stopped.
+
+    **What crosses.** Without a group, nothing: this process is alone. With one, an all-reduce (MAX) of 24 bytes when a loop
+    begins, if every rank's loader has a ``len()``; if one has not, such an all-reduce before each window and one at the end.
+    Ranks must begin the same loops in the same order, and leave them after the same window.
+
+    Arguments:
+        loader: an iterable of micro-batches, a `torch.utils.data.DataLoader` for instance. If it can be iterated again, so
+            can the windows; an iterator (a generator) ends, and its windows with it. It is read ``steps`` micro-batches at
+            a time.
+        steps: micro-batches in a window.
+        group: the ranks to keep up with: a ProcessGroup, a one-dimensional DeviceMesh or one dimension of a mesh, as for
+            `gradacc.all_reduce`; None, by default, is this process alone. ``torch.distributed.group.WORLD`` is all ranks.
+
+    Returns:
+        An iterable of lists. It has a ``len()`` where the loader has one and there is no other rank. (Of a group's windows
+        the number is known only inside the loop: a rank that asked for it outside, in its progress bar, would wait for
+        ranks that do not ask.)
+
+    Raises:
+        TypeError: ``loader`` is not iterable, or is one batch (a tensor, a dict); ``steps`` is no int; ``len()`` where there
+            is none.
+        ValueError: ``steps`` is less than 1; this process is not in ``group``; a mesh of several dimensions; in the loop, a
+            loader that yields more than its ``len()`` says (some would be dropped).
+        RuntimeError: in the loop, another rank has ended or did not come within the group's timeout, or its loader has
+            raised.
+
+    If the loader raises, its exception passes through. Other ranks then get a RuntimeError that names this one, if it
+    raised in the first window, or if flags cross before each. Otherwise they go on to the step's all-reduce, which this rank
+    misses: an error there, too, as soon as this process ends, and within the group's timeout if it does not. Do not catch it
+    and go on.
+
+    Example:
+        >>> import torch, gradacc
+        >>> def loss_fn(w, x):
+        ...     return (w * x).square().mean()
+        >>> grad_fn = gradacc.accumulate(loss_fn)           # the batch is a window: an iterable of micro-batches
+        >>> loader = torch.utils.data.DataLoader(torch.arange(7.0), batch_size=2)
+        >>> windows = gradacc.data.windows(loader, 3)
+        >>> len(windows)
+        2
+        >>> for window in windows:
+        ...     print([len(x) for x in window], grad_fn(torch.ones(()), window))
+        [2, 2, 2] tensor(18.3333)
+        [1] tensor(72.)
+    """
+    if not hasattr(loader, "__iter__") or isinstance(loader, (Tensor, str, bytes)) or hasattr(loader, "keys"):
+        raise TypeError(
+            f"{_NAME}: the loader must be an iterable of micro-batches, got {describe(loader)}. "
+            "Pass a torch.utils.data.DataLoader, a list or a generator of them"
+        )
+    return Windows(loader, positive_int(_NAME, "steps", steps), None if group is None else groups.resolve(_NAME, group))
+
+
+def _cut(loader: Iterable[T], steps: int) -> Iterator[list[T]]:
+    left = iter(loader)
+    while len(window := list(itertools.islice(left, steps))) == steps:
+        yield window
+    if window:
+        yield window
+
+
+def _together(loader: Iterable[T], steps: int, group: dist.ProcessGroup) -> Iterator[list[T]]:
+    """The same, then empty ones, as many as the rank with the most has."""
+    length = _length(loader)
+    counted = None if length is None else -(-length // steps)
+    own, total = _cut(loader, steps), None
+    for number in itertools.count():
+        window: list[T] = []
+        error: Exception | None = None
+        try:
+            window = next(own, [])
+        except Exception as raised:  # whatever a loader raises
+            error = raised
+        if total is None:  # not everyone can count
+            left = int(bool(window)) if counted is None else counted - number
+            with (
+                contextlib.nullcontext() if error is None else contextlib.suppress(Exception)
+            ):  # the own error is to be seen
+                unknown, most = _exchange(group, counted is None, left, error is not None)
+                total = number if most <= 0 else None if unknown else most
+        if error is not None:
+            raise error
+        if total is not None and number >= total:
+            break
+        yield window
+    if window:
+        raise ValueError(
+            f"{_NAME}: the loader's len() is {length}, but it yields more; with a group, ranks rely on it. "
+            "Correct it, or pass iter(loader), which has none"
+        )
+
+
+def _length(loader: Iterable[Any]) -> int | None:
+    """Of a loader that knows; there are many ways not to (`torch.utils.data` has several)."""
+    if isinstance(loader, Sized):
+        with contextlib.suppress(Exception):
+            return len(loader)
+    return None
+
+
+def _exchange(group: dist.ProcessGroup, unknown: bool, left: int, raised: bool) -> tuple[bool, int]:
+    """Whether any rank cannot count its windows, and the most that any rank has left.
+
+    Raises:
+        RuntimeError: a loader has raised on another rank.
+    """
+    flags = torch.tensor([unknown, left, dist.get_rank() + 1 if raised else 0], device=_device(group))
+    with groups.speaking(_NAME, group):
+        dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
+    anyone, most, failed = flags.tolist()
+    if failed:
+        raise RuntimeError(
+            f"{_NAME}: no window on rank {dist.get_rank()}, because the loader raised on rank {failed - 1} of "
+            f"{groups.title(group)}; see the error there"
+        )
+    return bool(anyone), most
+
+
+def _device(group: dist.ProcessGroup) -> torch.device:
+    """One that the group's tensors can be on: the CPU if it may be."""
+    kinds = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
+    if "cpu" in kinds:
+        return torch.device("cpu")
+    return torch.device(kinds[0], torch.accelerator.current_device_index())
