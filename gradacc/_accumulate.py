@@ -252,19 +252,19 @@ def _run(
                     continue
                 with engine.guard():
                     buffer, sums = step(buffer, sums, microbatch, link if last else None)
-        if sums.kind is None and empty is not None and (link is None or link.agreement is None):
+        if sums.kind is None and empty is not None and (link is None or link.learns):
             with engine.guard(), torch.no_grad():  # nothing to differentiate: it only says what types to return
                 sums = _fold.update_with_nothing(options, sums, evaluate(empty, params), empty.sizes)
     except Exception as error:
         _validate.note_unsplit(error, options, args)
         if link is not None:
             with contextlib.suppress(Exception), engine.guard():  # this rank's own error is the one to see
-                _sync.fail(link, sums)
+                link.fail(sums)
         raise
     with engine.guard():
         arrived = engine.arrived(buffer)
         if link is not None:
-            grads, sums, arrived = _sync.cross(link, buffer.grads, sums, arrived)
+            grads, sums, arrived = link.cross(buffer.grads, sums, arrived)
             buffer = buffer._replace(grads=grads)
         _validate.dependence(options, not sums.differentiated or arrived)
         value, aux = _fold.finalize(options, sums, params[0])

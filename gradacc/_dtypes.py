@@ -15,6 +15,13 @@ def wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype.itemsize < 4 else dtype
 
 
+def real(dtype: torch.dtype) -> torch.dtype:
+    """Of the real and imaginary part (`torch.dtype.to_real`, which Dynamo does not trace)."""
+    return {torch.complex128: torch.float64, torch.complex64: torch.float32, torch.complex32: torch.float16}.get(
+        dtype, dtype
+    )
+
+
 def dtypes(asked: torch.dtype | None, params: Sequence[Tensor]) -> tuple[list[torch.dtype], list[torch.dtype]]:
     """What each gradient is summed in, and what it is returned in.
 

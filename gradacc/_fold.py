@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _aux, _tree, _validate
+from gradacc import _aux, _dtypes, _tree, _validate
 from gradacc._mean import Mean
 from gradacc._options import Options
 from gradacc._outcome import Contribution, Outcome
@@ -145,7 +145,7 @@ def finalize(options: Options, sums: Sums, like: Tensor) -> tuple[Tensor | Mean,
     if sums.kind is None:
         _validate.nothing_with_aux(options)
         number = 0.0 if options.reduction == "sum" else math.nan
-        return torch.full((), number, dtype=like.dtype.to_real(), device=like.device), None
+        return torch.full((), number, dtype=_dtypes.real(like.dtype), device=like.device), None
     rest = factor(sums)
     aux = _tree.unflatten(sums.kind.aux, _aux.finalize(sums.aux or [], rest))
     if sums.kind.is_mean:

@@ -42,7 +42,7 @@ def loops() -> bool:
 
 def functorch_is_active() -> bool:
     """Whether a functorch transform is."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return bool(torch._C._are_functorch_transforms_active())
 
 
 def graph(roots: Iterable[Node | None]) -> dict[Node, int]:

@@ -76,7 +76,7 @@ def update(
     exact = value.dtype.itemsize >= 4 and all(p.dtype == d for p, d in zip(buffer.params, buffer.dtypes, strict=True))
     if exact and not isinstance(share, Tensor):
         cotangent, share = cotangent * share, 1.0  # one multiplication instead of one for each gradient
-    (grads,) = pullback(torch.as_tensor(cotangent, dtype=value.dtype, device=value.device).expand_as(value))
+    (grads,) = pullback((torch.ones_like(value) * cotangent).to(value.dtype))  # as_tensor would fix a dynamic number
     summed = [
         _sum(sofar, _scaled(grad, share, dtype))
         for sofar, grad, dtype in zip(buffer.grads, grads, buffer.dtypes, strict=True)

@@ -1,12 +1,12 @@
 """The boundary: what crosses between ranks, once a call.
 
-`gradacc.all_reduce` is a value that says how; `connect`, `cross` and `fail` are what a call does with it:
+`gradacc.all_reduce` is a value that says how; a call does this with it:
 
 .. code-block:: text
 
     link = connect(...)                     # None: there is nobody to talk to
-    buffer, sums = fold(...)                # on each rank by itself; `fail(link)` where it raises
-    grads, sums = cross(link, buffer, sums) # the union's
+    buffer, sums = fold(...)                # on each rank by itself; link.fail() where it raises
+    grads, sums = link.cross(buffer, sums)  # the union's
 
 NOTE [one collective]
     Gradients, and beside them a *record* of everything that is not one (weight, value, scalar metrics, whether this rank
@@ -29,5 +29,4 @@ from __future__ import annotations
 from gradacc._sync.boundary import Agreed as Agreed
 from gradacc._sync.boundary import Link as Link
 from gradacc._sync.boundary import connect as connect
-from gradacc._sync.boundary import cross as cross
-from gradacc._sync.boundary import fail as fail
+from gradacc._sync.traced import Traced as Traced

@@ -18,6 +18,7 @@ from gradacc._sync import group as groups
 from gradacc._sync import layout as layouts
 from gradacc._sync import wire
 from gradacc._sync.layout import Layout
+from gradacc._sync.traced import Traced
 
 _FINE, _RAISED, _CHANGED = 0, 1, 2
 _STATUS, _DIFFERENTIATED, _ARRIVED, _WEIGHT, _UNIT = range(5)
@@ -73,9 +74,27 @@ class Link:
         self._works: list[dist.Work] = []
 
     @property
+    def learns(self) -> bool:
+        """Whether this rank's own loss is needed to say what it returns: not after the first use."""
+        return self.agreement is None
+
+    @property
     def overlaps(self) -> bool:
         """Whether gradients can be delivered before `cross`: not at first use."""
         return self.agreement is not None and self.options.sync is not None and self.options.sync.overlap
+
+    def cross(
+        self, grads: list[Tensor | None], sums: _fold.Sums, arrived: bool
+    ) -> tuple[list[Tensor | None], _fold.Sums, bool]:
+        """The union's gradients (in the unit of the returned sums), sums, and whether any rank's loss reached its parameters.
+
+        Takes the gradients out of ``grads``, each as it is packed.
+        """
+        return _cross(self, grads, sums, arrived)
+
+    def fail(self, sums: _fold.Sums) -> None:
+        """Tell the others that this rank's call has raised; NOTE [failing together]."""
+        _cross(self, [None] * len(self.params), sums._replace(kind=None), arrived=False, raised=True)
 
     def set_unit(self, unit: float | Tensor | None) -> None:
         """Say in which unit this rank's gradients are, before the first one is delivered."""
@@ -129,7 +148,7 @@ class Link:
         flat = self._flats[at]
         if flat is None:
             bucket = plan.buckets[at]
-            numel = wire.size(plan, at, self.group.size(), _columns(plan))
+            numel = wire.size(plan, at, self.group.size(), wire.columns(plan, _FIXED))
             flat = self._flats[at] = torch.empty(numel, dtype=bucket.wire, device=bucket.device)
         return flat
 
@@ -145,28 +164,26 @@ def connect(
     params: Sequence[Tensor],
     treedef: _tree.TreeDef,
     dtypes: Sequence[torch.dtype],
-) -> Link | None:
+) -> Link | Traced | None:
     """The connection that a call needs; None where nothing crosses."""
     if options.sync is None:
         return None
     group = groups.resolve(options.name, options.sync.group)
     if group is None:
         return None
+    if _engines.loops():
+        return Traced(options, group, params, dtypes)
     if _engines.transforming():
         raise NotImplementedError(
-            f"{options.name}: sync=all_reduce() inside a functorch transform, torch.compile or another grad_fn's loss is not "
-            "available in this version; call it outside, or leave sync out"
+            f"{options.name}: sync=all_reduce() inside a functorch transform or another grad_fn's loss is not available in "
+            "this version; call it outside, or leave sync out"
         )
     return Link(options, group, agreed.setdefault(group, {}), params, treedef, dtypes)
 
 
-def cross(
+def _cross(
     link: Link, grads: list[Tensor | None], sums: _fold.Sums, arrived: bool, raised: bool = False
 ) -> tuple[list[Tensor | None], _fold.Sums, bool]:
-    """The union's gradients (in the unit of the returned sums), sums, and whether any rank's loss reached its parameters.
-
-    Takes the gradients out of ``grads``, each as it is packed.
-    """
     options, here = link.options, None if sums.kind is None else layouts.of(link.options, sums)
     agreement, problem = link.agreement, None
     if agreement is None:
@@ -181,34 +198,31 @@ def cross(
         link.agreement = agreement
         link.set_unit(sums.unit)
     values = _fold.numbers(sums) if kept else None
-    record = _record(plan, sums, values, status, arrived)
+    mine = [sums.differentiated, arrived, float(sums.weight), float(sums.unit or 0.0)] if kept else [0, 0, 0.0, 0.0]
+    record = wire.record(plan, [status, *mine], values, plan.buckets[plan.header].device)
     link.send(plan, grads if kept else [None] * len(grads), values, record)
     flats = link.receive()
     header = flats[plan.header]
-    coded = header[len(header) - link.group.size() * wire.digits(_columns(plan), header.dtype) :]
-    table = wire.decode(coded.view(link.group.size(), -1).cpu(), _columns(plan))
+    coded = header[len(header) - link.group.size() * wire.digits(wire.columns(plan, _FIXED), header.dtype) :]
+    table = wire.decode(coded.view(link.group.size(), -1).cpu(), wire.columns(plan, _FIXED))
     if problem is not None:
         raise ValueError(
             f"{options.name}: {problem}: the first at this grad_fn's first call, the second now. With sync, ranks rely on "
             "what they agreed on then; return the same kinds always, or make another grad_fn"
         )
     _check_status(link, table[:, _STATUS].tolist(), raised)
-    summed, weight = _sum(table, plan, agreement.scale)
+    floats = table.view(torch.float64)
+    summed = wire.summed(plan, _FIXED, table, floats[:, _UNIT] / agreement.scale)
     for at, flat in enumerate(flats):
         for n, tensor in wire.read_vectors(plan, at, flat).items():
             summed[n] = tensor
-    whole = layouts.restore(
-        agreement.layout,
-        [_restored(x, spec, link.params[0].device) for x, spec in zip(summed, plan.specs, strict=True)],
-        sums,
-        link.params[0],
-    )._replace(weight=weight, unit=agreement.scale, differentiated=bool(table[:, _DIFFERENTIATED].any()))
-    return _unpack(plan, flats, link.params), whole, bool(table[:, _ARRIVED].any())
-
-
-def fail(link: Link, sums: _fold.Sums) -> None:
-    """Tell the others that this rank's loss has raised; NOTE [failing together]."""
-    cross(link, [None] * len(link.params), sums._replace(kind=None), arrived=False, raised=True)
+    restored = [_restored(x, spec, link.params[0].device) for x, spec in zip(summed, plan.specs, strict=True)]
+    whole = layouts.restore(agreement.layout, restored, sums, link.params[0])._replace(
+        weight=floats[:, _WEIGHT].sum().item(),
+        unit=agreement.scale,
+        differentiated=bool(table[:, _DIFFERENTIATED].any()),
+    )
+    return wire.unpack(plan, flats, link.params), whole, bool(table[:, _ARRIVED].any())
 
 
 def _agree(link: Link, here: Layout | None, weight: float, raised: bool) -> Agreement | None:
@@ -315,59 +329,6 @@ def _check_status(link: Link, statuses: Sequence[int], raised: bool) -> None:
         )
 
 
-def _columns(plan: wire.Plan) -> int:
-    scalars = [spec for spec in plan.specs if not spec.shape]
-    return _FIXED + sum(2 if spec.dtype is not None and spec.dtype.is_complex else 1 for spec in scalars)
-
-
-def _record(plan: wire.Plan, sums: _fold.Sums, values: list[Any] | None, status: int, arrived: bool) -> Tensor:
-    """This rank's record, int64 on the CPU; what is floating is there by its bits."""
-    mine = values is not None
-    columns = [
-        torch.tensor([status, mine and sums.differentiated, mine and arrived], dtype=torch.int64),
-        _bits([float(sums.weight) if mine else 0.0, float(sums.unit or 0.0) if mine else 0.0]),
-    ]
-    for n, spec in enumerate(plan.specs):
-        if spec.shape:
-            continue
-        value = 0 if values is None else values[n]
-        if isinstance(value, Tensor):
-            value = value.item()
-        if spec.dtype is None or spec.dtype.is_floating_point:
-            columns.append(_bits([float(value)]))
-        elif spec.dtype.is_complex:
-            columns.append(_bits([value.real, value.imag]))
-        else:
-            columns.append(torch.tensor([value], dtype=torch.int64))
-    return torch.cat(columns)
-
-
-def _bits(numbers: list[float]) -> Tensor:
-    return torch.tensor(numbers, dtype=torch.float64).view(torch.int64)
-
-
-def _sum(table: Tensor, plan: wire.Plan, scale: float) -> tuple[list[Any], float]:
-    """The sums over ranks of the records' columns (None for what is not in them), and the total weight."""
-    floats = table.view(torch.float64)
-    shares = floats[:, _UNIT] / scale
-    summed: list[Any] = []
-    column = _FIXED
-    for spec in plan.specs:
-        if spec.shape:
-            summed.append(None)
-        elif spec.dtype is None or spec.dtype.is_floating_point:
-            values = floats[:, column]
-            summed.append((values * shares if spec.weighted else values).sum())
-            column += 1
-        elif spec.dtype.is_complex:
-            summed.append(torch.complex(*floats[:, column : column + 2].sum(0)))
-            column += 2
-        else:
-            summed.append(table[:, column].sum())
-            column += 1
-    return summed, floats[:, _WEIGHT].sum().item()
-
-
 def _restored(value: Tensor, spec: layouts.Spec, device: torch.device) -> Any:
     if spec.dtype is None:
         number = float(value.item())
@@ -382,13 +343,3 @@ def _pack(place: wire.Place, flat: Tensor, grad: Tensor | None, factor: float) -
     else:
         numbers = wire.real(grad.detach())
         torch.mul(numbers, factor, out=part.view(numbers.shape))
-
-
-def _unpack(plan: wire.Plan, flats: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients, views of one tensor a bucket in the accumulators' dtype."""
-    wide = [flat[: bucket.numel].to(bucket.dtype) for bucket, flat in zip(plan.buckets, flats, strict=True)]
-    parts = [wide[place.bucket].narrow(0, place.offset, place.numel) for place in plan.places]
-    return [
-        torch.view_as_complex(part.view(*param.shape, 2)) if param.is_complex() else part.view(param.shape)
-        for part, param in zip(parts, params, strict=True)
-    ]

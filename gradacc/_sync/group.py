@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from gradacc._describe import describe
@@ -29,7 +30,7 @@ def resolve(name: str, group: Any) -> dist.ProcessGroup | None:
         )
     if group is None:
         group = dist.group.WORLD
-    elif hasattr(group, "get_group") and hasattr(group, "mesh_dim_names"):
+    elif not isinstance(group, dist.ProcessGroup) and hasattr(group, "get_group") and hasattr(group, "mesh_dim_names"):
         if group.ndim != 1:
             names = group.mesh_dim_names or ()
             raise ValueError(
@@ -37,6 +38,8 @@ def resolve(name: str, group: Any) -> dist.ProcessGroup | None:
                 f"as in mesh[{(names or ('dp',))[0]!r}]"
             )
         group = group.get_group()
+    if torch.compiler.is_compiling():
+        return group if group.size() > 1 else None
     if group is dist.GroupMember.NON_GROUP_MEMBER or (
         isinstance(group, dist.ProcessGroup) and dist.get_rank(group) < 0
     ):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradacc import _dtypes
 from gradacc._sync.layout import Spec
 
 FIRST, LATER = 1 << 20, 25 << 20
@@ -71,7 +72,7 @@ def plan(
         return len(filled) - 1
 
     for i in reversed(range(len(shapes))) if overlap else range(len(shapes)):
-        dtype, numel = dtypes[i].to_real(), shapes[i].numel() * (2 if dtypes[i].is_complex else 1)
+        dtype, numel = _dtypes.real(dtypes[i]), shapes[i].numel() * (2 if dtypes[i].is_complex else 1)
         at = current.get((dtype, devices[i]))
         if at is not None and overlap:
             limit = LATER if at else FIRST
@@ -88,7 +89,7 @@ def plan(
     for n, spec in enumerate(specs):
         if spec.shape:
             assert spec.dtype is not None
-            dtype = spec.dtype.to_real() if spec.dtype.is_complex else spec.dtype
+            dtype = _dtypes.real(spec.dtype)
             if dtype not in last:
                 last[dtype] = another(dtype, devices[0])
             riders.setdefault(last[dtype], []).append(n)
@@ -147,20 +148,76 @@ def digits(columns: int, dtype: torch.dtype) -> int:
     return -(-8 * columns // _BYTES[dtype])
 
 
+def record(plan: Plan, fixed: Sequence[Any], values: Sequence[Any] | None, device: torch.device) -> Tensor:
+    """One rank's record, int64: ``fixed`` (ints, floats, floating tensors) and every 0-dim value (None: zeros); floats by their bits."""
+    columns = [_bits(value, isinstance(value, (float, Tensor)), device) for value in fixed]
+    for n, spec in enumerate(plan.specs):
+        if spec.shape:
+            continue
+        value: Any = 0 if values is None else values[n]
+        if spec.dtype is not None and spec.dtype.is_complex:
+            value = torch.as_tensor(value, dtype=torch.complex128)
+            columns += [_bits(value.real, True, device), _bits(value.imag, True, device)]
+        else:
+            columns.append(_bits(value, spec.dtype is None or spec.dtype.is_floating_point, device))
+    return torch.stack(columns)
+
+
+def _bits(value: Any, floating: bool, device: torch.device) -> Tensor:
+    number = torch.as_tensor(value).to(device=device, dtype=torch.float64 if floating else torch.int64)
+    return number.view(torch.int64) if floating else number
+
+
+def summed(plan: Plan, fixed: int, table: Tensor, shares: Tensor) -> list[Any]:
+    """The sums over ranks of the records' columns (None for what is not in them), weighted ones times their rank's share."""
+    floats = table.view(torch.float64)
+    sums: list[Any] = []
+    column = fixed
+    for spec in plan.specs:
+        if spec.shape:
+            sums.append(None)
+        elif spec.dtype is None or spec.dtype.is_floating_point:
+            sums.append((floats[:, column] * shares if spec.weighted else floats[:, column]).sum())
+            column += 1
+        elif spec.dtype.is_complex:
+            sums.append(torch.complex(floats[:, column].sum(), floats[:, column + 1].sum()))
+            column += 2
+        else:
+            sums.append(table[:, column].sum())
+            column += 1
+    return sums
+
+
+def columns(plan: Plan, fixed: int) -> int:
+    """Of a record."""
+    scalars = [spec for spec in plan.specs if not spec.shape]
+    return fixed + sum(2 if spec.dtype is not None and spec.dtype.is_complex else 1 for spec in scalars)
+
+
 def encode(record: Tensor, dtype: torch.dtype) -> Tensor:
     """A record (int64) as integers in ``dtype``, each of as many bytes as it holds exactly."""
     width = _BYTES[dtype]
     raw = record.contiguous().view(torch.uint8)
     raw = torch.nn.functional.pad(raw, (0, -len(raw) % width))
-    return (raw.view(-1, width).to(torch.int64) << _shifts(width)).sum(1).to(dtype)
+    return (raw.view(-1, width).to(torch.int64) << _shifts(width, record.device)).sum(1).to(dtype)
 
 
 def decode(coded: Tensor, columns: int) -> Tensor:
     """The inverse of `encode`, for the records of all ranks: ``[W, digits] -> [W, columns]``."""
     width = _BYTES[coded.dtype]
-    raw = (coded.to(torch.int64).unsqueeze(-1) >> _shifts(width)) & 255
+    raw = (coded.to(torch.int64).unsqueeze(-1) >> _shifts(width, coded.device)) & 255
     return raw.to(torch.uint8).flatten(1)[:, : 8 * columns].contiguous().view(torch.int64)
 
 
-def _shifts(width: int) -> Tensor:
-    return torch.arange(0, 8 * width, 8)
+def _shifts(width: int, device: torch.device) -> Tensor:
+    return torch.arange(0, 8 * width, 8, device=device)
+
+
+def unpack(plan: Plan, flats: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients, views of one tensor a bucket in the accumulators' dtype."""
+    wide = [flat[: bucket.numel].to(bucket.dtype) for bucket, flat in zip(plan.buckets, flats, strict=True)]
+    parts = [wide[place.bucket].narrow(0, place.offset, place.numel) for place in plan.places]
+    return [
+        torch.view_as_complex(part.view(*param.shape, 2)) if param.is_complex() else part.view(param.shape)
+        for part, param in zip(parts, params, strict=True)
+    ]

@@ -1,0 +1,273 @@
+"""``torch.compile(accumulate(f), fullgraph=True)``: the plain results, one graph, which does not grow and is not made again."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import optree
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.backends.registry import lookup_backend
+from torch.fx import GraphModule
+
+import gradacc
+from gradacc import Mean
+from tests.helpers import assert_trees_close
+
+D = torch.float64
+
+
+class Pair(NamedTuple):
+    """Parameters as a NamedTuple."""
+
+    w: torch.Tensor
+    b: torch.Tensor
+
+
+@dataclasses.dataclass
+class Record:
+    """Parameters as a dataclass that torch's registry knows."""
+
+    w: torch.Tensor
+    b: torch.Tensor
+
+
+torch.utils._pytree.register_dataclass(Record)
+
+
+def residual(params, batch):
+    return torch.tanh(batch["x"] @ params["w"] + params["b"]) - batch["y"]
+
+
+def plain(params, batch):
+    return residual(params, batch).square().mean()
+
+
+def weighted(params, batch):
+    return Mean((residual(params, batch).square() * batch["m"]).sum(), batch["m"].sum())
+
+
+def counted(params, batch):
+    return Mean(residual(params, batch).square().sum(), len(batch["x"]))
+
+
+def with_aux(params, batch):
+    r = residual(params, batch)
+    aux = {
+        "each": r,
+        "hits": Mean((r > 0).sum(), len(r)),
+        "average": r.abs().mean(),
+        "none": None,
+        "vector": Mean(r.sum(0), 1),
+    }
+    return r.square().mean(), aux
+
+
+def attributes(params, batch):
+    return plain({"w": params.w, "b": params.b}, batch)
+
+
+def summed(params, batch):
+    return residual(params, batch).square().sum()
+
+
+def two_arguments(w, batch, b):
+    return plain({"w": w, "b": b}, batch)
+
+
+def data(n: int, dtype=D) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(n)
+    return {
+        "x": torch.randn(n, 3, generator=g, dtype=D).to(dtype),
+        "y": torch.randn(n, 2, generator=g, dtype=D).to(dtype),
+        "m": (torch.rand(n, 2, generator=g) < 0.6).to(dtype),
+    }
+
+
+W, B = torch.linspace(-1, 1, 6, dtype=D).view(3, 2), torch.tensor([0.1, -0.2], dtype=D)
+PARAMS = {"w": W, "b": B}
+module = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+apply, module_params, _ = gradacc.functional(module)
+
+
+def of_a_module(params, batch):
+    return (apply(params, batch["x"]) - batch["y"]).square().mean()
+
+
+class Case(NamedTuple):
+    """A call."""
+
+    loss: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]
+    rtol: float = 1e-10
+
+
+CASES = {
+    "plain": Case(plain, (PARAMS, data(16)), {"steps": 8}),
+    "ragged": Case(plain, (PARAMS, data(21)), {"steps": 8}),
+    "few steps": Case(plain, (PARAMS, data(7)), {"steps": 3}),
+    "one step": Case(plain, (PARAMS, data(7)), {"steps": 1}),
+    "fewer examples than steps": Case(plain, (PARAMS, data(5)), {"steps": 8}),
+    "Mean": Case(weighted, (PARAMS, data(21)), {"steps": 8}),
+    "Mean over a number": Case(counted, (PARAMS, data(21)), {"steps": 8}),
+    "aux": Case(with_aux, (PARAMS, data(21)), {"steps": 8, "has_aux": True}),
+    "aux, few steps": Case(with_aux, (PARAMS, data(7)), {"steps": 3, "has_aux": True}),
+    "sum": Case(summed, (PARAMS, data(21)), {"steps": 8, "reduction": "sum"}),
+    "sum with aux": Case(
+        lambda p, b: (summed(p, b), with_aux(p, b)[1]),
+        (PARAMS, data(21)),
+        {"steps": 8, "reduction": "sum", "has_aux": True},
+    ),
+    "microbatch_size, ragged": Case(plain, (PARAMS, data(20)), {"microbatch_size": 3}),
+    "NamedTuple": Case(attributes, (Pair(W, B), data(16)), {"steps": 8}),
+    "dataclass": Case(attributes, (Record(W, B), data(16)), {"steps": 8}),
+    "module": Case(of_a_module, (module_params, data(16)), {"steps": 8}),
+    "in_dims": Case(
+        lambda p, b, scale: plain(p, b) * scale,
+        (PARAMS, data(16), torch.ones((), dtype=D)),
+        {"steps": 8, "in_dims": (None, 0, None)},
+    ),
+    "in_dims, dim 1": Case(
+        lambda p, x, y: (torch.tanh(x.t() @ p["w"]) - y).square().mean(),
+        (PARAMS, data(16)["x"].t().contiguous(), data(16)["y"]),
+        {"steps": 8, "in_dims": (None, 1, 0)},
+    ),
+    "tuple argnums": Case(two_arguments, (W, data(16), B), {"steps": 8, "argnums": (0, 2)}),
+    "dtype": Case(
+        plain, ({k: v.float() for k, v in PARAMS.items()}, data(16, torch.float32)), {"steps": 8, "dtype": D}, 1e-5
+    ),
+    "bfloat16": Case(
+        plain, ({k: v.bfloat16() for k, v in PARAMS.items()}, data(16, torch.bfloat16)), {"steps": 8}, 2e-2
+    ),
+    "window": Case(plain, (PARAMS, [data(3), data(2), data(2)]), {}),
+    "window of Means": Case(weighted, (PARAMS, [data(3), data(2)]), {}),
+    "split": Case(
+        plain, (PARAMS, data(7)), {"split": lambda b: [{k: v[i:j] for k, v in b.items()} for i, j in ((0, 2), (2, 7))]}
+    ),
+}
+
+
+def check(case: Case, backend: Any, dynamic: bool | None = None):
+    torch._dynamo.reset()
+    grad_fn = gradacc.accumulate_and_value(case.loss, **case.options)
+    compiled = torch.compile(grad_fn, fullgraph=True, backend=backend, dynamic=dynamic)
+    expected = grad_fn(*case.args)
+    assert_trees_close(_numbers(compiled(*case.args)), _numbers(expected), rtol=case.rtol)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        compiled(*case.args)
+    return compiled
+
+
+def _numbers(tree: Any) -> Any:
+    """With tensors for numbers: a compiled `Mean`'s weight is a tensor where it depends on the data."""
+    return optree.tree_map(lambda leaf: torch.as_tensor(leaf).to(D), tree, namespace="gradacc")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equal_to_eager(name):
+    check(CASES[name], "aot_eager" if name in ("Mean", "aux", "bfloat16") else "eager")
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor imports it
+@pytest.mark.parametrize("name", ["ragged", "aux", "module"])
+def test_inductor(name):
+    check(CASES[name], "inductor")
+
+
+class Counting:
+    """A backend that keeps the graphs."""
+
+    def __init__(self, backend: str = "eager") -> None:
+        self.graphs: list[GraphModule] = []
+        self._backend = lookup_backend(backend)
+
+    def __call__(self, graph: GraphModule, inputs: Any) -> Any:
+        self.graphs.append(graph)
+        return self._backend(graph, inputs)
+
+    @property
+    def nodes(self) -> int:
+        """Of all graphs, those inside others included."""
+        return sum(
+            len(part.graph.nodes) for graph in self.graphs for part in graph.modules() if isinstance(part, GraphModule)
+        )
+
+
+@pytest.mark.parametrize("loss", [plain, weighted, of_a_module])
+def test_the_graph_does_not_grow_with_steps(loss):
+    nodes = []
+    for steps in (8, 64):
+        backend = Counting()
+        params = module_params if loss is of_a_module else PARAMS
+        check(Case(loss, (params, data(2 * steps)), {"steps": steps}), backend, dynamic=False)
+        assert len(backend.graphs) == 1
+        nodes.append(backend.nodes)
+    assert nodes[0] == nodes[1]
+
+
+@pytest.mark.parametrize("sizes", [(16, 16, 24, 32, 40), (21, 29, 37)])
+def test_at_most_one_more_graph_for_other_batch_sizes(sizes):
+    torch._dynamo.reset()
+    backend = Counting()
+    grad_fn = gradacc.accumulate_and_value(plain, steps=8)
+    compiled = torch.compile(grad_fn, fullgraph=True, backend=backend)
+    for size in sizes:
+        assert_trees_close(compiled(PARAMS, data(size)), grad_fn(PARAMS, data(size)))
+    assert len(backend.graphs) <= 2
+
+
+def test_a_whole_training_step():
+    """Gradient and update in one graph."""
+    torch._dynamo.reset()
+    grad_fn = gradacc.accumulate(plain, steps=8)
+
+    def step(params, batch):
+        grads = grad_fn(params, batch)
+        return {name: param - 0.1 * grads[name] for name, param in params.items()}
+
+    assert_trees_close(
+        torch.compile(step, fullgraph=True, backend="aot_eager")(PARAMS, data(21)), step(PARAMS, data(21))
+    )
+
+
+def test_both_orders(monkeypatch):
+    """``accumulate(torch.compile(loss))`` is the eager engine around a loss that is compiled once, whatever ``steps``."""
+    torch._dynamo.reset()
+    backend = Counting()
+    compiled = torch.compile(plain, fullgraph=True, backend=backend, dynamic=False)
+    for steps in (2, 4, 8):
+        batch = data(2 * steps)
+        assert_trees_close(
+            gradacc.accumulate_and_value(compiled, steps=steps)(PARAMS, batch),
+            torch.func.grad_and_value(plain)(PARAMS, batch),
+        )
+    assert len(backend.graphs) == 1
+
+
+def of_ranks(group, backend, name):
+    case = RANKS[name]
+    torch._dynamo.reset()
+    graphs = Counting(backend)
+    batch = {key: value[group.rank() * 6 : 13 + 3 * group.rank()] for key, value in data(20).items()}
+    grad_fn = gradacc.accumulate_and_value(case.loss, sync=gradacc.all_reduce(group, compress=None), **case.options)
+    expected = grad_fn(PARAMS, batch)
+    actual = torch.compile(grad_fn, fullgraph=True, backend=graphs)(PARAMS, batch)
+    calls = sum("all_reduce" in str(node.target) for graph in graphs.graphs for node in graph.graph.nodes)
+    assert_trees_close(_numbers(actual), _numbers(expected))
+    return len(graphs.graphs), calls, actual[0]
+
+
+RANKS = {
+    "plain": Case(plain, (), {"steps": 6}),
+    "Mean": Case(weighted, (), {"steps": 6}),
+    "sum": Case(summed, (), {"steps": 2, "reduction": "sum"}),
+}
+
+
+@pytest.mark.parametrize("name", RANKS)
+def test_the_collective_is_in_the_graph(pool, name):
+    """One of them, exactly; the ranks hold 13 and 10 examples."""
+    first, second = pool.run(2, of_ranks, "aot_eager" if name == "Mean" else "eager", name)
+    assert first[:2] == second[:2] == (1, 1)
+    assert_trees_close(first[2], second[2], rtol=0, atol=0)
