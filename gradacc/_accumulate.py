@@ -185,7 +185,7 @@ def accumulate_and_value(
 
 def _grad_and_value(name: str, loss_fn: Callable[..., Any], given: _options.Given) -> Callable[..., Any]:
     options = _options.options(name, loss_fn, given)
-    agreed = _sync.Agreed()
+    agreed = _sync.Agreed() if options.sync is not None else None
 
     @functools.wraps(loss_fn, updated=())  # the __dict__ of a compiled loss holds Dynamo's marks, which are not ours
     def grad_fn(*args: Any, **kwargs: Any) -> Any:
@@ -204,7 +204,11 @@ def _without_value(grad_and_value: Callable[..., Any], has_aux: bool) -> Callabl
 
 
 def _run(
-    options: Options, agreed: _sync.Agreed, loss_fn: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    options: Options,
+    agreed: _sync.Agreed | None,
+    loss_fn: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
 ) -> Any:
     """One call of ``grad_fn``: ``finalize . sync . fold(update) . init``."""
     differentiated, batch = _validate.positions(options, args)
@@ -245,13 +249,14 @@ def _run(
         if divided.cut is not None and loops():
             buffer, sums = loop.fold(step, buffer, sums, divided.cut)
         else:
-            for microbatch, last in _with_last(divided.parts, link):
+            sender = link if isinstance(link, _sync.Link) and link.overlaps else None
+            for microbatch, last in _with_last(divided.parts, ahead=sender is not None):
                 # the caller's iterator runs in the caller's modes, not under the guard
                 if microbatch.empty:
                     empty = empty or microbatch
                     continue
                 with engine.guard():
-                    buffer, sums = step(buffer, sums, microbatch, link if last else None)
+                    buffer, sums = step(buffer, sums, microbatch, sender if last else None)
         if sums.kind is None and empty is not None and (link is None or link.learns):
             with engine.guard(), torch.no_grad():  # nothing to differentiate: it only says what types to return
                 sums = _fold.update_with_nothing(options, sums, evaluate(empty, params), empty.sizes)
@@ -279,12 +284,12 @@ def _contribution(options: Options, sums: _fold.Sums, link: _sync.Link | None, o
     return _fold.contribution(options, sums, outcome)
 
 
-def _with_last(parts: Iterable[_split.Microbatch], link: _sync.Link | None) -> Iterator[tuple[_split.Microbatch, bool]]:
+def _with_last(parts: Iterable[_split.Microbatch], ahead: bool) -> Iterator[tuple[_split.Microbatch, bool]]:
     """Each micro-batch, and whether it is the last one, whose backward pass overlaps with the boundary.
 
     Known only by reading one ahead, which is not done where nothing overlaps.
     """
-    if link is None or not link.overlaps:
+    if not ahead:
         for part in parts:
             yield part, False
         return

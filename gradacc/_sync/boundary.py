@@ -160,13 +160,13 @@ class Link:
 
 def connect(
     options: Options,
-    agreed: Agreed,
+    agreed: Agreed | None,
     params: Sequence[Tensor],
     treedef: _tree.TreeDef,
     dtypes: Sequence[torch.dtype],
 ) -> Link | Traced | None:
     """The connection that a call needs; None where nothing crosses."""
-    if options.sync is None:
+    if options.sync is None or agreed is None:
         return None
     group = groups.resolve(options.name, options.sync.group)
     if group is None:

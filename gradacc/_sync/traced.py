@@ -22,7 +22,6 @@ from gradacc._sync import wire
 class Traced:
     """As `gradacc._sync.boundary.Link`, for one graph."""
 
-    overlaps = False
     learns = True
 
     def __init__(

@@ -231,6 +231,66 @@ def test_a_whole_training_step():
     )
 
 
+def nested(params, batch):
+    """A grad_fn that is made, and called, inside the loss."""
+    inner = gradacc.accumulate_and_value(lambda w, x: torch.tanh(x @ w).square().mean(), steps=2)
+    return inner(params["w"], batch["x"])[1] + plain(params, batch)
+
+
+class Square(torch.autograd.Function):
+    """A Function of the user's."""
+
+    @staticmethod
+    def forward(x):
+        return x * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * ctx.saved_tensors[0] * grad
+
+
+def gradient_penalty(params, batch):
+    inside = torch.func.grad(lambda x: torch.tanh(x @ params["w"]).sum())(batch["x"])
+    return inside.square().mean()
+
+
+ODD = {
+    "a Function": lambda params, batch: Square.apply(residual(params, batch)).mean(),
+    "a gradient inside": gradient_penalty,
+    "a grad_fn inside": nested,
+    "vmap inside": lambda params, batch: torch.func.vmap(lambda x: (x @ params["w"]).square().sum())(batch["x"]).mean(),
+    "complex numbers": lambda params, batch: torch.fft.fft(residual(params, batch)).abs().square().mean(),
+    "rows that the data chooses": lambda params, batch: (
+        residual(params, batch)[batch["x"].sum(1) > 0].square().sum() / 3
+    ),
+    "a number of the data": lambda params, batch: plain(params, batch) * float(batch["x"].new_full((), 2.0)),
+    "a closed-over view": lambda params, batch: (residual(params, batch) * B * B[:1]).square().mean(),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo itself, of a Function
+@pytest.mark.parametrize("name", ODD)
+def test_losses_that_might_not_trace(name):
+    """Whatever the unrolled loop traces, the scan traces; so there is no fallback."""
+    options = {"reduction": "sum"} if "rows" in name else {}
+    check(Case(ODD[name], (PARAMS, data(16)), {"steps": 8, **options}), "eager")
+
+
+def test_dropout_draws_anew_in_every_micro_batch():
+    torch._dynamo.reset()
+
+    def loss(params, batch):
+        return nn.functional.dropout(params * torch.ones_like(batch), 0.5).mean(), nn.functional.dropout(batch, 0.5)
+
+    grad_fn = gradacc.accumulate(loss, steps=16, has_aux=True)
+    drawn = torch.compile(grad_fn, fullgraph=True, backend="aot_eager")(torch.ones(()), torch.ones(16, 20))[1]
+    assert len({tuple(row) for row in drawn.tolist()}) == 16
+
+
 def test_both_orders(monkeypatch):
     """``accumulate(torch.compile(loss))`` is the eager engine around a loss that is compiled once, whatever ``steps``."""
     torch._dynamo.reset()
