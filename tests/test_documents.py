@@ -68,7 +68,15 @@ def test_the_two_sides_of_the_readmes_comparison_agree():
 
 def test_everything_public_has_a_docstring_with_an_example():
     public = {name for name in vars(gradacc) if not name.startswith("_") and callable(getattr(gradacc, name))}
-    assert public == {"accumulate", "accumulate_and_value", "all_reduce", "functional", "Mean"}
+    assert public == {
+        "accumulate",
+        "accumulate_and_value",
+        "all_reduce",
+        "functional",
+        "Mean",
+        "TrainState",
+        "train_step",
+    }
     for name in public:
         assert ">>> " in getattr(gradacc, name).__doc__, name
     assert re.fullmatch(r"\d+\.\d+\.\d+", gradacc.__version__)

@@ -1,0 +1,160 @@
+"""Time and memory of one optimizer step, eager: gradacc.optim against torch.optim on a model's parameters.
+
+    python -m benchmarks.optim [--rounds 31] [--device cuda] [--workload gpt] [--out optim.json]
+
+Every contestant has its own copies of the parameters, gradients and state of `benchmarks._workloads`' model, and they take
+turns in one process, once a round, in a balanced order (`benchmarks._measure`). What is reported is the median over the
+rounds of the ratio to torch.optim's own `foreach` step *in the same round*, with the quartiles; that step runs twice a
+round, under two names: the second row's distance from 1 is the noise. Before anything is timed, five steps of each are
+checked against torch's: to the last bit on a CPU, to float32's rounding elsewhere.
+
+*Peak memory* is what a step allocates at its highest point over what was there before, in sizes of the parameters.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks._measure import allocated_peak, interleaved, machine, paired, spread
+from benchmarks._workloads import WORKLOADS
+from gradacc import optim
+
+Tree = dict[str, Tensor]
+BASE = "torch.optim.AdamW(foreach=True)"
+LR = 1e-3
+MAX_NORM = 1.0
+IMPERATIVE: dict[str, dict[str, bool]] = {
+    BASE: {"foreach": True},
+    "the same again": {"foreach": True},
+    "torch.optim.AdamW(foreach=False)": {"foreach": False},
+    "torch.optim.AdamW(fused=True)": {"fused": True},
+    "clip_grad_norm_, torch.optim.AdamW(foreach=True)": {"foreach": True, "clip": True},
+}
+FUNCTIONAL: dict[str, tuple[Callable[[], optim.Optimizer], bool]] = {
+    "adamw, donate=True": (lambda: optim.adamw(LR), True),
+    "adamw": (lambda: optim.adamw(LR), False),
+    "from_torch(AdamW, foreach=True), donate=True": (lambda: _from_torch(foreach=True), True),
+    "from_torch(AdamW, foreach=True)": (lambda: _from_torch(foreach=True), False),
+    "from_torch(AdamW, fused=True), donate=True": (lambda: _from_torch(fused=True), True),
+    "by_path of two adamw, donate=True": (lambda: _groups(), True),
+    "clip_by_global_norm(adamw), donate=True": (lambda: optim.clip_by_global_norm(optim.adamw(LR), MAX_NORM), True),
+    "skip_nonfinite(adamw), donate=True": (lambda: optim.skip_nonfinite(optim.adamw(LR)), True),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, print a Markdown table, and write the figures where asked to."""
+    options = _parse(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    work = WORKLOADS[options.workload](device)
+    params = {name: leaf.detach() for name, leaf in sorted(work.module.named_parameters())}  # the order of our leaves
+    grads = {name: 1e-3 * torch.randn_like(leaf) for name, leaf in params.items()}
+    size = sum(leaf.numel() * leaf.element_size() for leaf in params.values())
+    check(params, grads)
+    runs = {name: imperative(params, grads, **kwargs)[0] for name, kwargs in IMPERATIVE.items()}
+    runs |= {name: functional(make(), params, grads, donate)[0] for name, (make, donate) in FUNCTIONAL.items()}
+    seconds = interleaved(runs, rounds=options.rounds, warmup=3, device=device, repeats=options.repeats)
+    results = {
+        "machine": machine(device),
+        "title": work.title,
+        "rounds": options.rounds,
+        "steps": {
+            name: {
+                "seconds": spread(seconds[name])._asdict(),
+                "vs_foreach": paired(seconds, name, BASE)._asdict(),
+                "peak": allocated_peak(run, device) / size,
+            }
+            for name, run in runs.items()
+        },
+    }
+    if options.out is not None:
+        Path(options.out).write_text(json.dumps(results, indent=1))
+    print(table(results))
+    return 0
+
+
+def imperative(
+    params: Tree, grads: Tree, *, clip: bool = False, **kwargs: Any
+) -> tuple[Callable[[], object], Callable[[], list[Tensor]]]:
+    """A step of torch.optim.AdamW, and what its parameters are."""
+    leaves = [leaf.clone() for leaf in params.values()]
+    optimizer = torch.optim.AdamW(leaves, lr=LR, **kwargs)
+    for leaf, grad in zip(leaves, grads.values(), strict=True):
+        leaf.grad = grad.clone()
+
+    def step() -> None:
+        if clip:
+            torch.nn.utils.clip_grad_norm_(leaves, MAX_NORM)
+        optimizer.step()
+
+    return step, lambda: leaves
+
+
+def functional(
+    optimizer: optim.Optimizer, params: Tree, grads: Tree, donate: bool
+) -> tuple[Callable[[], object], Callable[[], list[Tensor]]]:
+    """A step of ours, which keeps its result, and what its parameters are."""
+    held: list[Any] = [{name: leaf.clone() for name, leaf in params.items()}, None]
+    held[1] = optimizer.init(held[0])
+    slopes = {name: grad.clone() for name, grad in grads.items()}
+
+    def step() -> None:
+        held[:] = optimizer.step(held[0], slopes, held[1], donate=donate)
+
+    return step, lambda: list(held[0].values())
+
+
+def check(params: Tree, grads: Tree) -> None:
+    """Five steps of every contestant against torch's own, clipped where it clips."""
+    exact = next(iter(params.values())).is_cpu
+    for name, (make, donate) in FUNCTIONAL.items():
+        theirs, expected = imperative(params, grads, clip="clip" in name, foreach=True)
+        ours, actual = functional(make(), params, grads, donate)
+        for _ in range(5):
+            theirs()
+            ours()
+        rtol, atol = (0.0, 0.0) if exact and "fused" not in name else (1e-5, 1e-6)
+        for mine, other in zip(actual(), expected(), strict=True):
+            torch.testing.assert_close(mine, other, rtol=rtol, atol=atol)
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown."""
+    lines = [f"| {results['title']}: one step | ms | time / foreach | peak memory / parameters |", "|---|--:|--:|--:|"]
+    for name, row in results["steps"].items():
+        ratio = row["vs_foreach"]
+        shown = f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+        lines.append(f"| {name} | {row['seconds']['median'] * 1e3:.2f} | {shown} | {row['peak']:.2f} x |")
+    return "\n".join(lines)
+
+
+def _from_torch(**kwargs: Any) -> optim.Optimizer:
+    return optim.from_torch(torch.optim.AdamW, lr=LR, **kwargs)
+
+
+def _groups() -> optim.Optimizer:
+    return optim.by_path(optim.adamw(LR), (lambda path, leaf: leaf.ndim < 2, optim.adamw(LR)))
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--repeats", type=int, default=1, help="steps a timing")
+    parser.add_argument("--workload", choices=sorted(WORKLOADS), default="gpt")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--out", help="where to write the figures as JSON")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

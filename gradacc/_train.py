@@ -1,0 +1,129 @@
+"""The training step: a gradient and an update, as one function of an explicit state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradacc import _tree
+from gradacc._describe import describe
+from gradacc._mean import Mean
+
+if TYPE_CHECKING:
+    from gradacc.optim import Optimizer
+
+
+class TrainState(NamedTuple):
+    """All that training carries from one step to the next: a pytree.
+
+    Arguments:
+        params: the parameters.
+        opt_state: what ``optimizer.init(params)`` returned.
+        step: updates so far: an int, or a 0-dim integer tensor (which a compiled step does not compile anew for).
+
+    Example:
+        >>> import torch, gradacc
+        >>> optimizer = gradacc.optim.sgd(lr=0.1)
+        >>> params = {"w": torch.ones(3)}
+        >>> gradacc.TrainState(params, optimizer.init(params)).step
+        0
+    """
+
+    params: Any
+    opt_state: Any
+    step: int | Tensor = 0
+
+
+def train_step(
+    grad_fn: Callable[..., Any], optimizer: Optimizer, *, donate: bool = False
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """One update from one large batch, as a function.
+
+    .. code-block:: python
+
+        def step(state, batch, *args):
+            grads, value = grad_fn(state.params, batch, *args)
+            params, opt_state = optimizer.step(state.params, grads, state.opt_state)
+            return TrainState(params, opt_state, state.step + 1), metrics
+
+    Arguments:
+        grad_fn: from `gradacc.accumulate_and_value`, differentiating its first argument; or any function that returns
+            ``(grads, value)`` or ``(grads, (value, aux))``, `torch.func.grad_and_value` for instance.
+        optimizer: a `gradacc.optim.Optimizer`.
+        donate: the update may reuse the memory of the state that it is given, which must not be used afterwards.
+
+    Returns:
+        ``step(state, batch, *args, **kwargs) -> (state, metrics)``. ``metrics`` is a dict of detached tensors: ``loss`` (of a
+        `Mean`, ``total / weight``), ``grad_norm`` (the Euclidean norm of all gradients as one vector, before any clipping,
+        at least float32), and, where there are any, ``weight`` (of a `Mean`: tokens, say) and ``aux``.
+
+    Raises (when called):
+        TypeError: ``grad_fn`` returned gradients alone (`gradacc.accumulate`), or the state is no `TrainState`.
+
+    Example:
+        >>> import torch, gradacc
+        >>> def loss_fn(params, batch):
+        ...     return (batch @ params["w"] - 1).square().mean()
+        >>> grad_fn = gradacc.accumulate_and_value(loss_fn, steps=2)
+        >>> optimizer = gradacc.optim.sgd(lr=0.1)
+        >>> params = {"w": torch.zeros(2)}
+        >>> state = gradacc.TrainState(params, optimizer.init(params))
+        >>> step = gradacc.train_step(grad_fn, optimizer)
+        >>> for _ in range(3):
+        ...     state, metrics = step(state, torch.eye(2).repeat(4, 1))
+        >>> state.step, round(metrics["loss"].item(), 4)
+        (3, 0.6561)
+
+    Source: ``flax.training.train_state`` (the state); optax (the update).
+    """
+    if not callable(grad_fn):
+        raise TypeError(f"train_step: grad_fn must be a function that returns (grads, value), got {describe(grad_fn)}")
+    if not hasattr(optimizer, "init") or not hasattr(optimizer, "step"):
+        raise TypeError(
+            f"train_step: optimizer must be a gradacc.optim.Optimizer, got {describe(optimizer)}. "
+            "gradacc.optim.from_torch makes one of a torch.optim class"
+        )
+
+    def step(state: TrainState, batch: Any, *args: Any, **kwargs: Any) -> tuple[TrainState, dict[str, Any]]:
+        if not isinstance(state, TrainState):
+            raise TypeError(
+                f"train_step: the state must be a TrainState, got {describe(state)}. "
+                "Begin with TrainState(params, optimizer.init(params))"
+            )
+        grads, value, aux = _parts(grad_fn(state.params, batch, *args, **kwargs))
+        metrics = {"loss": value.value if isinstance(value, Mean) else value, "grad_norm": global_norm(grads)}
+        if isinstance(value, Mean):
+            metrics["weight"] = torch.as_tensor(value.weight, device=value.total.device)
+        if aux is not None:
+            metrics["aux"] = aux
+        params, opt_state = optimizer.step(state.params, grads, state.opt_state, donate=donate)
+        return TrainState(params, opt_state, state.step + 1), metrics
+
+    return step
+
+
+def global_norm(tree: Any) -> Tensor:
+    """The Euclidean norm of all tensors of a pytree as one vector: 0-dim, at least float32."""
+    leaves = [leaf for leaf in _tree.flatten(tree)[0] if isinstance(leaf, Tensor)]
+    wide = [torch.linalg.vector_norm(leaf, dtype=torch.float32 if leaf.dtype.itemsize < 4 else None) for leaf in leaves]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(wide[0].device) for norm in wide]))
+    return norm
+
+
+def _parts(returned: Any) -> tuple[Any, Tensor | Mean, Any]:
+    if not (isinstance(returned, tuple) and len(returned) == 2):
+        raise TypeError(
+            f"train_step: grad_fn returned {describe(returned)}; it must return (grads, value). "
+            "Make it with gradacc.accumulate_and_value, not accumulate"
+        )
+    grads, rest = returned
+    value, aux = rest if isinstance(rest, tuple) and len(rest) == 2 else (rest, None)
+    if not isinstance(value, (Tensor, Mean)):
+        raise TypeError(
+            f"train_step: grad_fn returned {describe(value)} as its value; it must be a tensor or a Mean. "
+            "Make it with gradacc.accumulate_and_value, not accumulate"
+        )
+    return grads, value, aux

@@ -1,0 +1,95 @@
+"""`clip_by_global_norm`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from gradacc import _tree
+from gradacc._tree import TensorTree
+from gradacc.optim import _check, _memory
+from gradacc.optim._optimizer import Optimizer
+
+
+def clip_by_global_norm(optimizer: Optimizer, max_norm: float | Tensor) -> Optimizer:
+    """An optimizer whose gradients are scaled down to a norm of at most ``max_norm`` before it sees them.
+
+    .. code-block:: text
+
+        norm = sqrt(sum of squares over all elements of all gradients)
+        grads *= min(1, max_norm / (norm + 1e-6))
+
+    The arithmetic of `torch.nn.utils.clip_grad_norm_`, to the last bit eagerly, with the parameters in the order of the
+    tree's leaves (dicts are in the order of their keys); under a transform the same sums, and the
+    derivative goes through the norm too, where the gradients are not all zero. The state is that of ``optimizer``. As in
+    torch, gradients with an inf or NaN in them do not survive: wrap the result in `skip_nonfinite`. With ``donate=True`` the
+    gradients are scaled in their own memory, before ``optimizer`` looks at its state.
+
+    Arguments:
+        optimizer: an `Optimizer`.
+        max_norm: the largest 2-norm of all gradients together: a number, or a 0-dim floating tensor; not negative;
+            ``inf`` clips nothing.
+
+    Raises:
+        TypeError: ``optimizer`` is no `Optimizer`, or ``max_norm`` no number.
+        ValueError: a negative or NaN ``max_norm``. ``step`` also raises what `Optimizer` says.
+
+    Source: Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks", ICML 2013.
+
+    Example:
+        >>> import torch, gradacc
+        >>> optimizer = gradacc.optim.clip_by_global_norm(gradacc.optim.sgd(1.0), max_norm=1.0)
+        >>> params = torch.zeros(2)
+        >>> optimizer.step(params, torch.tensor([30.0, 40.0]), optimizer.init(params))[0]
+        tensor([-0.6000, -0.8000])
+    """
+    name = "clip_by_global_norm"
+    _check.optimizer(name, optimizer)
+    if isinstance(max_norm, Tensor):
+        _check.learning_rate(name, max_norm, "max_norm")
+    else:
+        _check.number(name, "max_norm", max_norm, finite=False)
+
+    def step(
+        params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
+    ) -> tuple[TensorTree, TensorTree]:
+        leaves, treedef = _check.params(name, params)
+        slopes = _check.grads(name, grads, leaves, treedef)
+        if _memory.differentiable(max_norm, slopes):
+            factor = _factor(_norm(slopes), max_norm)
+            clipped = [(slope * factor.to(slope.device)).to(slope.dtype) for slope in slopes]
+        else:
+            with torch.no_grad():
+                factor = _factor(torch.nn.utils.get_total_norm(slopes), max_norm)
+                clipped = _scaled(slopes, factor, donate)
+        return optimizer.step(params, _tree.unflatten(treedef, clipped), state, donate=donate)
+
+    return Optimizer(optimizer.init, step)
+
+
+def _factor(norm: Tensor, max_norm: float | Tensor) -> Tensor:
+    if isinstance(max_norm, Tensor):
+        max_norm = max_norm.to(norm.device)
+    return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
+
+
+def _scaled(slopes: list[Tensor], factor: Tensor, donate: bool) -> list[Tensor]:
+    if factor.is_cpu and factor.item() == 1:
+        return slopes
+    scaled = _memory.owned(slopes, True, set()) if donate else list(slopes)
+    for chunk in _memory.chunks(slopes):
+        some = [scaled[i].detach() for i in chunk]
+        factor = factor.to(some[0].device)
+        if donate:
+            torch._foreach_mul_(some, factor)
+            continue
+        for i, slope in zip(chunk, torch._foreach_mul(some, factor), strict=True):
+            scaled[i] = slope
+    return scaled
+
+
+def _norm(slopes: list[Tensor]) -> Tensor:
+    """`torch.nn.utils.get_total_norm`, which has no derivative."""
+    norms = [torch.linalg.vector_norm(slope).to(slopes[0].device) for slope in slopes]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm

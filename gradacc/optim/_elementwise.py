@@ -1,0 +1,105 @@
+"""Optimizers whose state is a step count and trees like the parameters, updated leaf by leaf: `sgd`, `adam`, `adamw`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gradacc import _tree
+from gradacc._tree import TensorTree
+from gradacc.optim import _check, _lr, _memory
+from gradacc.optim._arithmetic import Arithmetic, Tensors, in_place, pure
+from gradacc.optim._optimizer import LearningRate, Optimizer
+
+Update: TypeAlias = Callable[
+    [Arithmetic, Tensors, Tensors, list[Tensors], Any, Any, bool], tuple[Tensors, list[Tensors]]
+]
+"""``update(ops, params, grads, slots, lr, step, donate) -> (params, slots)``, of lists of leaves.
+
+``params`` and ``slots`` may be reused, ``grads`` with ``donate``; ``step`` counts the updates made before: a number in
+place, a 0-dim tensor under a transform.
+"""
+
+
+def elementwise(name: str, kind: type, slots: Sequence[bool], lr: LearningRate, update: Update) -> Optimizer:
+    """The optimizer of an update rule.
+
+    Arguments:
+        name: the factory's, for messages.
+        kind: the state's class, a NamedTuple: ``step``, then one field for each of ``slots``.
+        slots: which of these are used; the others are empty tuples.
+        lr: as the factory was given it.
+        update: the rule.
+    """
+    lr = _lr.option(name, lr)
+    fields = kind._fields[1:]  # type: ignore[attr-defined]
+
+    def init(params: TensorTree) -> TensorTree:
+        leaves, treedef = _check.params(name, params)
+        return kind(
+            torch.zeros((), dtype=torch.int64),
+            *(_tree.unflatten(treedef, [_zeros(leaf) for leaf in leaves]) if used else () for used in slots),
+        )
+
+    def step(
+        params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
+    ) -> tuple[TensorTree, TensorTree]:
+        leaves, treedef = _check.params(name, params)
+        slopes = _check.grads(name, grads, leaves, treedef)
+        _check.state(name, state, kind)
+        count = _check.counter(name, "state.step", state[0])
+        empty = _tree.flatten(())[1]  # here, where Dynamo can compare it
+        held = [
+            _check.slot(name, f"state.{field}", tree, leaves if used else [], treedef if used else empty)
+            for field, tree, used in zip(fields, state[1:], slots, strict=True)
+        ]
+        rate = _lr.at(name, lr, count)
+        if _memory.differentiable(rate, slopes):
+            new, moved = update(pure, leaves, slopes, held, _tensor(rate), count, False)
+        else:
+            number = int(count)
+            with torch.no_grad():
+                new, moved = _apply(update, leaves, slopes, held, rate, number, donate)
+        trees = (_tree.unflatten(treedef, slot) if used else () for slot, used in zip(moved, slots, strict=True))
+        return _tree.unflatten(treedef, new), kind(count + 1, *trees)
+
+    return Optimizer(init, step)
+
+
+def _apply(
+    update: Update,
+    leaves: list[Tensor],
+    slopes: list[Tensor],
+    held: list[list[Tensor]],
+    lr: float | Tensor,
+    step: int,
+    donate: bool,
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """The rule in place, a chunk at a time, on what is donated or on copies."""
+    taken: set[int] = set()
+    if donate:
+        slopes = _memory.owned(slopes, True, taken)
+    new = list(leaves)
+    moved = [list(slot) for slot in held]
+    for chunk in _memory.chunks(leaves):
+        params = _memory.owned([leaves[i] for i in chunk], donate, taken)
+        slots = [_memory.owned([slot[i] for i in chunk], donate, taken) if slot else [] for slot in held]
+        update(in_place, params, [slopes[i].detach() for i in chunk], slots, lr, step, donate)
+        for position, i in enumerate(chunk):
+            new[i] = params[position]
+            for slot, written in zip(moved, slots, strict=True):
+                if slot:
+                    slot[i] = written[position]
+    return new, moved
+
+
+def _tensor(lr: float | Tensor) -> float | Tensor:
+    """Coefficients are computed in float64, as Python does."""
+    return lr.to(torch.float64) if isinstance(lr, Tensor) else lr
+
+
+def _zeros(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf, memory_format=torch.preserve_format)

@@ -1,0 +1,192 @@
+"""`from_torch`: any optimizer of ``torch.optim`` as pure functions."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradacc import _engines, _tree
+from gradacc._describe import describe
+from gradacc._tree import TensorTree
+from gradacc.optim import _check, _lr, _memory, _slots
+from gradacc.optim._optimizer import Optimizer
+
+
+class TorchState(NamedTuple):
+    """State of `from_torch`."""
+
+    step: Tensor
+    """Updates so far, 0-dim int64."""
+    slots: tuple[_slots.Slot, ...]
+    """What the optimizer keeps for each leaf of the parameters, in order: tensors, under its own names."""
+
+
+def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
+    """Any optimizer of ``torch.optim`` (or a subclass of ``torch.optim.Optimizer``) as pure functions.
+
+    A step is these lines, on copies of everything, or with ``donate=True`` on the given memory itself:
+
+    .. code-block:: python
+
+        optimizer = cls(params, **options)
+        optimizer.state = state                  # left to the optimizer's own initialisation in the first step
+        for param, grad in zip(params, grads):
+            param.grad = grad
+        optimizer.step()
+
+    so trajectories are the imperative original's to the last bit, with its ``foreach`` and ``fused`` kernels too. The state
+    is a pytree of tensors of a fixed structure; numbers that an optimizer keeps are 0-dim tensors in it, and get their own
+    type back. `init` finds the structure by a step on a copy of the parameters.
+
+    The step reads values, so it runs eagerly only: not under `torch.vmap`, `torch.func.grad` or `torch.compile`. `sgd`,
+    `adam` and `adamw` do.
+
+    Arguments:
+        cls: the class. SGD, Adam, AdamW, Adamax, NAdam, RAdam, RMSprop, Rprop, Adagrad, Adadelta, ASGD and Adafactor take any
+            parameters, Muon takes matrices (see `by_path` for the rest).
+        options: of its constructor, for all parameters; ``lr`` may also be a function of the step (0, 1, …), as `schedule`
+            makes them. (Rprop uses ``lr`` in its first step only.)
+
+    Raises:
+        TypeError: ``cls`` is no subclass of ``torch.optim.Optimizer``, or does not know an option; ``LBFGS``, which evaluates
+            the loss several times a step; ``SparseAdam``, which takes sparse gradients only; an optimizer that keeps state
+            elsewhere than in its ``state``, or something that is no tensor or number.
+        ValueError: an option that the optimizer refuses (in `init`, with its own words); ``differentiable=True``; a step
+            under a transform. ``step`` also raises what `Optimizer` says.
+
+    Example:
+        >>> import torch, gradacc
+        >>> optimizer = gradacc.optim.from_torch(torch.optim.RMSprop, lr=0.01, momentum=0.9)
+        >>> params = {"w": torch.tensor([1.0, 2.0])}
+        >>> state = optimizer.init(params)
+        >>> params, state = optimizer.step(params, {"w": torch.tensor([0.5, -3.0])}, state)
+        >>> params["w"]
+        tensor([0.9000, 2.1000])
+        >>> sorted(state.slots[0])
+        ['momentum_buffer', 'square_avg', 'step']
+    """
+    name = "from_torch"
+    _accepted(name, cls, options)
+    lr = options.get("lr")
+    if lr is not None:
+        _lr.option(name, lr)
+
+    def stepped(leaves: list[Tensor], slopes: list[Tensor], slots: Any, count: Tensor) -> list[dict[str, Any]]:
+        """One step on memory that is ours, and what the optimizer then keeps."""
+        given = options if lr is None else {**options, "lr": _lr.at(name, lr, count)}
+        made = cls(leaves, **given)
+        if int(count) > 0:
+            for leaf, slot in zip(leaves, slots, strict=True):
+                made.state[leaf] = _slots.restored(slot)
+        for leaf, slope in zip(leaves, slopes, strict=True):
+            leaf.grad = slope
+        before = _options(made)
+        made.step()
+        for leaf in leaves:
+            leaf.grad = None
+        changed = [option for option, value in _options(made).items() if value is not before.get(option)]
+        if changed:
+            raise TypeError(
+                f"{name}: {cls.__name__} keeps state in its param_groups ({', '.join(changed)}), which a pytree of tensors "
+                "cannot hold; write it as gradacc.optim.Optimizer(init, step)"
+            )
+        return [dict(made.state.get(leaf, {})) for leaf in leaves]
+
+    @functools.lru_cache(maxsize=64)
+    def model(like: _slots.Like) -> dict[str, _slots.Entry | None]:
+        """What the slot of a parameter of this kind looks like, from a step of a small one."""
+        leaf = torch.ones(_slots.SHAPE[: like.ndim], dtype=like.dtype, device=like.device)
+        (kept,) = stepped([leaf], [torch.zeros_like(leaf)], None, torch.zeros((), dtype=torch.int64))
+        return _slots.entries(_slots.tensors(name, cls.__name__, kept), like)
+
+    def init(params: TensorTree) -> TensorTree:
+        _eagerly(name, cls)
+        leaves, _ = _check.params(name, params)
+        count = torch.zeros((), dtype=torch.int64)
+        with torch.no_grad():
+            trial = _memory.owned(leaves, False, set())
+            kept = stepped(trial, [torch.zeros_like(leaf) for leaf in trial], None, count)
+            slots = tuple(_slots.zeros(name, cls.__name__, each) for each in kept)
+        return TorchState(count, slots)
+
+    def step(
+        params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
+    ) -> tuple[TensorTree, TensorTree]:
+        _eagerly(name, cls)
+        leaves, treedef = _check.params(name, params)
+        slopes = _check.grads(name, grads, leaves, treedef)
+        _check.state(name, state, TorchState)
+        count = _check.counter(name, "state.step", state.step)
+        _slots.check(name, cls.__name__, state.slots, leaves, model)
+        with torch.no_grad():
+            taken: set[int] = set()
+            if cls in _LEAVE_GRADIENTS:
+                taken |= _memory.addresses(slopes)
+            else:
+                slopes = _memory.owned(slopes, donate, taken)
+            new = [leaf.detach() for leaf in _memory.owned(leaves, donate, taken)]
+            slots = state.slots
+            if not donate:
+                slots = _tree.map_tensors(lambda leaf: leaf.detach().clone(), slots)
+            kept = stepped(new, [s.detach() if s.requires_grad else s for s in slopes], slots, count)
+            written = tuple(_slots.tensors(name, cls.__name__, each) for each in kept)
+        return _tree.unflatten(treedef, new), TorchState(count + 1, written)
+
+    return Optimizer(init, step)
+
+
+_LEAVE_GRADIENTS = {
+    *(
+        torch.optim.Adam,
+        torch.optim.AdamW,
+        torch.optim.Adamax,
+        torch.optim.NAdam,
+        torch.optim.RAdam,
+        torch.optim.RMSprop,
+    ),
+    *(torch.optim.Rprop, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.ASGD, torch.optim.Adafactor),
+}
+"""Classes whose step writes to no gradient, so that they need no copy (SGD's does, with ``nesterov`` and ``foreach``)."""
+
+
+def _accepted(name: str, cls: Any, options: dict[str, Any]) -> None:
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        made = isinstance(cls, torch.optim.Optimizer)
+        raise TypeError(
+            f"{name}: cls must be a class of torch.optim, got {describe(cls)}; "
+            + (
+                f"pass torch.optim.{type(cls).__name__} and its options"
+                if made
+                else "for example torch.optim.SGD, lr=0.1"
+            )
+        )
+    if issubclass(cls, torch.optim.LBFGS):
+        raise TypeError(
+            f"{name}: LBFGS evaluates the loss several times a step (its step takes a closure), where an Optimizer's step is "
+            "given one gradient; use another optimizer"
+        )
+    if issubclass(cls, torch.optim.SparseAdam):
+        raise TypeError(f"{name}: SparseAdam takes sparse gradients only, and gradients here are dense; use Adam")
+    if options.get("differentiable"):
+        raise ValueError(
+            f"{name}: differentiable=True has no effect on a step of copies; gradacc.optim.sgd, adam and adamw are "
+            "differentiable under torch.func.grad"
+        )
+    if "params" in options:
+        raise TypeError(f"{name}: params are given to init and step, not to {name}; leave params= out")
+
+
+def _eagerly(name: str, cls: type) -> None:
+    if _engines.transforming():
+        raise ValueError(
+            f"{name}: {cls.__name__} reads values and writes in place, which torch.vmap, torch.func and torch.compile do not "
+            "allow; gradacc.optim.sgd, adam and adamw run there"
+        )
+
+
+def _options(made: torch.optim.Optimizer) -> dict[str, Any]:
+    (group,) = made.param_groups
+    return {option: value for option, value in group.items() if option != "params"}

@@ -1,0 +1,110 @@
+"""`from_torchopt`: gradient transformations of TorchOpt, or of anyone."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from gradacc import _tree
+from gradacc._describe import describe
+from gradacc._tree import TensorTree
+from gradacc.optim import _check, _memory
+from gradacc.optim._optimizer import Optimizer
+
+
+class GradientTransformation(Protocol):
+    """``torchopt.base.GradientTransformation``."""
+
+    def init(self, params: Any) -> Any: ...
+    def update(self, updates: Any, state: Any, *, params: Any = None, inplace: bool = True) -> tuple[Any, Any]: ...
+
+
+def from_torchopt(transformation: GradientTransformation) -> Optimizer:
+    """A TorchOpt gradient transformation, or anything with its ``init`` and ``update``, as an `Optimizer`.
+
+    .. code-block:: python
+
+        updates, state = transformation.update(grads, state, params=params, inplace=donate)
+        params = params + updates                # torchopt.apply_updates; None is no update
+
+    Its state is the transformation's own. Whether it runs under `torch.vmap`, ``torch.func`` and `torch.compile` is up to
+    the transformation. TorchOpt 0.7's momentum keeps in a closure whether it has been called, and leaves out dampening in
+    the first call of the object rather than in the first step of the state: make a new one for each run where you use that.
+
+    Arguments:
+        transformation: ``torchopt.adam(lr)``, ``torchopt.chain(...)``, or an object with ``init(params) -> state`` and
+            ``update(grads, state, *, params, inplace) -> (updates, state)``, where ``updates`` has the structure of
+            ``params`` and is to be added.
+
+    Raises:
+        TypeError: no such object.
+        ValueError: updates that do not fit the parameters. ``step`` also raises what `Optimizer` says, and what the
+            transformation raises for a state that is not its own.
+
+    Source: https://github.com/metaopt/torchopt.
+
+    Example:
+        >>> import torch, gradacc
+        >>> class Descent:
+        ...     def init(self, params):
+        ...         return ()
+        ...
+        ...     def update(self, updates, state, *, params=None, inplace=True):
+        ...         return {name: -0.1 * grad for name, grad in updates.items()}, state
+        >>> optimizer = gradacc.optim.from_torchopt(Descent())
+        >>> params = {"w": torch.ones(2)}
+        >>> optimizer.step(params, {"w": torch.ones(2)}, optimizer.init(params))
+        ({'w': tensor([0.9000, 0.9000])}, ())
+    """
+    name = "from_torchopt"
+    if not (callable(getattr(transformation, "init", None)) and callable(getattr(transformation, "update", None))):
+        raise TypeError(
+            f"{name}: the transformation must have init(params) and update(grads, state, *, params, inplace), as "
+            f"torchopt.adam(0.1) has, got {describe(transformation)}"
+        )
+
+    def init(params: TensorTree) -> TensorTree:
+        leaves, treedef = _check.params(name, params)
+        return transformation.init(_tree.unflatten(treedef, leaves))
+
+    def step(
+        params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
+    ) -> tuple[TensorTree, TensorTree]:
+        leaves, treedef = _check.params(name, params)
+        slopes = _check.grads(name, grads, leaves, treedef)
+        pure = _memory.differentiable(None, slopes)
+        in_place = donate and not pure
+        with contextlib.nullcontext() if pure else torch.no_grad():
+            if in_place:
+                taken = _memory.addresses(leaves)
+                grads = _tree.unflatten(treedef, _memory.owned(slopes, True, taken))
+            updates, new = transformation.update(grads, state, params=params, inplace=in_place)
+            changes = _updates(name, updates, leaves, treedef)
+            if not in_place:
+                given = {id(leaf) for leaf in (*_tree.flatten(state)[0], *slopes)}
+                new = _tree.map_tensors(lambda leaf: leaf.clone() if id(leaf) in given else leaf, new)
+                moved = [p.clone() if u is None else p + u for p, u in zip(leaves, changes, strict=True)]
+            else:
+                moved = _memory.owned(leaves, True, set())
+                for p, u in zip(moved, changes, strict=True):
+                    if u is not None:
+                        p.add_(u)
+        return _tree.unflatten(treedef, moved), new
+
+    return Optimizer(init, step)
+
+
+def _updates(name: str, updates: Any, leaves: list[Tensor], treedef: _tree.TreeDef) -> list[Tensor | None]:
+    """One update, or None, for each parameter."""
+    changes = _tree.broadcast_prefix(updates, _tree.unflatten(treedef, leaves))
+    for index, (change, leaf) in enumerate(zip(changes, leaves, strict=True)):
+        if change is not None and not (isinstance(change, Tensor) and change.shape == leaf.shape):
+            raise ValueError(
+                f"{name}: {_tree.paths(treedef, 'updates')[index]} is {describe(change)}, for a parameter of shape "
+                f"{tuple(leaf.shape)}; the transformation "
+                "must return updates like params"
+            )
+    return changes

@@ -1,0 +1,70 @@
+"""`Optimizer`: two pure functions, and the types of what they take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple, Protocol, TypeAlias
+
+from torch import Tensor
+
+from gradacc._tree import TensorTree
+
+LearningRate: TypeAlias = float | Tensor | Callable[..., float | Tensor]
+"""A number, a 0-dim floating tensor, or a function of the step (0, 1, …) that returns one of them."""
+
+
+class Init(Protocol):
+    """``init(params) -> state``."""
+
+    def __call__(self, params: TensorTree) -> TensorTree: ...
+
+
+class Step(Protocol):
+    """``step(params, grads, state, *, donate=False) -> (params, state)``."""
+
+    def __call__(
+        self, params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
+    ) -> tuple[TensorTree, TensorTree]: ...
+
+
+class Optimizer(NamedTuple):
+    """An optimizer as a value: how its state begins, and what one update makes of parameters, gradients and state.
+
+    .. code-block:: python
+
+        state = optimizer.init(params)
+        for grads in ...:
+            params, state = optimizer.step(params, grads, state)
+
+    Both functions are pure: they hold nothing from call to call and change nothing that they are given. The state is a
+    pytree of tensors (the number of the step, too), so it can be saved, batched and traced like the parameters. What is
+    returned never shares memory with what came in, and carries no graph, except under a transform (``torch.func``,
+    `torch.compile`) and where the gradients or the learning rate themselves require a gradient: there the step is
+    differentiable.
+
+    Arguments:
+        init: ``init(params) -> state``. ``params`` is a pytree of dense floating or complex tensors.
+        step: ``step(params, grads, state, *, donate=False) -> (params, state)``. ``grads`` is a pytree like ``params``, with
+            the same shapes, dtypes and devices. With ``donate=True`` all three are given away: the update may be made in
+            their memory, and only what is returned may be used afterwards (JAX's ``donate_argnums``). Tensors that share
+            memory with each other are copied first.
+
+    Raises:
+        TypeError: a leaf that is no tensor, or of a dtype that cannot be updated; a state of another optimizer.
+        ValueError: gradients, or a state, whose structure or shapes are not those of the parameters. These errors come
+            before anything has been changed, with ``donate=True`` too.
+
+    Example:
+        Any pair of such functions is an optimizer.
+
+        >>> import torch, gradacc
+        >>> sign = gradacc.optim.Optimizer(
+        ...     init=lambda params: (),
+        ...     step=lambda params, grads, state, *, donate=False: (params - 0.1 * grads.sign(), state),
+        ... )
+        >>> sign.step(torch.ones(2), torch.tensor([3.0, -3.0]), sign.init(torch.ones(2)))
+        (tensor([0.9000, 1.1000]), ())
+    """
+
+    init: Init
+    step: Step

@@ -1,0 +1,121 @@
+"""`train_step`: the loop that it replaces, its metrics, its errors."""
+
+import pytest
+import torch
+
+import gradacc
+from gradacc import Mean, TrainState, train_step
+from tests.helpers import assert_trees_close, assert_trees_equal, fingerprint
+
+D = torch.float64
+OPTIMIZER = gradacc.optim.adamw(1e-2)
+
+
+def loss(params, batch):
+    return (torch.tanh(batch @ params["w"]) - 1).square().mean()
+
+
+def weighted(params, batch):
+    real = batch[:, 0] > 0
+    return Mean(((torch.tanh(batch @ params["w"]) - 1).square() * real).sum(), real.sum()), {"rows": batch.sum(1)}
+
+
+@pytest.fixture
+def state():
+    params = {"w": torch.randn(3, dtype=D)}
+    return TrainState(params, OPTIMIZER.init(params))
+
+
+def batches():
+    return [torch.randn(7, 3, dtype=D) for _ in range(4)]
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_it_is_the_loop(state, donate):
+    step = train_step(gradacc.accumulate_and_value(loss, steps=3), OPTIMIZER, donate=donate)
+    params, opt_state = {name: param.clone() for name, param in state.params.items()}, OPTIMIZER.init(state.params)
+    for number, batch in enumerate(batches()):
+        grads, value = torch.func.grad_and_value(loss)(params, batch)
+        params, opt_state = OPTIMIZER.step(params, grads, opt_state)
+        before = None if donate else fingerprint((state, batch))
+        new, metrics = step(state, batch)
+        assert donate or fingerprint((state, batch)) == before
+        state = new
+        assert state.step == number + 1
+        assert_trees_close(state.params, params, rtol=1e-8)
+        assert_trees_close(metrics, {"loss": value, "grad_norm": grads["w"].norm()}, rtol=1e-8)
+        assert not any(value.requires_grad for value in metrics.values())
+
+
+def test_metrics_of_a_mean_with_aux(state):
+    (batch, *_) = batches()
+    step = train_step(gradacc.accumulate_and_value(weighted, steps=3, has_aux=True), OPTIMIZER)
+    _, metrics = step(state, batch)
+    assert list(metrics) == ["loss", "grad_norm", "weight", "aux"]
+    assert metrics["weight"] == (batch[:, 0] > 0).sum()
+    assert_trees_close(metrics["loss"], weighted(state.params, batch)[0].value)
+    assert_trees_equal(metrics["aux"]["rows"], batch.sum(1))
+
+
+def test_the_norm_of_half_precision_does_not_overflow():
+    grads = {"a": torch.full((100,), 6e4, dtype=torch.float16), "b": torch.ones(3, dtype=torch.complex64)}
+    optimizer = gradacc.optim.sgd(0.0)
+    params = {name: torch.zeros_like(grad) for name, grad in grads.items()}
+    _, metrics = train_step(lambda params, batch: (grads, torch.zeros(())), optimizer)(
+        TrainState(params, optimizer.init(params)), None
+    )
+    assert_trees_close(
+        metrics["grad_norm"], torch.tensor((100 * grads["a"][0].double() ** 2 + 3) ** 0.5).float(), rtol=1e-6
+    )
+
+
+def test_an_ensemble(state):
+    """The whole step under vmap."""
+    step = train_step(gradacc.accumulate_and_value(loss, steps=3), OPTIMIZER)
+    (batch, *_) = batches()
+    params = [{"w": torch.randn(3, dtype=D)} for _ in range(2)]
+    states = [TrainState(p, OPTIMIZER.init(p), torch.zeros((), dtype=torch.int64)) for p in params]
+    stacked = torch.utils._pytree.tree_map(lambda *leaves: torch.stack(leaves), *states)
+    together, metrics = torch.func.vmap(step, in_dims=(0, None))(stacked, batch)
+    for n, alone in enumerate(states):
+        after, own = step(alone, batch)
+        assert_trees_close(together.params["w"][n], after.params["w"])
+        assert_trees_close(metrics["grad_norm"][n], own["grad_norm"])
+    assert together.step.tolist() == [1, 1]
+
+
+def test_one_graph(state):
+    torch.compiler.reset()
+    step = train_step(gradacc.accumulate_and_value(loss, steps=3), OPTIMIZER)
+    (batch, *_) = batches()
+    state = state._replace(step=torch.zeros((), dtype=torch.int64))
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    expected, actual = step(state, batch), compiled(state, batch)
+    assert_trees_close(actual[0].params, expected[0].params)
+    assert_trees_close(actual[1], expected[1])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert compiled(actual[0], batch)[0].step == 2
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda s: train_step(None, OPTIMIZER), "grad_fn must be a function that returns"),
+        (lambda s: train_step(loss, torch.optim.SGD), "optimizer must be a gradacc.optim.Optimizer.*from_torch"),
+        (
+            lambda s: train_step(gradacc.accumulate(loss, steps=2), OPTIMIZER)(s, torch.ones(4, 3, dtype=D)),
+            "must return .grads, value.*accumulate_and_value",
+        ),
+        (
+            lambda s: train_step(gradacc.accumulate_and_value(loss, steps=2), OPTIMIZER)(s.params, torch.ones(4, 3)),
+            r"must be a TrainState.*TrainState\(params, optimizer.init\(params\)\)",
+        ),
+        (
+            lambda s: train_step(lambda p, b: (p, 1.0), OPTIMIZER)(s, None),
+            "as its value; it must be a tensor or a Mean",
+        ),
+    ],
+)
+def test_bad_input(state, call, message):
+    with pytest.raises(TypeError, match=message):
+        call(state)
