@@ -149,7 +149,10 @@ def digits(columns: int, dtype: torch.dtype) -> int:
 
 
 def record(plan: Plan, fixed: Sequence[Any], values: Sequence[Any] | None, device: torch.device) -> Tensor:
-    """One rank's record, int64: ``fixed`` (ints, floats, floating tensors) and every 0-dim value (None: zeros); floats by their bits."""
+    """One rank's record, int64: ``fixed`` (ints, floats, floating tensors) and every 0-dim value; floats by their bits.
+
+    ``values`` None: zeros.
+    """
     columns = [_bits(value, isinstance(value, (float, Tensor)), device) for value in fixed]
     for n, spec in enumerate(plan.specs):
         if spec.shape:
