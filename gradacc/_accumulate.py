@@ -116,6 +116,29 @@ def accumulate_and_value(
     float16, bfloat16 parameters              summed in float32, returned in their own dtype
     ========================================  ======================================================================
 
+    What composes with what (``f``: the loss; ``g``: ``accumulate(f)``):
+
+    =====================================  ==================  ==================  ==================
+    composition                            alone               in a transform      compiled
+    =====================================  ==================  ==================  ==================
+    ``vmap`` over params                   yes                 yes                 yes
+    ``vmap`` over the batch                yes                 yes                 yes
+    ``vmap`` over both                     yes                 yes                 yes
+    ``grad``, ``jacrev``, ``hessian``      yes                 yes                 yes
+    ``jvp``, ``jacfwd``                    yes                 yes                 yes
+    ``torch.compile(g)``                   yes                 reverse [1]         yes
+    ``accumulate(torch.compile(f))``       yes                 window [2]          yes
+    ``torch.autocast``                     yes                 yes                 yes
+    activation checkpointing               yes                 no                  no
+    saved-tensor hooks                     yes                 no                  no
+    ``sync=``                              yes                 no                  yes
+    =====================================  ==================  ==================  ==================
+
+    *Alone*: the composition itself. *In a transform*: in one more of torch.func's (``vmap``, ``grad``, ``jvp``). *Compiled*:
+    inside ``torch.compile(..., fullgraph=True)``. *No*: an error that says so. Torch's own limits: [1] ``vmap`` and ``grad``;
+    an error in forward mode. [2] ``vmap``; and derivatives where the batch is an iterable of micro-batches; an error where
+    they are views that were made in the transform (``steps``, ``microbatch_size``).
+
     Arguments:
         loss_fn: ``loss_fn(params, batch, *args, **kwargs)``, of the table above; with ``has_aux``, it returns
             ``(loss, aux)``. Left out, a decorator is returned: ``@accumulate_and_value(steps=4)``.
@@ -211,10 +234,14 @@ def _run(
     kwargs: dict[str, Any],
 ) -> Any:
     """One call of ``grad_fn``: ``finalize . sync . fold(update) . init``."""
-    differentiated, batch = _validate.positions(options, args)
     single = isinstance(options.argnums, int)
-    leaves, treedef = _tree.flatten(args[differentiated[0]] if single else tuple(args[n] for n in differentiated))
-    params = _validate.parameters(options.name, leaves, treedef, "params")
+    try:
+        differentiated, batch = _validate.positions(options, args)
+        leaves, treedef = _tree.flatten(args[differentiated[0]] if single else tuple(args[n] for n in differentiated))
+        params = _validate.parameters(options.name, leaves, treedef, "params")
+    except (TypeError, ValueError):
+        _sync.give_up(options, agreed)
+        raise
     accumulated, returned = _dtypes.dtypes(options.dtype, params)
     engine = functional if transforming() else eager
     link = _sync.connect(options, agreed, params, treedef, accumulated)
@@ -239,6 +266,12 @@ def _run(
         )
         return buffer, _fold.update(options, sums, outcome, microbatch.sizes)
 
+    def with_types(sums: _fold.Sums, empty: _split.Microbatch | None) -> _fold.Sums:
+        if sums.kind is not None or empty is None:
+            return sums
+        with engine.guard(), torch.no_grad():  # nothing to differentiate: it only says what types to return
+            return _fold.update_with_nothing(options, sums, evaluate(empty, params), empty.sizes)
+
     with engine.guard():
         buffer: Any = engine.init(params, accumulated)
     sums = _fold.Sums()
@@ -257,20 +290,20 @@ def _run(
                     continue
                 with engine.guard():
                     buffer, sums = step(buffer, sums, microbatch, sender if last else None)
-        if sums.kind is None and empty is not None and (link is None or link.learns):
-            with engine.guard(), torch.no_grad():  # nothing to differentiate: it only says what types to return
-                sums = _fold.update_with_nothing(options, sums, evaluate(empty, params), empty.sizes)
+        if not isinstance(link, _sync.Link):
+            sums = with_types(sums, empty)
     except Exception as error:
-        _validate.note_unsplit(error, options, args)
         if link is not None:
             with contextlib.suppress(Exception), engine.guard():  # this rank's own error is the one to see
                 link.fail(sums)
+        _validate.note_unsplit(error, options, args)
         raise
     with engine.guard():
         arrived = engine.arrived(buffer)
         if link is not None:
             grads, sums, arrived = link.cross(buffer.grads, sums, arrived)
             buffer = buffer._replace(grads=grads)
+            sums = with_types(sums, empty)  # where no rank has seen more than an empty batch
         _validate.dependence(options, not sums.differentiated or arrived)
         value, aux = _fold.finalize(options, sums, params[0])
         grads = _tree.unflatten(treedef, engine.finalize(buffer, returned, _fold.gradient_factor(options, sums)))

@@ -45,10 +45,14 @@ def all_reduce(
     its own where no gradient has that dtype. At first use one exchange more, of descriptions: ranks whose parameters differ
     in structure, shape or dtype all get the same error.
 
-    **Failure.** If the loss raises on one rank, that rank raises its error, and every other one a RuntimeError that names
-    it; nobody hangs, and the next call works. If a rank is killed or does not come, the others raise a RuntimeError that
-    names the group, at the latest after the process group's timeout (``init_process_group(timeout=...)``). A NaN on one
-    rank is a NaN on all.
+    **Failure.** If the call raises on one rank, that rank raises its error, and every other one a RuntimeError that names
+    it; nobody hangs, and the next call works (not so after a KeyboardInterrupt, which the others are not told). If a rank is
+    killed or does not come, the others raise a RuntimeError that names the group, at the latest after the process group's
+    timeout (``init_process_group(timeout=...)``). A NaN on one rank is a NaN on all.
+
+    Ranks must make the same calls in the same order. What is returned for one call are views of one tensor for each dtype:
+    keeping one gradient keeps all. Compiled (`torch.compile(grad_fn)`), the all-reduce is a node of the graph: nothing is
+    compared or told then, ``overlap`` is left out, and a rank needs at least an empty batch of the right shape.
 
     Arguments:
         group: a ProcessGroup, a one-dimensional DeviceMesh or one dimension of a mesh (``mesh["dp"]``); by default the
@@ -56,11 +60,13 @@ def all_reduce(
         compress: gradients cross in this dtype, `torch.bfloat16` or `torch.float16`, half the bytes; weights, values
             and metrics stay exact. With W ranks and the dtype's unit roundoff u (2**-8, 2**-11), an element's error is at
             most about ``W u sum_r |c_r|``, ``c_r = sum_i w_ri g_ri / sum w``: each contribution is rounded once, then the
-            partial sums. float16 overflows where a mean gradient's element exceeds 65504.
+            partial sums. float16 overflows where an element of the mean gradient (with ``reduction="sum"``, of the sum)
+            exceeds 65504, or where the total weight has grown that much since the call before.
         overlap: send buckets of about 25 MB (the first one 1 MB) while the last micro-batch's backward pass still runs, in
             the parameters' reverse order on every rank. As many all-reduces as there are buckets; the same bits for two
-            ranks, for more the sums are associated differently. An iterable of micro-batches is read one ahead. It pays
-            where the network takes longer than packing (see ``benchmarks/boundary.py``).
+            ranks, for more the sums are associated differently. The first call does not overlap. An iterable of
+            micro-batches is read one ahead. It pays where the network takes longer than packing
+            (``benchmarks/boundary.py``).
 
     Raises (when ``grad_fn`` is called):
         RuntimeError: the environment says WORLD_SIZE > 1 and no process group was initialised.

@@ -127,6 +127,11 @@ def _add(name: str, a: Partial, b: Partial, aux: Aux, index: int) -> Partial:
     if isinstance(a, Average) and isinstance(b, Average):
         return Average(a.total + b.total, a.dtype)
     if isinstance(a, list) and isinstance(b, list):
+        if a[0].shape[1:] != b[0].shape[1:] if a and b else False:
+            raise ValueError(
+                f"{name}: {_tree.paths(aux.treedef, 'aux')[index]} has shape {tuple(a[0].shape)} in one micro-batch and "
+                f"{tuple(b[0].shape)} in another, which cannot be concatenated. Pad it to one shape, or return a Mean"
+            )
         return a + b
     raise TypeError(
         f"{name}: {_tree.paths(aux.treedef, 'aux')[index]} is not of the same kind in every micro-batch "

@@ -892,3 +892,15 @@ def test_numpy_scalars_are_numbers():
             )
             == 1
         )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_aux_of_different_shapes_is_named(engine):
+    def loss(w, x):
+        return (w * x).mean(), {"each": x}
+
+    batch = [torch.ones(2, 3), torch.ones(2, 4)]
+    with pytest.raises(
+        ValueError, match=r"aux\['each'\] has shape \(2, 3\) in one micro-batch and \(2, 4\) in another"
+    ):
+        ENGINES[engine](lambda: gradacc.accumulate(loss, has_aux=True)(torch.ones(()), batch))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,7 +33,7 @@ class Agreement(NamedTuple):
 
     layout: Layout
     scale: float
-    """A power of two near the total weight of the first call: gradients cross in units of it, in the range of a mean."""
+    """A power of two near the total weight of the last call: gradients cross in units of it, in the range of a mean."""
     plan: wire.Plan
 
 
@@ -74,11 +76,6 @@ class Link:
         self._works: list[dist.Work] = []
 
     @property
-    def learns(self) -> bool:
-        """Whether this rank's own loss is needed to say what it returns: not after the first use."""
-        return self.agreement is None
-
-    @property
     def overlaps(self) -> bool:
         """Whether gradients can be delivered before `cross`: not at first use."""
         return self.agreement is not None and self.options.sync is not None and self.options.sync.overlap
@@ -90,11 +87,17 @@ class Link:
 
         Takes the gradients out of ``grads``, each as it is packed.
         """
-        return _cross(self, grads, sums, arrived)
+        try:
+            here = None if sums.kind is None else layouts.of(self.options, sums)
+        except Exception:  # a class of the user's in aux
+            with contextlib.suppress(Exception):
+                self.fail(sums)
+            raise
+        return _cross(self, grads, sums, here, arrived)
 
     def fail(self, sums: _fold.Sums) -> None:
         """Tell the others that this rank's call has raised; NOTE [failing together]."""
-        _cross(self, [None] * len(self.params), sums._replace(kind=None), arrived=False, raised=True)
+        _cross(self, [None] * len(self.params), sums, None, arrived=False, raised=True)
 
     def set_unit(self, unit: float | Tensor | None) -> None:
         """Say in which unit this rank's gradients are, before the first one is delivered."""
@@ -112,8 +115,6 @@ class Link:
         self.delivered.add(index)
         self._missing[at] -= 1
         while len(self._works) < plan.header and not self._missing[len(self._works)]:
-            if plan.vectors[len(self._works)]:
-                break  # its riders are known at the end
             self._launch(self._flats[len(self._works)])
 
     def send(self, plan: wire.Plan, grads: list[Tensor | None], values: list[Any] | None, record: Tensor) -> None:
@@ -181,11 +182,26 @@ def connect(
     return Link(options, group, agreed.setdefault(group, {}), params, treedef, dtypes)
 
 
+def give_up(options: Options, agreed: Agreed | None) -> None:
+    """This rank raises before it has a link: at first use, the others can still be told."""
+    if options.sync is None or agreed is None or _engines.transforming():
+        return
+    with contextlib.suppress(Exception):  # this rank's own error is the one to see
+        group = groups.resolve(options.name, options.sync.group)
+        if group is not None and not agreed.get(group):
+            everyone: list[Any] = [None] * group.size()
+            dist.all_gather_object(everyone, _Description((), (), None, 0.0, raised=True), group=group)
+
+
 def _cross(
-    link: Link, grads: list[Tensor | None], sums: _fold.Sums, arrived: bool, raised: bool = False
+    link: Link,
+    grads: list[Tensor | None],
+    sums: _fold.Sums,
+    here: Layout | None,
+    arrived: bool,
+    raised: bool = False,
 ) -> tuple[list[Tensor | None], _fold.Sums, bool]:
-    options, here = link.options, None if sums.kind is None else layouts.of(link.options, sums)
-    agreement, problem = link.agreement, None
+    options, agreement, problem = link.options, link.agreement, None
     if agreement is None:
         agreement = _agree(link, here, float(sums.weight), raised)
         if agreement is None:
@@ -216,9 +232,12 @@ def _cross(
     for at, flat in enumerate(flats):
         for n, tensor in wire.read_vectors(plan, at, flat).items():
             summed[n] = tensor
+    weight = floats[:, _WEIGHT].sum().item()
+    if link.signature in link.agreed and weight:
+        link.agreed[link.signature] = agreement._replace(scale=_scale(weight))  # the same on every rank
     restored = [_restored(x, spec, link.params[0].device) for x, spec in zip(summed, plan.specs, strict=True)]
     whole = layouts.restore(agreement.layout, restored, sums, link.params[0])._replace(
-        weight=floats[:, _WEIGHT].sum().item(),
+        weight=weight,
         unit=agreement.scale,
         differentiated=bool(table[:, _DIFFERENTIATED].any()),
     )
@@ -256,17 +275,19 @@ def _agree(link: Link, here: Layout | None, weight: float, raised: bool) -> Agre
             "Return it in containers of module-level classes"
         ) from unknown
     ranks = dist.get_process_group_ranks(group)
-    _check_alike(link, ranks, everyone)
     _check_status(link, [_RAISED if each.raised else _FINE for each in everyone], raised)
+    if raised:
+        return None
+    _check_alike(link, ranks, everyone)
     known = [(rank, each.layout) for rank, each in zip(ranks, everyone, strict=True) if each.layout is not None]
     for rank, layout in known[1:]:
         problem = layouts.difference(known[0][1], layout)
         if problem is not None:
             raise ValueError(f"{options.name}: ranks {known[0][0]} and {rank} differ: {problem}; {groups.title(group)}")
     total = sum(each.weight for each in everyone)
-    if raised or not known:
+    if not known:
         return None
-    scale = 2.0 ** round(torch.tensor(total, dtype=torch.float64).log2().item()) if total else 1.0
+    scale = _scale(total)
     agreement = Agreement(
         known[0][1],
         scale,
@@ -279,9 +300,13 @@ def _agree(link: Link, here: Layout | None, weight: float, raised: bool) -> Agre
             options.sync.overlap,
         ),
     )
-    if total:
+    if total or options.reduction == "sum":
         link.agreed[link.signature] = agreement
     return agreement
+
+
+def _scale(weight: float) -> float:
+    return 2.0 ** round(math.log2(weight)) if weight else 1.0
 
 
 def _check_alike(link: Link, ranks: Sequence[int], everyone: Sequence[_Description]) -> None:

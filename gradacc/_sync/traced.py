@@ -22,8 +22,6 @@ from gradacc._sync import wire
 class Traced:
     """As `gradacc._sync.boundary.Link`, for one graph."""
 
-    learns = True
-
     def __init__(
         self, options: Options, group: dist.ProcessGroup, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]
     ) -> None:
@@ -33,8 +31,18 @@ class Traced:
         self, grads: list[Tensor | None], sums: _fold.Sums, arrived: bool
     ) -> tuple[list[Tensor | None], _fold.Sums, bool]:
         """The union's gradients (in the unit 1) and sums."""
-        sync = self.options.sync
+        sync, name = self.options.sync, self.options.name
         assert sync is not None
+        if sums.kind is None:
+            raise ValueError(
+                f"{name}: compiled, with sync, a window without a micro-batch says nothing of what the loss returns; "
+                "leave such windows to grad_fn as it is, not compiled (on every rank)"
+            )
+        if sync.compress == torch.float16:
+            raise ValueError(
+                f"{name}: compress=torch.float16 is not available in a compiled call, where gradients cross as sums, which "
+                "overflow it; use torch.bfloat16"
+            )
         plan = wire.plan(
             [param.shape for param in self.params],
             self.dtypes,
@@ -76,8 +84,8 @@ class Traced:
             number if spec.dtype is None else number.to(device=self.params[0].device, dtype=spec.dtype)
             for number, spec in zip(summed, plan.specs, strict=True)
         ]
-        whole = _fold.with_numbers(sums, restored)._replace(weight=floats[:, 0].sum(), unit=1.0)
-        return wire.unpack(plan, flats, self.params), whole, arrived
+        whole = _fold.with_numbers(sums, restored)._replace(weight=floats[:, 0].sum(), unit=1.0, differentiated=True)
+        return wire.unpack(plan, flats, self.params), whole, arrived or not sums.differentiated
 
     def fail(self, sums: _fold.Sums) -> None:
         """Nothing can be told from inside a graph."""

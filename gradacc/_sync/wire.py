@@ -84,7 +84,8 @@ def plan(
         filled[at][2].append(i)
         numels[at] += numel
     header = len(filled) - 1
-    last = {} if compress else {dtype: at for (dtype, _), at in current.items()}  # metrics are not rounded
+    # Metrics are not rounded, and do not hold up a bucket that could leave early.
+    last = {} if compress or overlap else {dtype: at for (dtype, _), at in current.items()}
     riders: dict[int, list[int]] = {}
     for n, spec in enumerate(specs):
         if spec.shape:
@@ -162,12 +163,13 @@ def record(plan: Plan, fixed: Sequence[Any], values: Sequence[Any] | None, devic
             value = torch.as_tensor(value, dtype=torch.complex128)
             columns += [_bits(value.real, True, device), _bits(value.imag, True, device)]
         else:
-            columns.append(_bits(value, spec.dtype is None or spec.dtype.is_floating_point, device))
+            number = float(value) if spec.dtype is None and not isinstance(value, Tensor) else value  # of any class
+            columns.append(_bits(number, spec.dtype is None or spec.dtype.is_floating_point, device))
     return torch.stack(columns)
 
 
 def _bits(value: Any, floating: bool, device: torch.device) -> Tensor:
-    number = torch.as_tensor(value).to(device=device, dtype=torch.float64 if floating else torch.int64)
+    number = torch.as_tensor(value, dtype=torch.float64 if floating else torch.int64, device=device)
     return number.view(torch.int64) if floating else number
 
 

@@ -13,6 +13,7 @@ from torch.fx import GraphModule
 import gradacc
 from gradacc import Mean
 from tests.helpers import assert_trees_close
+from tests.workers import Failed
 
 D = torch.float64
 
@@ -148,15 +149,14 @@ CASES = {
 }
 
 
-def check(case: Case, backend: Any, dynamic: bool | None = None):
+def check(case: Case, backend: Any, dynamic: bool | None = None) -> None:
     torch._dynamo.reset()
     grad_fn = gradacc.accumulate_and_value(case.loss, **case.options)
     compiled = torch.compile(grad_fn, fullgraph=True, backend=backend, dynamic=dynamic)
     expected = grad_fn(*case.args)
     assert_trees_close(_numbers(compiled(*case.args)), _numbers(expected), rtol=case.rtol)
     with torch._dynamo.config.patch(error_on_recompile=True):
-        compiled(*case.args)
-    return compiled
+        assert_trees_close(_numbers(compiled(*case.args)), _numbers(expected), rtol=case.rtol)
 
 
 def _numbers(tree: Any) -> Any:
@@ -291,7 +291,7 @@ def test_dropout_draws_anew_in_every_micro_batch():
     assert len({tuple(row) for row in drawn.tolist()}) == 16
 
 
-def test_both_orders(monkeypatch):
+def test_the_other_order():
     """``accumulate(torch.compile(loss))`` is the eager engine around a loss that is compiled once, whatever ``steps``."""
     torch._dynamo.reset()
     backend = Counting()
@@ -305,12 +305,12 @@ def test_both_orders(monkeypatch):
     assert len(backend.graphs) == 1
 
 
-def of_ranks(group, backend, name):
+def of_ranks(group, backend, name, sizes):
     case = RANKS[name]
     torch._dynamo.reset()
     graphs = Counting(backend)
-    batch = {key: value[group.rank() * 6 : 13 + 3 * group.rank()] for key, value in data(20).items()}
-    grad_fn = gradacc.accumulate_and_value(case.loss, sync=gradacc.all_reduce(group, compress=None), **case.options)
+    batch = {key: value.split(sizes)[group.rank()] for key, value in data(sum(sizes)).items()}
+    grad_fn = gradacc.accumulate_and_value(case.loss, sync=gradacc.all_reduce(group), **case.options)
     expected = grad_fn(PARAMS, batch)
     actual = torch.compile(grad_fn, fullgraph=True, backend=graphs)(PARAMS, batch)
     calls = sum("all_reduce" in str(node.target) for graph in graphs.graphs for node in graph.graph.nodes)
@@ -325,9 +325,25 @@ RANKS = {
 }
 
 
+@pytest.mark.parametrize("sizes", [[13, 10], [13, 0]])
 @pytest.mark.parametrize("name", RANKS)
-def test_the_collective_is_in_the_graph(pool, name):
-    """One of them, exactly; the ranks hold 13 and 10 examples."""
-    first, second = pool.run(2, of_ranks, "aot_eager" if name == "Mean" else "eager", name)
+def test_the_collective_is_in_the_graph(pool, name, sizes):
+    """One of them, exactly; ranks may hold different numbers of examples, or none."""
+    first, second = pool.run(2, of_ranks, "aot_eager" if name == "Mean" else "eager", name, sizes)
     assert first[:2] == second[:2] == (1, 1)
     assert_trees_close(first[2], second[2], rtol=0, atol=0)
+
+
+def refused(group, window, compress):
+    torch._dynamo.reset()
+    grad_fn = gradacc.accumulate(plain, sync=gradacc.all_reduce(group, compress=compress))
+    torch.compile(grad_fn, fullgraph=True, backend="eager")(PARAMS, window)
+
+
+@pytest.mark.parametrize(
+    ("window", "compress", "message"),
+    [([], None, "a window without a micro-batch says nothing"), ([data(2)], torch.float16, "use torch.bfloat16")],
+)
+def test_what_a_graph_cannot_do(pool, window, compress, message):
+    with pytest.raises(Failed, match=message):
+        pool.run(2, refused, window, compress)

@@ -187,6 +187,33 @@ def nowhere(group):
         return str(error)
 
 
+def bad_parameters(group):
+    grad_fn = gradacc.accumulate(lambda w, x: (w * x).mean(), steps=2, sync=gradacc.all_reduce(group))
+    try:
+        grad_fn(torch.ones(3, dtype=torch.int64 if group.rank() else torch.float32), torch.ones(4, 3))
+    except (TypeError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_parameters_that_are_none_on_one_rank(pool):
+    other, own = pool.run(2, bad_parameters)
+    assert other.startswith("RuntimeError") and "the call raised on rank 1" in other  # noqa: PT018
+    assert own.startswith("TypeError") and "int64" in own  # noqa: PT018
+
+
+def only_with_examples(group):
+    """A loss that cannot be evaluated without examples."""
+    grad_fn = gradacc.accumulate_and_value(
+        lambda w, x: (w * x).max(1)[0].mean() + 0 * x.max(), steps=2, sync=gradacc.all_reduce(group)
+    )
+    x = torch.ones(4, 3) if group.rank() else torch.ones(0, 3)
+    return [grad_fn(torch.ones(3), x)[1].item() for _ in range(2)]
+
+
+def test_a_rank_without_examples_never_runs_the_loss(pool):
+    assert pool.run(2, only_with_examples) == [[1.0, 1.0]] * 2
+
+
 def test_a_loss_that_depends_on_no_parameter_on_any_rank(pool):
     answers = pool.run(2, nowhere)
     assert answers[0] == answers[1]
