@@ -22,7 +22,11 @@ lint: $(STAMP)
 	$(VENV)/bin/mypy
 
 bench: $(STAMP)
+	$(PIP) --no-build-isolation -e '.[bench]'
 	$(PY) -m benchmarks.eager
+	$(PY) -m benchmarks.boundary
+	$(PY) -m benchmarks.compiled
+	$(PY) -m benchmarks.optim
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(f"gradacc needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}; set PYTHON=" if sys.version_info < (3, 11) else 0)'

@@ -173,8 +173,8 @@ def accumulate_and_value(
         TypeError: parameters that are not floating or complex tensors (an ``nn.Module``, integers, a ``DTensor``); batch
             leaves that cannot be split (NumPy arrays, strings); a loss that is not a floating tensor or a `Mean` of one.
         ValueError: options that contradict each other; split dimensions that differ; a loss that is not 0-dim or does not
-            depend on the parameters; a negative or NaN weight (under a functorch transform it cannot be read, and is not
-            checked); reentrant checkpointing.
+            depend on the parameters; a negative or NaN weight (under a functorch transform only an integer one is checked, and
+            only where it is not batched); reentrant checkpointing.
 
     When it is *not* equal: where examples see each other through the batch (BatchNorm in training mode, in-batch
     negatives); where the mean is over something else than examples (return a `Mean`); where the loss draws random

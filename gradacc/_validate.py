@@ -287,9 +287,11 @@ def weight(options: Options, value: Any, like: Tensor) -> float | Tensor:
             )
         if value.is_meta:
             return 1.0  # nothing is computed from it
-        if _engines.transforming():
+        if _engines.transforming() and (value.is_floating_point() or not _engines.is_readable(value)):
             return value.to(_dtypes.wide(like.dtype))
-        value = value.item()
+        value = (
+            value.item()
+        )  # a count: it carries no derivative, and a micro-batch of weight 0 is left out of the graph
     if not _is_number(value):
         raise TypeError(
             f"{name}: loss_fn returned a Mean whose weight is {describe(value)}; it must be a number or tensor"

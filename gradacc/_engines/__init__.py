@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.autograd.graph import Node
 
@@ -33,6 +34,17 @@ def transforming() -> bool:
     tracing; and inside the loss of another ``grad_fn``, whose gradient goes through this one's result.
     """
     return torch.compiler.is_compiling() or functorch_is_active() or forward_ad._current_level >= 0 or _inside.get()
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether a tensor has one value here: under grad and jvp it does, batched or while Dynamo traces it has none."""
+    if torch.compiler.is_compiling():
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return False
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return True
 
 
 def loops() -> bool:

@@ -1,0 +1,154 @@
+"""`compiled.json` as a figure and as Markdown."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from benchmarks._compiled_variants import AROUND, COMPILED, EAGER, LOOP_COMPILED, ONE_GRAPH, OPTAX
+from benchmarks._report import MB, describe
+from benchmarks._variants import AGAIN, LOOP
+
+COLOURS = {
+    LOOP: "#202124",
+    AGAIN: "#5f6368",
+    LOOP_COMPILED: "#b06000",
+    EAGER: "#669df6",
+    ONE_GRAPH: "#1a73e8",
+    AROUND: "#174ea6",
+    OPTAX: "#c5221f",
+}
+OVER_LOOP = {"GPT": 0.92, "MLP": 0.85}
+OVER_OPTAX = {"GPT": 1.05}
+FIRST_CALL_GROWTH = 1.3
+
+
+def tables(results: dict[str, Any]) -> str:
+    """A table for each workload, one of what was to be reached, and a line on what was measured where."""
+    lines: list[str] = []
+    for work in results["workloads"].values():
+        head = [work["title"], "time / hand-written loop", "time / optax on JAX", "first call"]
+        lines += ["| " + " | ".join([*head, "peak memory: resident", "allocated"]) + " |", "|---|" + "--:|" * 5]
+        for name, timed in work["time"].items():
+            cold = work["cold"].get(name, {})
+            cells = [f"**{name}**" if name == ONE_GRAPH else name, _ratio(timed["vs_loop"]), _ratio(timed["vs_optax"])]
+            cells.append(f"{cold['first_call']:.1f} s" if name in COMPILED and cold else "")
+            cells += [_size(cold[kind], work) if kind in cold else "" for kind in ("resident", "allocated")]
+            lines.append("| " + " | ".join(cells) + " |")
+        lines.append("")
+    lines += ["| to reach | target | measured | |", "|---|--:|--:|---|"]
+    for work in results["workloads"].values():
+        lines += [
+            f"| {what} | {bound} | {found} | {'yes' if met else 'NO'} |" for what, bound, found, met in goals(work)
+        ]
+    lines.append("")
+    for work in results["workloads"].values():
+        near = work["neighbours"]
+        lines.append(
+            f"{_model(work)}: right after JAX the loop takes {_ratio(near[LOOP])} of its time right after itself; "
+            f"right after the loop, JAX takes {_ratio(near[OPTAX])} of its own."
+        )
+    settings = results["settings"]
+    versions = ", ".join(f"{name} {results['machine'][name]}" for name in ("jax", "jaxlib", "optax"))
+    lines.append(
+        f"Medians over {settings['rounds']} interleaved rounds of the ratio within a round [quartiles]; no optimizer. "
+        "First call and memory in fresh processes, without caches; what a framework starts once a process is not in "
+        f"it. {describe(results['machine'])}, {versions}."
+    )
+    return "\n".join(lines)
+
+
+def goals(work: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
+    """What was to be reached: what, the bound, what was found, and whether that is within."""
+    model, timed, cold = _model(work), work["time"][ONE_GRAPH], work["cold"]
+    few, many = (work["growth"][steps]["first_call"] for steps in sorted(work["growth"], key=int))
+    nodes = list(work["nodes"].values())
+    found = [
+        (f"{model}: one graph / hand-written loop", OVER_LOOP[model], timed["vs_loop"]["median"]),
+        (
+            f"{model}: first call at {' / '.join(sorted(work['growth'], key=int)[::-1])} steps",
+            FIRST_CALL_GROWTH,
+            many / few,
+        ),
+    ]
+    if model in OVER_OPTAX:
+        found.insert(1, (f"{model}: one graph / optax on JAX", OVER_OPTAX[model], timed["vs_optax"]["median"]))
+    rows = [(what, f"{bound}", f"{ratio:.3f}", ratio <= bound) for what, bound, ratio in found]
+    counted = f"{model}: graph nodes at {' and '.join(work['nodes'])} steps"
+    rows.append((counted, "equal", " and ".join(str(count) for count in nodes), len(set(nodes)) == 1))
+    for steps, measured in ((str(work["steps"]), cold[ONE_GRAPH]), *work["growth"].items()):  # the same micro-batch
+        for kind in ("resident", "allocated"):
+            bound, peak = cold[EAGER][kind] + work["parameter_bytes"], measured[kind]
+            what = f"{model}: one graph's peak at {steps} steps, {kind}, over eager's and one copy of the gradients"
+            rows.append((what, f"{bound / MB:.0f} MB", f"{peak / MB:.0f} MB", peak <= bound))
+    return rows
+
+
+def _model(work: dict[str, Any]) -> str:
+    model: str = work["title"].partition(",")[0]
+    return model
+
+
+def _ratio(measured: dict[str, float]) -> str:
+    return f"{measured['median']:.3f} [{measured['low']:.3f}, {measured['high']:.3f}]"
+
+
+def _size(peak: int, work: dict[str, Any]) -> str:
+    return f"{peak / work['parameter_bytes']:.2f} x ({peak / MB:.0f} MB)"
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """A row a workload: time ratios with quartiles and targets; seconds of the first call; peak memory."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    works = list(results["workloads"].values())
+    size = (15, 3.6 * len(works) + 0.6)
+    figure, rows = pyplot.subplots(
+        len(works), 3, figsize=size, squeeze=False, layout="constrained", width_ratios=(1.6, 1, 1)
+    )
+    for work, (time, first, memory) in zip(works, rows, strict=True):
+        _draw_time(time, work)
+        names = [name for name in COMPILED if name in work["cold"]]
+        _bars(first, names, [work["cold"][name]["first_call"] for name in names], "{:.1f} s")
+        first.set_title("first call", fontsize=10, loc="left")
+        first.set_xlabel("seconds, without caches")
+        names = list(work["cold"])
+        peaks = [work["cold"][name]["resident"] / work["parameter_bytes"] for name in names]
+        _bars(memory, names, peaks, "{:.2f}")
+        memory.axvline(work["cold"][EAGER]["resident"] / work["parameter_bytes"] + 1, color="#188038", linestyle=":")
+        memory.set_title("peak resident memory", fontsize=10, loc="left")
+        memory.set_xlabel("over the parameters (dotted: to reach)")
+    figure.supxlabel(describe(results["machine"]), fontsize=8, color="#5f6368", x=0.01, ha="left")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def _draw_time(axes: Any, work: dict[str, Any]) -> None:
+    names = list(work["time"])
+    for place, name in enumerate(names):
+        ratio = work["time"][name]["vs_loop"]
+        axes.plot([ratio["low"], ratio["high"]], [place, place], color=COLOURS[name], linewidth=6, alpha=0.3)
+        axes.plot(ratio["median"], place, "o", color=COLOURS[name], markersize=7)
+        label = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "fontsize": 9, "color": COLOURS[name]}
+        axes.annotate(f"{ratio['median']:.3f}", (ratio["high"], place), **label)
+    axes.axvline(1.0, color="#202124", linewidth=0.8, zorder=0)
+    axes.axvline(OVER_LOOP[_model(work)], color="#188038", linestyle=":", zorder=0)
+    axes.set_yticks(range(len(names)), names)
+    axes.get_yticklabels()[names.index(ONE_GRAPH)].set_fontweight("bold")
+    axes.invert_yaxis()
+    axes.margins(x=0.22)
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_title(work["title"], fontsize=10, loc="left", fontweight="bold")
+    axes.set_xlabel("time / the hand-written loop's: median and quartiles (dotted: to reach)")
+
+
+def _bars(axes: Any, names: list[str], values: list[float], label: str) -> None:
+    bars = axes.barh(range(len(names)), values, color=[COLOURS[name] for name in names], height=0.6)
+    axes.bar_label(bars, [label.format(value) for value in values], padding=4, fontsize=9)
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.22)
+    axes.grid(axis="x", alpha=0.25)

@@ -1,0 +1,197 @@
+"""Time, compile time and memory of one accumulated gradient, compiled: both orders, the hand-written loop, optax on JAX.
+
+    python -m benchmarks.compiled [--rounds 31] [--quick] [--workloads gpt mlp] [--out benchmarks/results]
+
+**Time.** As in `benchmarks.eager`: all take turns in one process, and what is reported is the median over the rounds of
+the ratio to the hand-written eager loop's time *in the same round*, with the quartiles; the loop runs twice a round, and
+the second row's distance from 1 is the noise. Before anything is timed, every gradient, JAX's too, is checked against
+the large batch's in PyTorch (rtol 1e-4). PyTorch and JAX get the same number of threads.
+
+**Neighbours.** A thread pool that has just finished spins for a while before it sleeps, at the expense of the other
+framework's. So the loop is also timed right after itself and right after JAX, and JAX likewise: the ratios say how much
+of a time is the other's doing.
+
+**Compile time.** Each in a fresh process, without any of Inductor's caches: *start-up* is the first compilation of
+next to nothing (imports, the compiler's precompiled headers), *first call* what the gradient's first call takes after
+that, compilation and one run. The one-graph variant also at 2 and at 32 steps of the same micro-batch, and its graph's
+nodes at 8 and at 64 steps.
+
+**Memory.** The peak of a call after the first over what was there before it. *resident*: what the kernel saw, in a fresh
+process; *allocated*: PyTorch's tensors, exact.
+
+Writes `compiled.json` and `compiled.png` (to `--out`) and prints Markdown tables.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks._compiled_report import draw, tables
+from benchmarks._compiled_variants import CONTESTANTS, EAGER, ONE_GRAPH, OPTAX, check, graph_nodes
+from benchmarks._measure import allocated_peak, fresh, interleaved, machine, paired, resident_peak, spread
+from benchmarks._variants import AGAIN, LOOP
+from benchmarks._workloads import WORKLOADS, Workload
+
+CPU = torch.device("cpu")
+COMPILE_STEPS = (2, 32)
+NODE_STEPS = (8, 64)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure every workload, each task in a fresh process, and write and print the results."""
+    options = _parse(arguments)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.task is not None:
+        warnings.simplefilter("ignore")
+        print(json.dumps(TASKS[options.task](options)))
+        return 0
+    results: dict[str, Any] = {
+        "machine": machine(CPU, ("jax", "jaxlib", "optax")),
+        "settings": {"rounds": options.rounds, "warmup": options.warmup},
+        "workloads": {},
+    }
+    for workload in options.workloads:
+        work = WORKLOADS[workload](CPU)
+        names = (LOOP, EAGER, ONE_GRAPH, OPTAX) if options.quick else [name for name in CONTESTANTS if name != AGAIN]
+        results["workloads"][workload] = {
+            "title": work.title,
+            "steps": work.steps,
+            "parameter_bytes": work.parameter_bytes,
+            **_run("time", options, workload),
+            "cold": {name: _run("cold", options, workload, name, work.steps) for name in names},
+            "growth": {str(steps): _run("cold", options, workload, ONE_GRAPH, steps) for steps in COMPILE_STEPS},
+            "nodes": {str(steps): _run("nodes", options, workload, ONE_GRAPH, steps) for steps in NODE_STEPS},
+        }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "compiled.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+    draw(results, options.out / "compiled.png")
+    print(tables(results))
+    return 0
+
+
+def time_task(options: argparse.Namespace) -> dict[str, Any]:
+    """Check all contestants, then time them in turns; then the loop and JAX after each other and after themselves."""
+    work = WORKLOADS[options.workload](CPU)
+    contestants = {name: build(work, work.steps) for name, build in CONTESTANTS.items()}
+    errors = check(work, contestants)
+    runs = {name: contestant.run for name, contestant in contestants.items()}
+    seconds = interleaved(runs, rounds=options.rounds, warmup=options.warmup, device=CPU)
+    return {
+        "time": {
+            name: {
+                "vs_loop": paired(seconds, name, LOOP)._asdict(),
+                "vs_optax": paired(seconds, name, OPTAX)._asdict(),
+                "seconds": spread(seconds[name])._asdict(),
+                "gradient_error": errors[name],
+                "rounds": [round(elapsed, 7) for elapsed in seconds[name]],
+            }
+            for name in CONTESTANTS
+        },
+        "neighbours": _neighbours({name: runs[name] for name in (LOOP, OPTAX)}, options),
+    }
+
+
+def _neighbours(runs: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """Time of each right after the other, over its time right after itself."""
+    elapsed: dict[tuple[str, bool], list[float]] = {}
+    for turn in range(options.warmup + options.rounds):
+        for name, run in runs.items():
+            for own in (False, True):
+                start = time.perf_counter()
+                run()
+                if turn >= options.warmup:
+                    elapsed.setdefault((name, own), []).append(time.perf_counter() - start)
+    return {
+        name: spread(
+            [after / own for after, own in zip(elapsed[name, False], elapsed[name, True], strict=True)]
+        )._asdict()
+        for name in runs
+    }
+
+
+def cold_task(options: argparse.Namespace) -> dict[str, Any]:
+    """One contestant in a process of its own, without caches: start-up, first call, and peaks of a later one."""
+    work = _resized(options)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ.update(TORCHINDUCTOR_CACHE_DIR=folder, TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
+        contestant = CONTESTANTS[options.variant](work, options.steps)
+        seconds: dict[str, float] = {}
+        for name, call in (("startup", _trivial(options.variant)), ("first_call", contestant.run)):
+            start = time.perf_counter()
+            call()
+            seconds[name] = time.perf_counter() - start
+        contestant.run()
+        peaks = {"resident": resident_peak(contestant.run)}
+        if options.variant != OPTAX:
+            peaks["allocated"] = allocated_peak(contestant.run, CPU)
+    return {**seconds, **peaks}
+
+
+def _trivial(variant: str) -> Any:
+    """What a framework does once in a process: an eager operation, or the compilation of one."""
+    if variant == OPTAX:
+        from benchmarks import _jax
+
+        return _jax.trivial
+    if variant in (LOOP, EAGER):
+        return lambda: torch.zeros(1).sin()
+    return lambda: torch.compile(torch.sin)(torch.zeros(10_000))
+
+
+def nodes_task(options: argparse.Namespace) -> int:
+    """Nodes of the graph at one number of steps."""
+    return graph_nodes(_resized(options), options.steps)
+
+
+def _resized(options: argparse.Namespace) -> Workload:
+    """The workload with `options.steps` micro-batches of its own size."""
+    work = WORKLOADS[options.workload](CPU)
+    return work.resized(options.steps * (len(work.inputs) // work.steps))
+
+
+TASKS = {"time": time_task, "cold": cold_task, "nodes": nodes_task}
+
+
+def _run(task: str, options: argparse.Namespace, workload: str, variant: str = LOOP, steps: int = 1) -> Any:
+    print(f"{task}: {workload}" + (f", {variant}, {steps} steps" if task != "time" else ""), file=sys.stderr)
+    passed = ["--task", task, "--workload", workload, "--variant", variant, "--steps", str(steps)]
+    passed += ["--rounds", str(options.rounds), "--warmup", str(options.warmup)]
+    passed += ["--threads", str(options.threads)] if options.threads is not None else []
+    return fresh("benchmarks.compiled", passed)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compiled", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument("--rounds", type=int, default=31, help="timed rounds (31)")
+    parser.add_argument("--warmup", type=int, default=3, help="rounds before them that are dropped (3)")
+    parser.add_argument("--threads", type=int, help="of PyTorch's CPU kernels and of JAX's (PyTorch's default)")
+    results = Path(__file__).parent / "results"
+    parser.add_argument("--out", type=Path, default=results, help="folder (benchmarks/results)")
+    works = [name for name in WORKLOADS if name != "tiny"]
+    parser.add_argument("--workloads", nargs="+", choices=works, default=works, help="which (all)")
+    parser.add_argument("--quick", action="store_true", help="three rounds, fewer first calls: does it work?")
+    for internal in ("task", "workload", "variant"):
+        parser.add_argument(f"--{internal}", help=argparse.SUPPRESS)
+    parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.quick:
+        options.rounds, options.warmup = 3, 1
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main())
