@@ -39,8 +39,7 @@ pre b { color: var(--exact); }
 </head>
 <body>
 <h1>Gradient accumulation, exact</h1>
-<p>A byte-level GPT trained by <code>gradacc demo</code> on $corpus. Every gradient was accumulated over $steps
-micro-batches, and equals the large batch's.</p>
+<p>$intro</p>
 $note
 $facts
 $sections
@@ -55,12 +54,22 @@ def render(record: Record) -> str:
     parts += [_training(record)] if record.history else []
     parts += [_samples(record.samples)] if record.samples else []
     return PAGE.substitute(
-        corpus=escape(record.corpus or "real text"),
-        steps=record.settings.steps,
+        intro=_intro(record),
         note=f'<p class="note">{escape(record.note)}</p>' if record.note else "",
         facts=_facts(record),
         sections="\n".join([*parts, _settings(record)]),
     )
+
+
+def _intro(record: Record) -> str:
+    """What this page can say: of gradients that were computed, and compared, alone."""
+    text = f"A byte-level GPT and <code>gradacc demo</code>, on {escape(record.corpus or 'real text')}."
+    if record.history:
+        micro_batches = min(record.settings.steps, record.settings.batch_size)
+        text += f" Every gradient was accumulated over {micro_batches} micro-batches."
+    if record.proof and record.proof.rows:
+        text += " The first batch's was compared with the large batch's."
+    return text
 
 
 def _facts(record: Record) -> str:
