@@ -43,7 +43,7 @@ def _loop_compiled(work: Workload, steps: int) -> Contestant:
 
     def compute() -> Grads:
         for inputs, targets in microbatches(work, steps):
-            (work.loss(compiled(inputs), targets) / steps).backward()  # type: ignore[no-untyped-call]
+            (work.loss(compiled(inputs), targets) / steps).backward()  # type: ignore[no-untyped-call]  # torch's
         return grads_of(module)
 
     return _contestant(Variant(compute, module.zero_grad))

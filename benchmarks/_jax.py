@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax  # type: ignore[import-untyped]
+import optax  # type: ignore[import-untyped]  # optax ships no types
 import torch
 from torch import Tensor
 
@@ -47,8 +47,8 @@ def gradient(work: Workload, steps: int) -> tuple[Callable[[], Params], Callable
     )
 
     def compute() -> Params:
-        _, grads = jax.block_until_ready(value_and_grad(params, batch))  # type: ignore[no-untyped-call]
-        return grads  # type: ignore[no-any-return]
+        _, grads = jax.block_until_ready(value_and_grad(params, batch))  # type: ignore[no-untyped-call]  # jax's
+        return grads  # type: ignore[no-any-return]  # what jax returns
 
     return compute, _to_torch
 
