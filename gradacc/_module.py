@@ -143,7 +143,7 @@ class _Plan(NamedTuple):
             for name in part.containers:
                 value = attributes[name]
                 attributes[name] = value.clone() if isinstance(value, Tensor) else copy.copy(value)
-            if getattr(part.module, "max_norm", None) is not None:  # an embedding that renormalises its weight in place
+            if attributes.get("max_norm") is not None:  # an embedding that renormalises its weight in place
                 attributes["_parameters"] = {
                     k: v if v is None else v.clone() for k, v in attributes["_parameters"].items()
                 }

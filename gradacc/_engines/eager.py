@@ -132,9 +132,11 @@ def _backward(
     )
     done = partial(_done, buffer, deliver)
     if wide:
-        for leaf, grad in zip(leaves, grads, strict=True):
-            leaf.grad = grad
-        inputs = fused.install(edge.node, uses, leaves, grads, done)
+        edges, added = fused.install(edge.node, uses, leaves, grads, done)
+        for i, leaf in enumerate(leaves):
+            if i not in added:
+                leaf.grad = grads[i]
+        inputs: list[Any] = [*(leaf for i, leaf in enumerate(leaves) if i not in added), *edges]
         hook = (
             partial(_take, grads, done) if deliver is not None else None
         )  # else taken when all is over: no hook at all

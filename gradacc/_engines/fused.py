@@ -33,7 +33,6 @@ NOTE [reading the graph]
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -41,6 +40,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
+
+Add = Callable[[int, Tensor, Tensor, Tensor], None]
+"""``add(padding index, target, other operand, gradient of the result)``."""
 
 _SMALLEST = 1 << 14
 """Elements from which a parameter is worth a hook in Python."""
@@ -50,10 +52,9 @@ class _Use(NamedTuple):
     """A node of which a parameter is an operand."""
 
     node: Any
-    other: str
-    """The attribute that saves the other operand."""
-    add: Callable[[int, Tensor, Tensor, Tensor], None]
-    """``add(padding index, target, other operand, gradient of the result)``."""
+    other: Tensor
+    """The other operand."""
+    add: Add
     transposed: bool
     """Whether the operand is the parameter's transpose."""
 
@@ -64,42 +65,50 @@ def install(
     leaves: Sequence[Tensor],
     buffers: Sequence[Tensor | None],
     done: Callable[[int], None],
-) -> list[Any]:
-    """Fuse what can be fused of a graph; returns the ``inputs`` for its backward pass, which begins at ``root``.
+) -> tuple[list[GradientEdge], set[int]]:
+    """Fuse what can be fused of a graph: the edges that its backward pass, which begins at ``root``, must lead to instead
+    of the leaves whose indices are returned.
 
     ``uses``: of every node, how many edges lead to it. ``buffers``: a parameter without one is left to autograd, which hands
     its gradient over. ``done(index)`` is called when all uses of a fused parameter have been added.
     """
     indices = {id(leaf): i for i, leaf in enumerate(leaves) if _suits(leaf, buffers[i])}
     if not indices or torch.is_anomaly_enabled():
-        return list(leaves)
-    found: dict[int, list[_Use]] = defaultdict(list)
+        return [], set()
+    found: dict[int, list[_Use]] = {}
     expected: dict[int, int] = {}
     for node in uses:
-        for place, other, add in _FUSED.get(type(node).__name__, ()):
+        operands = _FUSED.get(type(node).__name__)
+        if operands is None:
+            continue
+        parents = node.next_functions
+        for place, other, add in operands:
             parent: Any
-            parent, transposed = node.next_functions[place][0], False
+            parent, transposed = parents[place][0], False
             if type(parent).__name__ == "TBackward0" and uses[parent] == 1:
                 parent, transposed = parent.next_functions[0][0], True
             if type(parent).__name__ != "AccumulateGrad":
                 continue
             index = indices.get(id(parent.variable))
-            if index is not None and _is_plain(node, other):
-                found[index].append(_Use(node, other, add, transposed))
+            operand = None if index is None else _plain(node, other)
+            if index is not None and operand is not None:
+                found.setdefault(index, []).append(_Use(node, operand, add, transposed))
                 expected[index] = uses[parent]
     fused = {index for index, nodes in found.items() if len(nodes) == expected[index]}
     if not fused:
-        return list(leaves)
+        return [], fused
     task: list[int] = []
     root.register_prehook(partial(_note_task, task))
     edges = []
     for index in fused:
-        left = set(range(len(found[index])))
-        edges += [
-            _install(use, buffers[index], task, partial(_finish, left, n, index, done))
-            for n, use in enumerate(found[index])
-        ]
-    return [leaf for i, leaf in enumerate(leaves) if i not in fused] + edges
+        buffer, left = buffers[index], set(range(len(found[index])))
+        assert buffer is not None
+        for number, (node, operand, add, transposed) in enumerate(found[index]):
+            target, padding = buffer.t() if transposed else buffer, getattr(node, "_saved_padding_idx", 0)
+            use = partial(_hook, task, add, padding, target, [operand], left, number, index, done)
+            node.register_prehook(use)  # which does not hold the node: a cycle, never freed
+            edges.append(GradientEdge(node, 0))
+    return edges, fused
 
 
 def _suits(leaf: Tensor, buffer: Tensor | None) -> bool:
@@ -112,24 +121,16 @@ def _suits(leaf: Tensor, buffer: Tensor | None) -> bool:
     )
 
 
-def _is_plain(node: Any, other: str) -> bool:
-    """Whether the other operand is simply there, and nothing scales the gradient."""
-    if getattr(node, f"_raw_saved_{other}").unpack_hook is not None:
-        return False
-    if getattr(node, f"_saved_{other}").layout != torch.strided:
-        return False
+def _plain(node: Any, other: str) -> Tensor | None:
+    """The other operand, if it is simply there, and nothing scales the gradient."""
+    if getattr(node, "_raw_saved_" + other).unpack_hook is not None:
+        return None
+    operand: Tensor = getattr(node, "_saved_" + other)
+    if operand.layout != torch.strided:
+        return None
     if other == "indices":  # on a GPU, index_add_ is not deterministic, and autograd's sum of rows is
-        return not node._saved_scale_grad_by_freq and node._saved_indices.device.type == "cpu"
-    return getattr(node, "_saved_alpha", 1) == 1
-
-
-def _install(use: _Use, buffer: Tensor | None, task: list[int], done: Callable[[], None]) -> GradientEdge:
-    assert buffer is not None
-    operand = [getattr(use.node, f"_saved_{use.other}").detach()]
-    padding = getattr(use.node, "_saved_padding_idx", 0)
-    add = partial(use.add, padding, buffer.t() if use.transposed else buffer)
-    use.node.register_prehook(partial(_hook, task, add, operand, done))  # not the node: a cycle, never freed
-    return GradientEdge(use.node, 0)
+        return operand if not node._saved_scale_grad_by_freq and operand.device.type == "cpu" else None
+    return operand.detach() if getattr(node, "_saved_alpha", 1) == 1 else None
 
 
 def _note_task(task: list[int], _: Any) -> None:
@@ -138,9 +139,14 @@ def _note_task(task: list[int], _: Any) -> None:
 
 def _hook(
     task: list[int],
-    add: Callable[[Tensor, Tensor], None],
+    add: Add,
+    padding: int,
+    target: Tensor,
     operand: list[Tensor],
-    done: Callable[[], None],
+    left: set[int],
+    number: int,
+    index: int,
+    done: Callable[[int], None],
     grads: tuple[Tensor | None, ...],
 ) -> None:
     """Before the node runs; ``operand`` is emptied, so that nothing lives longer than it would."""
@@ -148,14 +154,9 @@ def _hook(
         return
     other, grad = operand.pop(), grads[0]
     if grad is not None:
-        add(other, grad if grad.layout == torch.strided else grad.to_dense())
-    done()
-
-
-def _finish(left: set[int], number: int, index: int, done: Callable[[int], None]) -> None:
-    """One use of a parameter less is left."""
+        add(padding, target, other, grad if grad.layout == torch.strided else grad.to_dense())
     left.discard(number)
-    if not left:
+    if not left:  # the last use of this parameter
         done(index)
 
 
@@ -174,7 +175,9 @@ def _rows(padding: int, target: Tensor, indices: Tensor, grad: Tensor) -> None:
         target[padding] = kept
 
 
-_FUSED = {  # node -> for each operand: its place among next_functions, the attribute that saves the other one, how to add
+_FUSED: dict[
+    str, tuple[tuple[int, str, Add], ...]
+] = {  # node -> for each operand: its place among next_functions, the attribute that saves the other one, how to add
     "MmBackward0": ((0, "mat2", _left), (1, "self", _right)),
     "AddmmBackward0": ((1, "mat2", _left), (2, "mat1", _right)),
     "EmbeddingBackward0": ((0, "indices", _rows),),
