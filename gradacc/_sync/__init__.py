@@ -26,7 +26,7 @@ NOTE [failing together]
 
 from __future__ import annotations
 
-from gradacc._sync.boundary import Agreed as Agreed
+from gradacc._sync.agreement import Agreed as Agreed
 from gradacc._sync.boundary import Link as Link
 from gradacc._sync.boundary import connect as connect
 from gradacc._sync.boundary import give_up as give_up

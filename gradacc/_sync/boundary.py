@@ -1,14 +1,10 @@
-"""One call's boundary: agree on what there is, send it, read it."""
+"""One call's boundary: send what there is, read what came."""
 
 from __future__ import annotations
 
 import contextlib
-import math
-import pickle
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,37 +15,13 @@ from gradacc._options import Options
 from gradacc._sync import group as groups
 from gradacc._sync import layout as layouts
 from gradacc._sync import wire
+from gradacc._sync.agreement import CHANGED, FINE, RAISED, Agreed, Agreement, agree, check_statuses, scale, tell
 from gradacc._sync.layout import Layout
 from gradacc._sync.traced import Traced
 
-_FINE, _RAISED, _CHANGED = 0, 1, 2
 _STATUS, _DIFFERENTIATED, _ARRIVED, _WEIGHT, _UNIT = range(5)
 _FIXED = 5
 """Columns of every record: the five above."""
-
-
-class Agreement(NamedTuple):
-    """What the ranks of a group found alike at first use."""
-
-    layout: Layout
-    scale: float
-    """A power of two near the total weight of the last call: gradients cross in units of it, in the range of a mean."""
-    plan: wire.Plan
-
-
-Agreed = WeakKeyDictionary[Any, dict[Any, Agreement]]
-"""Of one ``grad_fn``: by process group and by the parameters' structure. It saves an exchange, and changes no result."""
-
-
-@dataclass(frozen=True)
-class _Description:
-    """What a rank says of itself at first use."""
-
-    params: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
-    options: tuple[Any, ...]
-    layout: Layout | None
-    weight: float
-    raised: bool
 
 
 class Link:
@@ -71,14 +43,16 @@ class Link:
         self.factor: float = 1.0
         """What a gradient is multiplied by on its way: from this rank's unit to the common one."""
         self.delivered: set[int] = set()
+        self.held: dict[int, Tensor] = {}
+        """At first use: gradients that were delivered before there was a plan, in the order in which they came."""
         self._flats: list[Tensor | None] = []
         self._missing: list[int] = []
         self._works: list[dist.Work] = []
 
     @property
     def overlaps(self) -> bool:
-        """Whether gradients can be delivered before `cross`: not at first use."""
-        return self.agreement is not None and self.options.sync is not None and self.options.sync.overlap
+        """Whether gradients are to be delivered before `cross`."""
+        return self.options.sync is not None and self.options.sync.overlap
 
     def cross(
         self, grads: list[Tensor | None], sums: _fold.Sums, arrived: bool
@@ -87,6 +61,8 @@ class Link:
 
         Takes the gradients out of ``grads``, each as it is packed.
         """
+        for index, grad in self.held.items():
+            grads[index] = grad
         try:
             here = None if sums.kind is None else layouts.of(self.options, sums)
         except Exception:  # a class of the user's in aux
@@ -100,13 +76,15 @@ class Link:
         _cross(self, [None] * len(self.params), sums, None, arrived=False, raised=True)
 
     def set_unit(self, unit: float | Tensor | None) -> None:
-        """Say in which unit this rank's gradients are, before the first one is delivered."""
-        assert self.agreement is not None
-        self.factor = 1.0 if self.options.reduction == "sum" else float(unit or 0.0) / self.agreement.scale
+        """Say in which unit this rank's gradients are, before the first one is packed."""
+        if self.agreement is not None and self.options.reduction == "mean":
+            self.factor = float(unit or 0.0) / self.agreement.scale
 
     def deliver(self, index: int, grad: Tensor) -> None:
         """A gradient that is final: it is packed, and its bucket leaves when it is full and its turn has come."""
-        assert self.agreement is not None
+        if self.agreement is None:
+            self.held[index] = grad
+            return
         plan = self.agreement.plan
         if not self._flats:
             self._open(plan)
@@ -189,8 +167,7 @@ def give_up(options: Options, agreed: Agreed | None) -> None:
     with contextlib.suppress(Exception):  # this rank's own error is the one to see
         group = groups.resolve(options.name, options.sync.group)
         if group is not None and not agreed.get(group):
-            everyone: list[Any] = [None] * group.size()
-            dist.all_gather_object(everyone, _Description((), (), None, 0.0, raised=True), group=group)
+            tell(group)
 
 
 def _cross(
@@ -203,13 +180,17 @@ def _cross(
 ) -> tuple[list[Tensor | None], _fold.Sums, bool]:
     options, agreement, problem = link.options, link.agreement, None
     if agreement is None:
-        agreement = _agree(link, here, float(sums.weight), raised)
+        described = (options, link.group, link.params, link.treedef, link.dtypes, here, float(sums.weight))
+        agreement, lasting = agree(*described, tuple(link.held), raised)
         if agreement is None:
             return [None] * len(grads), sums._replace(kind=None), False
+        link.held.clear()
+        if lasting:
+            link.agreed[link.signature] = agreement
     elif here is not None:
         problem = layouts.difference(agreement.layout, here)
-    status = _RAISED if raised else _CHANGED if problem else _FINE
-    plan, kept = agreement.plan, status == _FINE and here is not None
+    status = RAISED if raised else CHANGED if problem else FINE
+    plan, kept = agreement.plan, status == FINE and here is not None
     if kept and not link.delivered:
         link.agreement = agreement
         link.set_unit(sums.unit)
@@ -226,7 +207,7 @@ def _cross(
             f"{options.name}: {problem}: the first at this grad_fn's first call, the second now. With sync, ranks rely on "
             "what they agreed on then; return the same kinds always, or make another grad_fn"
         )
-    _check_status(link, table[:, _STATUS].tolist(), raised)
+    check_statuses(options.name, link.group, table[:, _STATUS].tolist(), raised)
     floats = table.view(torch.float64)
     summed = wire.summed(plan, _FIXED, table, floats[:, _UNIT] / agreement.scale)
     for at, flat in enumerate(flats):
@@ -234,7 +215,7 @@ def _cross(
             summed[n] = tensor
     weight = floats[:, _WEIGHT].sum().item()
     if link.signature in link.agreed and weight:
-        link.agreed[link.signature] = agreement._replace(scale=_scale(weight))  # the same on every rank
+        link.agreed[link.signature] = agreement._replace(scale=scale(weight))  # the same on every rank
     restored = [_restored(x, spec, link.params[0].device) for x, spec in zip(summed, plan.specs, strict=True)]
     whole = layouts.restore(agreement.layout, restored, sums, link.params[0])._replace(
         weight=weight,
@@ -242,116 +223,6 @@ def _cross(
         differentiated=bool(table[:, _DIFFERENTIATED].any()),
     )
     return wire.unpack(plan, flats, link.params), whole, bool(table[:, _ARRIVED].any())
-
-
-def _agree(link: Link, here: Layout | None, weight: float, raised: bool) -> Agreement | None:
-    """Exchange descriptions; None where there is nothing to sum yet, or this rank is about to raise."""
-    options, group, unknown = link.options, link.group, None
-    assert options.sync is not None
-    try:
-        pickle.dumps(here)
-    except Exception as error:  # whatever a user's class raises
-        here, raised, unknown = None, True, error
-    paths = _tree.paths(link.treedef, "params")
-    mine = _Description(
-        tuple((path, tuple(p.shape), p.dtype) for path, p in zip(paths, link.params, strict=True)),
-        (
-            ("reduction", options.reduction),
-            ("dtype", options.dtype),
-            ("has_aux", options.has_aux),
-            ("compress", options.sync.compress),
-            ("overlap", options.sync.overlap),
-        ),
-        here,
-        weight,
-        raised,
-    )
-    everyone: list[Any] = [None] * group.size()
-    with groups.speaking(options.name, group):
-        dist.all_gather_object(everyone, mine, group=group)
-    if unknown is not None:
-        raise TypeError(
-            f"{options.name}: with sync, ranks tell each other the structure of aux, which cannot be pickled: {unknown}. "
-            "Return it in containers of module-level classes"
-        ) from unknown
-    ranks = dist.get_process_group_ranks(group)
-    _check_status(link, [_RAISED if each.raised else _FINE for each in everyone], raised)
-    if raised:
-        return None
-    _check_alike(link, ranks, everyone)
-    known = [(rank, each.layout) for rank, each in zip(ranks, everyone, strict=True) if each.layout is not None]
-    for rank, layout in known[1:]:
-        problem = layouts.difference(known[0][1], layout)
-        if problem is not None:
-            raise ValueError(f"{options.name}: ranks {known[0][0]} and {rank} differ: {problem}; {groups.title(group)}")
-    total = sum(each.weight for each in everyone)
-    if not known:
-        return None
-    scale = _scale(total)
-    agreement = Agreement(
-        known[0][1],
-        scale,
-        wire.plan(
-            [p.shape for p in link.params],
-            link.dtypes,
-            [p.device for p in link.params],
-            known[0][1].specs(),
-            options.sync.compress,
-            options.sync.overlap,
-        ),
-    )
-    if total or options.reduction == "sum":
-        link.agreed[link.signature] = agreement
-    return agreement
-
-
-def _scale(weight: float) -> float:
-    return 2.0 ** round(math.log2(weight)) if weight else 1.0
-
-
-def _check_alike(link: Link, ranks: Sequence[int], everyone: Sequence[_Description]) -> None:
-    """The same error on every rank, naming the first difference from the group's first rank."""
-    first = everyone[0]
-    for rank, each in zip(ranks[1:], everyone[1:], strict=True):
-        problem = None
-        if each.options != first.options:
-            (option, one), (_, other) = next((a, b) for a, b in zip(first.options, each.options, strict=True) if a != b)
-            problem = f"{option}={one!r} on rank {ranks[0]}, {option}={other!r} on rank {rank}"
-        elif each.params != first.params:
-            problem = _difference(ranks[0], first.params, rank, each.params)
-        if problem is not None:
-            raise ValueError(
-                f"{link.options.name}: ranks {ranks[0]} and {rank} differ: {problem}. Every rank of {groups.title(link.group)} "
-                "must call the same grad_fn with parameters of the same structure, shapes and dtypes"
-            )
-
-
-def _difference(rank: int, params: tuple[Any, ...], other: int, others: tuple[Any, ...]) -> str:
-    for a, b in zip(params, others, strict=False):
-        if a[0] != b[0]:
-            return f"the first parameter that differs is {a[0]} on rank {rank}, {b[0]} on rank {other}"
-        if a != b:
-            return f"{a[0]} is {a[2]} of shape {a[1]} on rank {rank}, {b[2]} of shape {b[1]} on rank {other}"
-    longer, number, extra = (
-        (rank, len(params), params[len(others) :])
-        if len(params) > len(others)
-        else (
-            other,
-            len(others),
-            others[len(params) :],
-        )
-    )
-    return f"rank {longer} has {number} parameters, {extra[0][0]} among them, the other {min(len(params), len(others))}"
-
-
-def _check_status(link: Link, statuses: Sequence[int], raised: bool) -> None:
-    ranks = dist.get_process_group_ranks(link.group)
-    failed = [rank for rank, status in zip(ranks, statuses, strict=True) if status != _FINE]
-    if failed and not raised:
-        raise RuntimeError(
-            f"{link.options.name}: no gradient on rank {dist.get_rank()}, because the call raised on rank"
-            f"{'s' if len(failed) > 1 else ''} {', '.join(map(str, failed))} of {groups.title(link.group)}; see the error there"
-        )
 
 
 def _restored(value: Tensor, spec: layouts.Spec, device: torch.device) -> Any:

@@ -49,7 +49,7 @@ class Traced:
             [param.device for param in self.params],
             layouts.of(self.options, sums).specs(),
             sync.compress,
-            overlap=False,
+            order=None,
         )
         device = plan.buckets[plan.header].device
         unit: Any = 0.0 if sums.unit is None else sums.unit

@@ -11,8 +11,9 @@ from torch import Tensor
 from gradacc import _dtypes
 from gradacc._sync.layout import Spec
 
-FIRST, LATER = 1 << 20, 25 << 20
-"""Bytes of the first bucket, which is to leave early, and of the later ones, where there is overlap."""
+FIRST, LATER, PARTS = 1 << 20, 25 << 20, 5
+"""Bytes from which the first bucket, which is to leave early, and the later ones are full, where there is overlap; of a
+small model, the later ones at a fifth of all its gradients, so that the backward pass fills more than the first one."""
 
 _BYTES = {torch.float64: 6, torch.float32: 3, torch.float16: 1, torch.bfloat16: 1}
 """Whole bytes that a float of this dtype holds exactly."""
@@ -58,34 +59,34 @@ def plan(
     devices: Sequence[torch.device],
     specs: Sequence[Spec],
     compress: torch.dtype | None,
-    overlap: bool,
+    order: Sequence[int] | None,
 ) -> Plan:
-    """Where everything goes: one bucket a dtype and device; with ``overlap``, more, in the order of a backward pass."""
+    """Where everything goes: one bucket a dtype and device; or several, filled in the ``order`` of a backward pass."""
     filled: list[tuple[torch.dtype, torch.device, list[int]]] = []
     numels: list[int] = []
     places: dict[int, Place] = {}
     current: dict[tuple[torch.dtype, torch.device], int] = {}
+    whole = sum(shape.numel() * (compress or dtype).itemsize for shape, dtype in zip(shapes, dtypes, strict=True))
+    later = max(FIRST, min(LATER, whole // PARTS))
 
     def another(dtype: torch.dtype, device: torch.device) -> int:
         filled.append((dtype, device, []))
         numels.append(0)
         return len(filled) - 1
 
-    for i in reversed(range(len(shapes))) if overlap else range(len(shapes)):
+    for i in range(len(shapes)) if order is None else order:
         dtype, numel = _dtypes.real(dtypes[i]), shapes[i].numel() * (2 if dtypes[i].is_complex else 1)
         at = current.get((dtype, devices[i]))
-        if at is not None and overlap:
-            limit = LATER if at else FIRST
-            if (numels[at] + numel) * (compress or dtype).itemsize > limit:
-                at = None
         if at is None:
             at = current[dtype, devices[i]] = another(dtype, devices[i])
         places[i] = Place(at, numels[at], numel)
         filled[at][2].append(i)
         numels[at] += numel
+        if order is not None and numels[at] * (compress or dtype).itemsize >= (later if at else FIRST):
+            del current[dtype, devices[i]]
     header = len(filled) - 1
     # Metrics are not rounded, and do not hold up a bucket that could leave early.
-    last = {} if compress or overlap else {dtype: at for (dtype, _), at in current.items()}
+    last = {} if compress or order is not None else {dtype: at for (dtype, _), at in current.items()}
     riders: dict[int, list[int]] = {}
     for n, spec in enumerate(specs):
         if spec.shape:

@@ -260,19 +260,21 @@ def test_records_survive_a_sum_of_floats(dtype):
 
 
 def test_buckets():
-    """With overlap: in the reverse order of the parameters, a small one first; a large parameter has one of its own."""
-    sizes = [torch.Size([n]) for n in (10, 6 << 20, 7 << 20, 1 << 20, 100, 200)]
-    kind, where = [torch.float32] * 6, [torch.device("cpu")] * 6
-    whole = wire.plan(sizes, kind, where, (), None, overlap=False)
+    """In the order of a backward pass: a small one first, each full when it has reached its size."""
+    sizes = [torch.Size([n]) for n in (10, 1 << 20, 7 << 20, 1 << 20, 100, 200)]
+    kind, where, order = [torch.float32] * 6, [torch.device("cpu")] * 6, (4, 5, 3, 1, 2, 0)
+    whole = wire.plan(sizes, kind, where, (), None, None)
     assert [bucket.indices for bucket in whole.buckets] == [(0, 1, 2, 3, 4, 5)]
-    cut = wire.plan(sizes, kind, where, (), None, overlap=True)
-    assert [bucket.indices for bucket in cut.buckets] == [(5, 4), (3,), (2,), (1, 0)]
-    half = wire.plan(sizes, kind, where, (Spec(torch.int64, (3,), False),), torch.bfloat16, overlap=True)
-    assert [bucket.indices for bucket in half.buckets] == [(5, 4), (3, 2), (1, 0), ()]
+    cut = wire.plan(sizes, kind, where, (), None, order)
+    assert [bucket.indices for bucket in cut.buckets] == [(4, 5, 3), (1, 2), (0,)]
+    large = wire.plan([torch.Size([4 << 20])] * 8, kind + kind[:2], where + where[:2], (), None, range(8))
+    assert [bucket.indices for bucket in large.buckets] == [(0,), (1, 2), (3, 4), (5, 6), (7,)]
+    half = wire.plan(sizes, kind, where, (Spec(torch.int64, (3,), False),), torch.bfloat16, order)
+    assert [bucket.indices for bucket in half.buckets] == [(4, 5, 3), (1, 2), (0,), ()]
     assert [bucket.wire for bucket in half.buckets] == [torch.bfloat16] * 3 + [torch.int64]
-    vector = wire.plan(sizes, kind, where, (Spec(torch.float32, (3,), False),), None, overlap=False)
+    vector = wire.plan(sizes, kind, where, (Spec(torch.float32, (3,), False),), None, None)
     assert vector.vectors == ((0,),)
-    assert wire.plan(sizes, kind, where, (Spec(torch.float32, (3,), False),), None, overlap=True).vectors[-1] == (0,)
+    assert wire.plan(sizes, kind, where, (Spec(torch.float32, (3,), False),), None, order).vectors[-1] == (0,)
     for plan in (whole, cut, half):
         for index, place in enumerate(plan.places):
             assert index in plan.buckets[place.bucket].indices
@@ -468,8 +470,12 @@ def test_overlap_is_the_same_bits(pool):
 
 
 def early(group):
-    """Which buckets had left when the backward pass of the last micro-batch reached the first layer."""
-    params = {n: torch.randn(600, 600) / 25 for n in range(3)}
+    """Which buckets had left when the backward pass of the last micro-batch reached a layer.
+
+    The parameters' order is not that of the backward pass: a dict's leaves are sorted by their keys.
+    """
+    layers = (1, 0, 2)
+    params = {n: torch.randn(600, 600) / 25 for n in layers}
     sent, launches = [], []
 
     class Probe(torch.autograd.Function):
@@ -483,7 +489,7 @@ def early(group):
             return grad
 
     def loss(params, x):
-        for n in range(3):
+        for n in layers:
             x = Probe.apply(x @ params[n])
         return x.square().mean()
 
