@@ -4,9 +4,9 @@
 
 Every contestant has its own copies of the parameters, gradients and state of `benchmarks._workloads`' model, and they take
 turns in one process, once a round, in a balanced order (`benchmarks._measure`). What is reported is the median over the
-rounds of the ratio to torch.optim's own `foreach` step *in the same round*, with the quartiles; that step runs twice a
-round, under two names: the second row's distance from 1 is the noise. Before anything is timed, five steps of each are
-checked against torch's: to the last bit on a CPU, to float32's rounding elsewhere.
+rounds of the ratio to torch.optim's own `foreach` step of the same rule (AdamW, or SGD with momentum) *in the same round*,
+with the quartiles; AdamW's runs twice a round, under two names: the second row's distance from 1 is the noise. Before
+anything is timed, five steps of each are checked against torch's: to the last bit on a CPU, to float32's rounding elsewhere.
 
 *Peak memory* is what a step allocates at its highest point over what was there before, in sizes of the parameters.
 """
@@ -28,14 +28,16 @@ from gradacc import optim
 
 Tree = dict[str, Tensor]
 BASE = "torch.optim.AdamW(foreach=True)"
+SGD = "torch.optim.SGD(momentum=0.9, foreach=True)"
 LR = 1e-3
 MAX_NORM = 1.0
-IMPERATIVE: dict[str, dict[str, bool]] = {
+IMPERATIVE: dict[str, dict[str, Any]] = {
     BASE: {"foreach": True},
     "the same again": {"foreach": True},
     "torch.optim.AdamW(foreach=False)": {"foreach": False},
     "torch.optim.AdamW(fused=True)": {"fused": True},
     "clip_grad_norm_, torch.optim.AdamW(foreach=True)": {"foreach": True, "clip": True},
+    SGD: {"cls": torch.optim.SGD, "momentum": 0.9, "foreach": True},
 }
 FUNCTIONAL: dict[str, tuple[Callable[[], optim.Optimizer], bool]] = {
     "adamw, donate=True": (lambda: optim.adamw(LR), True),
@@ -46,6 +48,11 @@ FUNCTIONAL: dict[str, tuple[Callable[[], optim.Optimizer], bool]] = {
     "by_path of two adamw, donate=True": (lambda: _groups(), True),
     "clip_by_global_norm(adamw), donate=True": (lambda: optim.clip_by_global_norm(optim.adamw(LR), MAX_NORM), True),
     "skip_nonfinite(adamw), donate=True": (lambda: optim.skip_nonfinite(optim.adamw(LR)), True),
+    "sgd(momentum=0.9), donate=True": (lambda: optim.sgd(LR, momentum=0.9), True),
+    "from_torch(SGD, momentum=0.9, foreach=True), donate=True": (
+        lambda: optim.from_torch(torch.optim.SGD, lr=LR, momentum=0.9, foreach=True),
+        True,
+    ),
 }
 
 
@@ -70,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "steps": {
             name: {
                 "seconds": spread(seconds[name])._asdict(),
-                "vs_foreach": paired(seconds, name, BASE)._asdict(),
+                "vs_foreach": paired(seconds, name, base(name))._asdict(),
                 "peak": allocated_peak(run, device) / size,
             }
             for name, run in runs.items()
@@ -82,12 +89,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def base(name: str) -> str:
+    """What a contestant is compared with."""
+    return SGD if "sgd" in name.lower() else BASE
+
+
 def imperative(
-    params: Tree, grads: Tree, *, clip: bool = False, **kwargs: Any
+    params: Tree, grads: Tree, *, cls: Any = torch.optim.AdamW, clip: bool = False, **kwargs: Any
 ) -> tuple[Callable[[], object], Callable[[], list[Tensor]]]:
-    """A step of torch.optim.AdamW, and what its parameters are."""
+    """A step of an optimizer of torch, and what its parameters are."""
     leaves = [leaf.clone() for leaf in params.values()]
-    optimizer = torch.optim.AdamW(leaves, lr=LR, **kwargs)
+    optimizer = cls(leaves, lr=LR, **kwargs)
     for leaf, grad in zip(leaves, grads.values(), strict=True):
         leaf.grad = grad.clone()
 
@@ -117,7 +129,7 @@ def check(params: Tree, grads: Tree) -> None:
     """Five steps of every contestant against torch's own, clipped where it clips."""
     exact = next(iter(params.values())).is_cpu
     for name, (make, donate) in FUNCTIONAL.items():
-        theirs, expected = imperative(params, grads, clip="clip" in name, foreach=True)
+        theirs, expected = imperative(params, grads, **IMPERATIVE[base(name)], clip="clip" in name)
         ours, actual = functional(make(), params, grads, donate)
         for _ in range(5):
             theirs()

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradacc import _engines, _tree
 from gradacc._describe import describe
 from gradacc._tree import TensorTree
-from gradacc.optim import _check
+from gradacc.optim import _check, _memory
 from gradacc.optim._optimizer import Optimizer
 
 
@@ -37,8 +37,8 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
 
     This is ``torch.optim``'s list of ``{"params": ..., **options}``. Each optimizer has a state of its own over its leaves,
     and counts its own steps; a wrapper around one of them (`clip_by_global_norm`) sees its leaves alone, one around the
-    whole sees all. They run one after the other: with ``donate=True``, an error of a later one (its state does not fit)
-    comes when earlier ones have used their leaves' memory.
+    whole sees all. With ``donate=True`` none begins before all have looked at their states and learning rates; an `Optimizer`
+    of the caller's own cannot be asked beforehand, so it goes first, and its update is made in fresh memory.
 
     Arguments:
         default: the `Optimizer` of what no rule takes.
@@ -77,8 +77,10 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
         if type(rule) is not tuple or len(rule) != 2 or not callable(rule[0]):
             raise TypeError(f"{name}: rules[{number}] must be a pair (predicate, optimizer), got {describe(rule)}")
         _check.optimizer(name, rule[1], f"rules[{number}][1]")
-    remembered = functools.lru_cache(maxsize=8)(_paths)  # as long as a step of a small model
     optimizers = (default, *(optimizer for _, optimizer in rules))
+    checks = [_check.asked(optimizer) for optimizer in optimizers]
+    turns = sorted(range(len(optimizers)), key=lambda number: checks[number] is not None)
+    remembered = functools.lru_cache(maxsize=8)(_paths)  # as long as a step of a small model
     predicates = [predicate for predicate, _ in rules]
 
     def init(params: TensorTree) -> TensorTree:
@@ -92,11 +94,8 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
             )
         )
 
-    def step(
-        params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
-    ) -> tuple[TensorTree, TensorTree]:
-        leaves, treedef = _check.params(name, params)
-        slopes = _check.grads(name, grads, leaves, treedef)
+    def divided(leaves: Sequence[Tensor], treedef: _tree.TreeDef, state: Any) -> list[dict[str, int]]:
+        """Each optimizer's leaves, where the state is of these optimizers."""
         _check.state(name, state, ByPathState)
         if len(state.inner) != len(optimizers):
             raise ValueError(
@@ -104,23 +103,53 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
                 "or the last step returned"
             )
         paths = _paths(treedef) if _engines.transforming() else remembered(treedef)
-        parts = _route(name, predicates, leaves, paths)
+        return _route(name, predicates, leaves, paths)
+
+    def look(leaves: Sequence[Tensor], parts: Sequence[dict[str, int]], states: Sequence[TensorTree]) -> None:
+        """See NOTE [Before anything is changed]."""
+        for check, part, inner in zip(checks, parts, states, strict=True):
+            if part and check is not None:
+                check(_part(leaves, part), inner)
+
+    def step(
+        params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
+    ) -> tuple[TensorTree, TensorTree]:
+        leaves, treedef = _check.params(name, params)
+        slopes = _check.grads(name, grads, leaves, treedef)
+        parts = divided(leaves, treedef, state)
+        states = list(state.inner)
+        if donate and not _memory.differentiable(None, slopes):
+            look(leaves, parts, states)
+            slopes, leaves, states = _apart(slopes, leaves, states)
         new: list[Any] = list(leaves)
-        states = []
-        for optimizer, part, inner in zip(optimizers, parts, state.inner, strict=True):
+        for turn in turns:
+            part = parts[turn]
             if part:
-                moved, inner = optimizer.step(
-                    {path: leaves[i] for path, i in part.items()},
-                    {path: slopes[i] for path, i in part.items()},
-                    inner,
-                    donate=donate,
+                moved, states[turn] = optimizers[turn].step(
+                    _part(leaves, part), _part(slopes, part), states[turn], donate=donate and checks[turn] is not None
                 )
                 for path, i in part.items():
                     new[i] = moved[path]
-            states.append(inner)
         return _tree.unflatten(treedef, new), ByPathState(tuple(states))
 
-    return Optimizer(init, step)
+    def check(params: TensorTree, state: TensorTree) -> None:
+        leaves, treedef = _check.params(name, params)
+        look(leaves, divided(leaves, treedef, state), state.inner)
+
+    return _check.askable(init, step, check) if None not in checks else Optimizer(init, step)
+
+
+def _part(leaves: Sequence[Tensor], part: dict[str, int]) -> dict[str, Tensor]:
+    return {path: leaves[i] for path, i in part.items()}
+
+
+def _apart(
+    slopes: list[Tensor], leaves: list[Tensor], states: list[TensorTree]
+) -> tuple[list[Tensor], list[Tensor], list[TensorTree]]:
+    """What is donated, without memory that two optimizers would share."""
+    taken: set[int] = set()
+    slopes, leaves = _memory.owned(slopes, True, taken), _memory.owned(leaves, True, taken)
+    return slopes, leaves, _tree.map_tensors(lambda leaf: _memory.owned([leaf], True, taken)[0], states)
 
 
 def _paths(treedef: _tree.TreeDef) -> list[str]:

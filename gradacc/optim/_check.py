@@ -1,18 +1,42 @@
-"""Checks of what an optimizer is given, before anything is changed; they return what they checked."""
+"""Checks of what an optimizer is given, before anything is changed; they return what they checked.
+
+NOTE [Before anything is changed]
+
+A wrapper that gives memory away (`clip_by_global_norm` scales gradients, `by_path` lets one optimizer after another write)
+must know that what it wraps will take the state, before it begins. So a step here comes with ``check(params, state)``, which
+raises what ``step`` would raise for that state of such parameters (`askable`, `asked`). A step of the caller's own has none:
+such a one gets memory that a wrapper can do without.
+"""
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from gradacc import _engines, _tree
 from gradacc._describe import describe
-from gradacc.optim._optimizer import Optimizer
+from gradacc._tree import TensorTree
+from gradacc.optim._optimizer import Init, Optimizer, Step
+
+Check: TypeAlias = Callable[[TensorTree, TensorTree], object]
+"""``check(params, state)``: raises what ``step`` would."""
+
+
+def askable(init: Init, step: Step, check: Check) -> Optimizer:
+    """The optimizer of ``init`` and ``step``, which `asked` finds ``check`` of."""
+    step.check = step, check  # type: ignore[attr-defined]  # a function's own attribute
+    return Optimizer(init, step)
+
+
+def asked(optimizer: Optimizer) -> Check | None:
+    """What an optimizer can be asked before it is given memory to write to; see NOTE [Before anything is changed]."""
+    step, check = getattr(optimizer.step, "check", (None, None))
+    return check if step is optimizer.step else None  # not where functools.wraps has copied it to another step
 
 
 def params(name: str, tree: Any) -> tuple[list[Tensor], _tree.TreeDef]:
@@ -20,7 +44,10 @@ def params(name: str, tree: Any) -> tuple[list[Tensor], _tree.TreeDef]:
     leaves, treedef = _tree.flatten(tree)
     if not leaves:
         raise ValueError(f"{name}: params holds no tensor: there is nothing to update")
-    if all(isinstance(leaf, Tensor) and leaf.dtype in _UPDATED and leaf.layout == torch.strided for leaf in leaves):
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor) or leaf.dtype not in _UPDATED or leaf.layout != torch.strided:
+            break
+    else:
         return leaves, treedef
     for leaf, path in zip(leaves, _tree.paths(treedef, "params"), strict=True):
         if isinstance(leaf, nn.Module):
@@ -59,7 +86,7 @@ def grads(name: str, tree: Any, leaves: Sequence[Tensor], treedef: _tree.TreeDef
             f"{name}: grads has another structure than params: {_differing(other, treedef, 'grads')}. "
             "Pass what grad_fn(params, ...) returned for these params; a parameter without a gradient has zeros"
         )
-    if all(isinstance(g, Tensor) and _alike(g, p) for g, p in zip(found, leaves, strict=True)):
+    if _alike(found, leaves):
         return found
     for grad, leaf, path in zip(found, leaves, _tree.paths(treedef, ""), strict=True):
         if not isinstance(grad, Tensor):
@@ -107,12 +134,12 @@ def slot(name: str, where: str, tree: Any, leaves: Sequence[Tensor], treedef: _t
         raise ValueError(
             f"{name}: {where} has another structure than params: {_differing(other, treedef, where)}. {fix}"
         )
-    if all(isinstance(s, Tensor) and _alike(s, p) for s, p in zip(found, leaves, strict=True)):
+    if _alike(found, leaves):
         return found
     for each, leaf, path in zip(found, leaves, _tree.paths(treedef, ""), strict=True):
         if not isinstance(each, Tensor):
             raise TypeError(f"{name}: {where}{path} is {describe(each)}; it must be a tensor. {fix}")
-        if not _alike(each, leaf):
+        if not _alike([each], [leaf]):
             raise ValueError(
                 f"{name}: {where}{path} is a {each.dtype} tensor of shape {tuple(each.shape)} on {each.device}, but "
                 f"params{path} is a {leaf.dtype} tensor of shape {tuple(leaf.shape)} on {leaf.device}. {fix}"
@@ -162,8 +189,18 @@ def flag(name: str, option: str, value: Any) -> bool:
     return value
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and a.layout == b.layout
+def _alike(found: Sequence[Any], leaves: Sequence[Tensor]) -> bool:
+    """One loop without a call in it: this is a good part of what a step of small parameters costs."""
+    for a, b in zip(found, leaves, strict=True):
+        if (
+            not isinstance(a, Tensor)
+            or a.dtype != b.dtype
+            or a.shape != b.shape
+            or a.device != b.device
+            or a.layout != b.layout
+        ):
+            return False
+    return True
 
 
 def _differing(found: _tree.TreeDef, expected: _tree.TreeDef, where: str) -> str:

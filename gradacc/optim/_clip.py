@@ -22,8 +22,10 @@ def clip_by_global_norm(optimizer: Optimizer, max_norm: float | Tensor) -> Optim
     The arithmetic of `torch.nn.utils.clip_grad_norm_`, to the last bit eagerly, with the parameters in the order of the
     tree's leaves (dicts are in the order of their keys); under a transform the same sums, and the
     derivative goes through the norm too, where the gradients are not all zero. The state is that of ``optimizer``. As in
-    torch, gradients with an inf or NaN in them do not survive: wrap the result in `skip_nonfinite`. With ``donate=True`` the
-    gradients are scaled in their own memory, before ``optimizer`` looks at its state.
+    torch, gradients with an inf or NaN in them do not survive: wrap the result in `skip_nonfinite`.
+
+    With ``donate=True`` the gradients are scaled in their own memory, once ``optimizer`` has looked at its state and its
+    learning rate. An `Optimizer` of the caller's own cannot be asked beforehand: it gets scaled copies.
 
     Arguments:
         optimizer: an `Optimizer`.
@@ -49,6 +51,16 @@ def clip_by_global_norm(optimizer: Optimizer, max_norm: float | Tensor) -> Optim
         _check.learning_rate(name, max_norm, "max_norm")
     else:
         _check.number(name, "max_norm", max_norm, finite=False)
+    check = _check.asked(optimizer)
+
+    def clipped(slopes: list[Tensor], used: set[int] | None) -> list[Tensor]:
+        """In new memory, or in their own, except what is at ``used``."""
+        factor = _factor(torch.nn.utils.get_total_norm(slopes), max_norm)
+        if factor.is_cpu and factor.item() == 1:
+            return slopes
+        if used is None:
+            return _scaled(slopes, factor, ours=False)
+        return _scaled(_memory.owned(slopes, True, used), factor, ours=True)
 
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
@@ -57,14 +69,17 @@ def clip_by_global_norm(optimizer: Optimizer, max_norm: float | Tensor) -> Optim
         slopes = _check.grads(name, grads, leaves, treedef)
         if _memory.differentiable(max_norm, slopes):
             factor = _factor(_norm(slopes), max_norm)
-            clipped = [(slope * factor.to(slope.device)).to(slope.dtype) for slope in slopes]
+            slopes = [(slope * factor.to(slope.device)).to(slope.dtype) for slope in slopes]
         else:
+            used = None
+            if donate and check is not None:  # see NOTE [Before anything is changed]
+                check(params, state)
+                used = _memory.addresses([*leaves, *_tree.flatten(state)[0]])
             with torch.no_grad():
-                factor = _factor(torch.nn.utils.get_total_norm(slopes), max_norm)
-                clipped = _scaled(slopes, factor, donate)
-        return optimizer.step(params, _tree.unflatten(treedef, clipped), state, donate=donate)
+                slopes = clipped(slopes, used)
+        return optimizer.step(params, _tree.unflatten(treedef, slopes), state, donate=donate)
 
-    return Optimizer(optimizer.init, step)
+    return Optimizer(optimizer.init, step) if check is None else _check.askable(optimizer.init, step, check)
 
 
 def _factor(norm: Tensor, max_norm: float | Tensor) -> Tensor:
@@ -73,18 +88,17 @@ def _factor(norm: Tensor, max_norm: float | Tensor) -> Tensor:
     return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
 
 
-def _scaled(slopes: list[Tensor], factor: Tensor, donate: bool) -> list[Tensor]:
-    if factor.is_cpu and factor.item() == 1:
-        return slopes
-    scaled = _memory.owned(slopes, True, set()) if donate else list(slopes)
+def _scaled(slopes: list[Tensor], factor: Tensor, *, ours: bool) -> list[Tensor]:
+    """Times the factor, in their own memory where that is ours."""
+    scaled = list(slopes)
     for chunk in _memory.chunks(slopes):
-        some = [scaled[i].detach() for i in chunk]
+        some = [slopes[i] for i in chunk]
         factor = factor.to(some[0].device)
-        if donate:
+        if ours:
             torch._foreach_mul_(some, factor)
             continue
         for i, slope in zip(chunk, torch._foreach_mul(some, factor), strict=True):
-            scaled[i] = slope
+            scaled[i] = slope.to(slopes[i].dtype)  # of two 0-dim tensors the wider dtype wins
     return scaled
 
 

@@ -44,11 +44,10 @@ def elementwise(name: str, kind: type, slots: Sequence[bool], lr: LearningRate, 
             *(_tree.unflatten(treedef, [_zeros(leaf) for leaf in leaves]) if used else () for used in slots),
         )
 
-    def step(
-        params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
-    ) -> tuple[TensorTree, TensorTree]:
-        leaves, treedef = _check.params(name, params)
-        slopes = _check.grads(name, grads, leaves, treedef)
+    def checked(
+        leaves: list[Tensor], treedef: _tree.TreeDef, state: Any
+    ) -> tuple[Tensor, list[list[Tensor]], float | Tensor]:
+        """Of a state of such parameters: the count, the slots' leaves, and the learning rate now."""
         _check.state(name, state, kind)
         count = _check.counter(name, "state.step", state[0])
         empty = _tree.flatten(())[1]  # here, where Dynamo can compare it
@@ -56,7 +55,14 @@ def elementwise(name: str, kind: type, slots: Sequence[bool], lr: LearningRate, 
             _check.slot(name, f"state.{field}", tree, leaves if used else [], treedef if used else empty)
             for field, tree, used in zip(fields, state[1:], slots, strict=True)
         ]
-        rate = _lr.at(name, lr, count)
+        return count, held, _lr.at(name, lr, count)
+
+    def step(
+        params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
+    ) -> tuple[TensorTree, TensorTree]:
+        leaves, treedef = _check.params(name, params)
+        slopes = _check.grads(name, grads, leaves, treedef)
+        count, held, rate = checked(leaves, treedef, state)
         if _memory.differentiable(rate, slopes):
             new, moved = update(pure, leaves, slopes, held, _tensor(rate), count, False)
         else:
@@ -66,7 +72,7 @@ def elementwise(name: str, kind: type, slots: Sequence[bool], lr: LearningRate, 
         trees = (_tree.unflatten(treedef, slot) if used else () for slot, used in zip(moved, slots, strict=True))
         return _tree.unflatten(treedef, new), kind(count + 1, *trees)
 
-    return Optimizer(init, step)
+    return _check.askable(init, step, lambda params, state: checked(*_check.params(name, params), state))
 
 
 def _apply(
@@ -80,19 +86,18 @@ def _apply(
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
     """The rule in place, a chunk at a time, on what is donated or on copies."""
     taken: set[int] = set()
+    new, moved = list(leaves), [list(slot) for slot in held]
     if donate:
         slopes = _memory.owned(slopes, True, taken)
-    new = list(leaves)
-    moved = [list(slot) for slot in held]
+        new, *moved = (_memory.owned(each, True, taken) for each in (new, *moved))
     for chunk in _memory.chunks(leaves):
-        params = _memory.owned([leaves[i] for i in chunk], donate, taken)
-        slots = [_memory.owned([slot[i] for i in chunk], donate, taken) if slot else [] for slot in held]
-        update(in_place, params, [slopes[i].detach() for i in chunk], slots, lr, step, donate)
-        for position, i in enumerate(chunk):
-            new[i] = params[position]
-            for slot, written in zip(moved, slots, strict=True):
-                if slot:
-                    slot[i] = written[position]
+        if not donate:  # here, where the cache still has them afterwards
+            for each in (new, *moved):
+                if each:
+                    for i in chunk:
+                        each[i] = each[i].detach().clone()
+        slots = [[slot[i] for i in chunk] if slot else [] for slot in moved]
+        update(in_place, [new[i] for i in chunk], [slopes[i] for i in chunk], slots, lr, step, donate)
     return new, moved
 
 

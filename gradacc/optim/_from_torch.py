@@ -70,36 +70,59 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
     """
     name = "from_torch"
     _accepted(name, cls, options)
+    plain = cls.__module__.startswith("torch.optim.")  # its constructor remembers nothing of a parameter but its state
     lr = options.get("lr")
     if lr is not None:
         _lr.option(name, lr)
 
-    def stepped(leaves: list[Tensor], slopes: list[Tensor], slots: Any, count: Tensor) -> list[dict[str, Any]]:
+    def checked(state: Any, leaves: list[Tensor]) -> dict[str, Any]:
+        """Of a state of such parameters: the options now."""
+        _check.state(name, state, TorchState)
+        count = _check.counter(name, "state.step", state.step)
+        _slots.check(name, cls.__name__, state.slots, leaves, model)
+        return current(count)
+
+    def current(count: Tensor) -> dict[str, Any]:
+        return options if lr is None else {**options, "lr": _lr.at(name, lr, count)}
+
+    def stepped(
+        leaves: list[Tensor], slopes: list[Tensor], slots: Any, count: Tensor, given: dict[str, Any]
+    ) -> list[dict[str, Any]]:
         """One step on memory that is ours, and what the optimizer then keeps."""
-        given = options if lr is None else {**options, "lr": _lr.at(name, lr, count)}
-        made = cls(leaves, **given)
-        if int(count) > 0:
+        later = int(count) > 0
+        made = cls(leaves[:1] if later and plain else leaves, **given)
+        (group,) = made.param_groups
+        before = {option: value for option, value in group.items() if option != "params"}
+        parts = [leaves]
+        if plain and options.get("foreach"):  # a part at a time, which stays in a CPU's cache
+            parts = [[leaves[i] for i in chunk] for chunk in _memory.chunks(leaves, _PART)]
+        made.param_groups = [{"params": part, **before} for part in parts]
+        if later:
+            kept = made.state
             for leaf, slot in zip(leaves, slots, strict=True):
-                made.state[leaf] = _slots.restored(slot)
+                kept[leaf] = _slots.restored(slot)
         for leaf, slope in zip(leaves, slopes, strict=True):
             leaf.grad = slope
-        before = _options(made)
-        made.step()
-        for leaf in leaves:
-            leaf.grad = None
-        changed = [option for option, value in _options(made).items() if value is not before.get(option)]
+        try:
+            made.step()
+        finally:
+            for leaf in leaves:
+                leaf.grad = None
+        after = {option: value for group in made.param_groups for option, value in group.items() if option != "params"}
+        changed = [option for option, value in after.items() if value is not before.get(option)]
         if changed:
             raise TypeError(
                 f"{name}: {cls.__name__} keeps state in its param_groups ({', '.join(changed)}), which a pytree of tensors "
                 "cannot hold; write it as gradacc.optim.Optimizer(init, step)"
             )
-        return [dict(made.state.get(leaf, {})) for leaf in leaves]
+        return list(made.state.values()) if later and plain else [made.state[leaf] for leaf in leaves]
 
     @functools.lru_cache(maxsize=64)
     def model(like: _slots.Like) -> dict[str, _slots.Entry | None]:
         """What the slot of a parameter of this kind looks like, from a step of a small one."""
         leaf = torch.ones(_slots.SHAPE[: like.ndim], dtype=like.dtype, device=like.device)
-        (kept,) = stepped([leaf], [torch.zeros_like(leaf)], None, torch.zeros((), dtype=torch.int64))
+        count = torch.zeros((), dtype=torch.int64)
+        (kept,) = stepped([leaf], [torch.zeros_like(leaf)], None, count, current(count))
         return _slots.entries(_slots.tensors(name, cls.__name__, kept), like)
 
     def init(params: TensorTree) -> TensorTree:
@@ -108,7 +131,7 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
         count = torch.zeros((), dtype=torch.int64)
         with torch.no_grad():
             trial = _memory.owned(leaves, False, set())
-            kept = stepped(trial, [torch.zeros_like(leaf) for leaf in trial], None, count)
+            kept = stepped(trial, [torch.zeros_like(leaf) for leaf in trial], None, count, current(count))
             slots = tuple(_slots.zeros(name, cls.__name__, each) for each in kept)
         return TorchState(count, slots)
 
@@ -118,25 +141,28 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
         _eagerly(name, cls)
         leaves, treedef = _check.params(name, params)
         slopes = _check.grads(name, grads, leaves, treedef)
-        _check.state(name, state, TorchState)
-        count = _check.counter(name, "state.step", state.step)
-        _slots.check(name, cls.__name__, state.slots, leaves, model)
+        given = checked(state, leaves)
         with torch.no_grad():
             taken: set[int] = set()
-            if cls in _LEAVE_GRADIENTS:
+            if cls in _LEAVE_GRADIENTS and not options.get("nesterov"):
                 taken |= _memory.addresses(slopes)
             else:
                 slopes = _memory.owned(slopes, donate, taken)
-            new = [leaf.detach() for leaf in _memory.owned(leaves, donate, taken)]
+            new = _memory.owned(leaves, donate, taken)
             slots = state.slots
             if not donate:
                 slots = _tree.map_tensors(lambda leaf: leaf.detach().clone(), slots)
-            kept = stepped(new, [s.detach() if s.requires_grad else s for s in slopes], slots, count)
-            written = tuple(_slots.tensors(name, cls.__name__, each) for each in kept)
-        return _tree.unflatten(treedef, new), TorchState(count + 1, written)
+            kept = stepped(
+                new, [slope.detach() if slope.requires_grad else slope for slope in slopes], slots, state.step, given
+            )
+            written = _slots.written(name, cls.__name__, kept)
+        return _tree.unflatten(treedef, new), TorchState(state.step + 1, written)
 
-    return Optimizer(init, step)
+    return _check.askable(init, step, lambda params, state: checked(state, _check.params(name, params)[0]))
 
+
+_PART = 2 * _memory.CHUNK
+"""Elements that a ``foreach`` step updates together: more than our own, since it makes more calls each time."""
 
 _LEAVE_GRADIENTS = {
     *(
@@ -147,9 +173,17 @@ _LEAVE_GRADIENTS = {
         torch.optim.RAdam,
         torch.optim.RMSprop,
     ),
-    *(torch.optim.Rprop, torch.optim.Adagrad, torch.optim.Adadelta, torch.optim.ASGD, torch.optim.Adafactor),
+    *(
+        torch.optim.SGD,
+        torch.optim.Muon,
+        torch.optim.Rprop,
+        torch.optim.Adagrad,
+        torch.optim.Adadelta,
+        torch.optim.ASGD,
+        torch.optim.Adafactor,
+    ),
 }
-"""Classes whose step writes to no gradient, so that they need no copy (SGD's does, with ``nesterov`` and ``foreach``)."""
+"""Classes whose step writes to no gradient, so that they need no copy; except SGD's with ``nesterov`` and ``foreach``."""
 
 
 def _accepted(name: str, cls: Any, options: dict[str, Any]) -> None:
@@ -185,8 +219,3 @@ def _eagerly(name: str, cls: type) -> None:
             f"{name}: {cls.__name__} reads values and writes in place, which torch.vmap, torch.func and torch.compile do not "
             "allow; gradacc.optim.sgd, adam and adamw run there"
         )
-
-
-def _options(made: torch.optim.Optimizer) -> dict[str, Any]:
-    (group,) = made.param_groups
-    return {option: value for option, value in group.items() if option != "params"}

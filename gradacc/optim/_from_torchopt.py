@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from typing import Any, Protocol
 
 import torch
@@ -30,9 +31,11 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
         updates, state = transformation.update(grads, state, params=params, inplace=donate)
         params = params + updates                # torchopt.apply_updates; None is no update
 
-    Its state is the transformation's own. Whether it runs under `torch.vmap`, ``torch.func`` and `torch.compile` is up to
-    the transformation. TorchOpt 0.7's momentum keeps in a closure whether it has been called, and leaves out dampening in
-    the first call of the object rather than in the first step of the state: make a new one for each run where you use that.
+    Its state is the transformation's own, and keeps the structure, shapes and dtypes that ``init`` gives it: a state of others
+    is refused. (They are found by an ``init`` of parameters without memory; where that reads values, no state is refused.)
+    Whether it runs under `torch.vmap`, ``torch.func`` and `torch.compile` is up to the transformation. TorchOpt 0.7's momentum
+    keeps in a closure whether it has been called, and leaves out dampening in the first call of the object rather than in the
+    first step of the state: make a new one for each run where you use that.
 
     Arguments:
         transformation: ``torchopt.adam(lr)``, ``torchopt.chain(...)``, or an object with ``init(params) -> state`` and
@@ -41,8 +44,8 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
 
     Raises:
         TypeError: no such object.
-        ValueError: updates that do not fit the parameters. ``step`` also raises what `Optimizer` says, and what the
-            transformation raises for a state that is not its own.
+        ValueError: a state of another transformation or of other parameters; updates that do not fit the parameters.
+            ``step`` also raises what `Optimizer` says.
 
     Source: https://github.com/metaopt/torchopt.
 
@@ -66,9 +69,26 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
             f"torchopt.adam(0.1) has, got {describe(transformation)}"
         )
 
+    @functools.lru_cache(maxsize=8)
+    def model(treedef: _tree.TreeDef, kinds: tuple[tuple[torch.Size, torch.dtype], ...]) -> TensorTree:
+        """A state of such parameters without memory; `_UNKNOWN` where ``init`` needs values."""
+        without = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in kinds]
+        try:
+            return transformation.init(_tree.unflatten(treedef, without))
+        except (RuntimeError, NotImplementedError):  # what torch raises for values of meta tensors
+            return _UNKNOWN
+
+    def check(params: TensorTree, state: TensorTree) -> None:
+        leaves, treedef = _check.params(name, params)
+        expected = model(treedef, tuple([(leaf.shape, leaf.dtype) for leaf in leaves]))
+        if expected is not _UNKNOWN:
+            _state(name, state, expected)
+
     def init(params: TensorTree) -> TensorTree:
         leaves, treedef = _check.params(name, params)
-        return transformation.init(_tree.unflatten(treedef, leaves))
+        made = transformation.init(_tree.unflatten(treedef, leaves))
+        given = {id(leaf) for leaf in leaves}
+        return _tree.map_tensors(lambda leaf: leaf.clone() if id(leaf) in given else leaf, made)
 
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
@@ -77,9 +97,11 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
         slopes = _check.grads(name, grads, leaves, treedef)
         pure = _memory.differentiable(None, slopes)
         in_place = donate and not pure
+        if not pure:
+            check(params, state)
         with contextlib.nullcontext() if pure else torch.no_grad():
             if in_place:
-                taken = _memory.addresses(leaves)
+                taken = _memory.addresses([*leaves, *_tree.flatten(state)[0]])
                 grads = _tree.unflatten(treedef, _memory.owned(slopes, True, taken))
             updates, new = transformation.update(grads, state, params=params, inplace=in_place)
             changes = _updates(name, updates, leaves, treedef)
@@ -88,13 +110,36 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
                 new = _tree.map_tensors(lambda leaf: leaf.clone() if id(leaf) in given else leaf, new)
                 moved = [p.clone() if u is None else p + u for p, u in zip(leaves, changes, strict=True)]
             else:
-                moved = _memory.owned(leaves, True, set())
+                moved = _memory.owned(leaves, True, _memory.addresses(_tree.flatten(new)[0]))
                 for p, u in zip(moved, changes, strict=True):
                     if u is not None:
                         p.add_(u)
         return _tree.unflatten(treedef, moved), new
 
-    return Optimizer(init, step)
+    return _check.askable(init, step, check)
+
+
+_UNKNOWN = object()
+
+
+def _state(name: str, given: TensorTree, expected: TensorTree) -> None:
+    """A state has the structure, shapes and dtypes of another."""
+    leaves, treedef = _tree.flatten(given)
+    others, other = _tree.flatten(expected)
+    fix = "Is it the state of another transformation, or of other parameters? Pass what init(params) or the last step returned"
+    if treedef != other:
+        raise ValueError(
+            f"{name}: state is {describe(given)} of structure {treedef}, where this transformation's is {other}. {fix}"
+        )
+    for leaf, like, path in zip(leaves, others, _tree.paths(treedef, "state"), strict=True):
+        if isinstance(like, Tensor) and not (
+            isinstance(leaf, Tensor) and leaf.shape == like.shape and leaf.dtype == like.dtype
+        ):
+            of = f" of {leaf.dtype}" if isinstance(leaf, Tensor) else ""
+            raise ValueError(
+                f"{name}: {path} is {describe(leaf)}{of}, where this transformation keeps a {like.dtype} tensor of shape "
+                f"{tuple(like.shape)}. {fix}"
+            )
 
 
 def _updates(name: str, updates: Any, leaves: list[Tensor], treedef: _tree.TreeDef) -> list[Tensor | None]:

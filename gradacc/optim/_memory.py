@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gradacc import _engines
 
-_CHUNK = 1 << 17
+CHUNK = 1 << 19
 """Elements of parameters that are updated together on a CPU: one list op after another finds them in the cache."""
 
 
@@ -30,10 +31,15 @@ def owned(leaves: Sequence[Tensor], donate: bool, taken: set[int]) -> list[Tenso
     """
     if not donate:
         return [leaf.detach().clone() for leaf in leaves]
+    places = {leaf.data_ptr() for leaf in leaves}
+    if len(places) == len(leaves) and taken.isdisjoint(places) and all(map(_plain, leaves)):
+        taken |= places
+        return list(leaves)
     ours = []
     for leaf in leaves:
         address = leaf.data_ptr()
-        if (address and address in taken) or torch._debug_has_internal_overlap(leaf) == 1:
+        overlaps = not leaf.is_contiguous() and torch._debug_has_internal_overlap(leaf) == 1
+        if overlaps or (address and address in taken):
             ours.append(leaf.detach().clone())
         else:
             taken.add(address)
@@ -41,13 +47,17 @@ def owned(leaves: Sequence[Tensor], donate: bool, taken: set[int]) -> list[Tenso
     return ours
 
 
-def addresses(leaves: Iterable[Tensor]) -> set[int]:
-    """Where leaves are, for `owned`."""
-    return {leaf.data_ptr() for leaf in leaves}
+def _plain(leaf: Tensor) -> bool:
+    return leaf.is_contiguous() and not leaf.requires_grad
 
 
-def chunks(leaves: Sequence[Tensor]) -> Iterator[list[int]]:
-    """Indices of the leaves, in lists that are updated together: of one dtype and device; small ones on a CPU."""
+def addresses(leaves: Iterable[Any]) -> set[int]:
+    """Where the tensors among leaves are, for `owned`."""
+    return {leaf.data_ptr() for leaf in leaves if isinstance(leaf, Tensor)}
+
+
+def chunks(leaves: Sequence[Tensor], size: int = CHUNK) -> Iterator[list[int]]:
+    """Indices of the leaves, in lists that are updated together: of one dtype and device; ``size`` elements on a CPU."""
     groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
     for index, leaf in enumerate(leaves):
         groups.setdefault((leaf.device, leaf.dtype), []).append(index)
@@ -56,11 +66,12 @@ def chunks(leaves: Sequence[Tensor]) -> Iterator[list[int]]:
             yield indices
             continue
         chunk: list[int] = []
-        size = 0
+        total = 0
         for index in indices:
-            if chunk and size + leaves[index].numel() > _CHUNK:
+            more = leaves[index].numel()
+            if chunk and total + more > size:
                 yield chunk
-                chunk, size = [], 0
+                chunk, total = [], 0
             chunk.append(index)
-            size += leaves[index].numel()
+            total += more
         yield chunk

@@ -1,8 +1,9 @@
-"""`skip_nonfinite`."""
+"""`skip_nonfinite`, and what a step is that is taken only if all gradients are finite."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,27 +55,62 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
     def init(params: TensorTree) -> TensorTree:
         return SkipState(torch.zeros((), dtype=torch.int64), optimizer.init(params))
 
+    def checked(state: Any) -> Tensor:
+        _check.state(name, state, SkipState)
+        return _check.counter(name, "state.skipped", state.skipped)
+
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
         leaves, treedef = _check.params(name, params)
         slopes = _check.grads(name, grads, leaves, treedef)
-        _check.state(name, state, SkipState)
-        skipped = _check.counter(name, "state.skipped", state.skipped)
-        if not _memory.differentiable(None, slopes):
-            if bool(_finite(slopes, False)):
-                new, inner = optimizer.step(params, grads, state.inner, donate=donate)
-                return new, SkipState(skipped.clone(), inner)
-            with torch.no_grad():
-                kept = _memory.owned(leaves, donate, set())
-                inner = _tree.map_tensors(lambda leaf: leaf if donate else leaf.detach().clone(), state.inner)
-                return _tree.unflatten(treedef, kept), SkipState(skipped + 1, inner)
-        finite = _finite(slopes, True)
-        new, inner = optimizer.step(params, grads, state.inner, donate=False)
-        count = skipped + (~finite).to(skipped.device, skipped.dtype)
-        return _where(finite, new, params), SkipState(count, _where(finite, inner, state.inner))
+        skipped = checked(state)
 
-    return Optimizer(init, step)
+        def take(donate: bool) -> tuple[TensorTree, TensorTree]:
+            return optimizer.step(params, grads, state.inner, donate=donate)
+
+        new, inner, finite = if_finite(take, slopes, params, state.inner, donate)
+        return new, SkipState(count_skipped(skipped, finite), inner)
+
+    inner_check = _check.asked(optimizer)
+    if inner_check is None:
+        return Optimizer(init, step)
+
+    def check(params: TensorTree, state: TensorTree) -> None:
+        checked(state)
+        inner_check(params, state.inner)
+
+    return _check.askable(init, step, check)
+
+
+def if_finite(
+    take: Callable[[bool], tuple[TensorTree, TensorTree]],
+    slopes: list[Tensor],
+    params: TensorTree,
+    inner: TensorTree,
+    donate: bool,
+) -> tuple[TensorTree, TensorTree, Tensor]:
+    """``take(donate)``, the parameters and state after a step, if all of ``slopes`` is finite; otherwise those before it.
+
+    Third, whether it was: 0-dim, bool. Eagerly the step is taken or not; under a transform ``torch.where`` chooses.
+    """
+    if _memory.differentiable(None, slopes):
+        finite = _finite(slopes, True)
+        new, moved = take(False)
+        return _where(finite, new, params), _where(finite, moved, inner), finite
+    finite = _finite(slopes, False)
+    if bool(finite):
+        return *take(donate), finite
+    with torch.no_grad():
+        leaves, treedef = _tree.flatten(params)
+        kept = _memory.owned(leaves, donate, set())
+        same = _tree.map_tensors(lambda leaf: leaf if donate else leaf.detach().clone(), inner)
+        return _tree.unflatten(treedef, kept), same, finite
+
+
+def count_skipped(skipped: Tensor, finite: Tensor) -> Tensor:
+    """One more, unless all was finite."""
+    return skipped + (~finite).to(skipped.device, skipped.dtype)
 
 
 def _finite(slopes: list[Tensor], traced: bool) -> Tensor:

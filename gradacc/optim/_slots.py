@@ -5,6 +5,7 @@ A tensor is itself. A number is a 0-dim tensor under a marked name, ``"step:int"
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
@@ -47,6 +48,13 @@ _NUMBERS: dict[str, tuple[type, torch.dtype]] = {
 _NONE = "None"
 
 
+def written(name: str, owner: str, kept: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """`tensors` of what is kept for each parameter."""
+    if set(map(type, itertools.chain.from_iterable(map(dict.values, kept)))) == {Tensor}:
+        return tuple(kept)
+    return tuple([tensors(name, owner, each) for each in kept])
+
+
 def tensors(name: str, owner: str, kept: dict[str, Any]) -> dict[str, Any]:
     """What is kept, as tensors.
 
@@ -71,7 +79,12 @@ def tensors(name: str, owner: str, kept: dict[str, Any]) -> dict[str, Any]:
 
 
 def restored(slot: dict[str, Any]) -> dict[str, Any]:
-    """The inverse of `tensors`."""
+    """The inverse of `tensors`, in a dict of its own."""
+    for key in slot:
+        if ":" in key:
+            break
+    else:
+        return dict(slot)
     out: dict[str, Any] = {}
     for key, value in slot.items():
         plain, _, kind = key.rpartition(":")
@@ -112,13 +125,13 @@ def check(
     if not isinstance(slots, tuple) or len(slots) != len(leaves) or not all(isinstance(slot, dict) for slot in slots):
         found = f"for {len(slots)} parameters" if isinstance(slots, tuple) else describe(slots)
         raise ValueError(f"{name}: state.slots is {found}, where params has {len(leaves)} leaves. {_FIX}")
-    models: dict[Like, dict[str, Entry | None]] = {}
+    models: dict[tuple[int, torch.dtype, torch.device], dict[str, Entry | None]] = {}
     for index, (slot, leaf) in enumerate(zip(slots, leaves, strict=True)):
         shape = leaf.shape
-        like = Like(len(shape), leaf.dtype, leaf.device)
-        if like not in models:
-            models[like] = model(like)
-        expected = models[like]
+        like = len(shape), leaf.dtype, leaf.device
+        expected = models.get(like)
+        if expected is None:
+            expected = models[like] = model(Like(*like))
         if slot.keys() != expected.keys():
             raise ValueError(
                 f"{name}: state.slots[{index}] has {sorted(slot)}, where {owner} keeps {sorted(expected)} for a parameter of "

@@ -1,12 +1,14 @@
 """Bad input: errors that name what arrived, before anything has changed, donated or not."""
 
+import functools
 import math
 
+import optree
 import pytest
 import torch
 
 from gradacc import optim
-from tests.helpers import fingerprint
+from tests.helpers import NAMESPACE, assert_trees_equal, fingerprint
 from tests.optim.test_from_torchopt import Momentum
 
 MAKERS = {
@@ -18,7 +20,15 @@ MAKERS = {
     "clip_by_global_norm": lambda: optim.clip_by_global_norm(optim.adam(0.1), 1.0),
     "skip_nonfinite": lambda: optim.skip_nonfinite(optim.adam(0.1)),
     "by_path": lambda: optim.by_path(optim.adam(0.1)),
+    "from_torch foreach": lambda: optim.from_torch(torch.optim.SGD, lr=0.1, momentum=0.9, foreach=True),
+    "clip_by_global_norm by_path": lambda: optim.clip_by_global_norm(_groups(optim.adam(0.1), optim.sgd(0.1)), 1.0),
+    "skip_nonfinite clip": lambda: optim.skip_nonfinite(optim.clip_by_global_norm(optim.adamw(0.1), 1.0)),
+    "by_path from_torch": lambda: _groups(optim.adam(0.1), optim.from_torch(torch.optim.RMSprop)),
 }
+
+
+def _groups(default, rest):
+    return optim.by_path(default, (lambda path, leaf: leaf.ndim < 2, rest))
 
 
 def _params():
@@ -66,9 +76,10 @@ def test_gradients_that_do_not_fit(name, grads, error, message, donate):
     params = _params()
     state = optimizer.init(params)
     before = fingerprint((params, state))
-    with pytest.raises(error, match=f"{name}: .*{message}"):
+    with pytest.raises(error, match=f"{name.split()[0]}: .*{message}"):
         optimizer.step(params, grads, state, donate=donate)
     assert fingerprint((params, state)) == before
+    _works(MAKERS[name](), optimizer, params, state)
 
 
 PARAMS = {
@@ -89,7 +100,8 @@ PARAMS = {
 @pytest.mark.parametrize("name", MAKERS)
 def test_parameters_that_cannot_be_updated(name, params, error, message):
     optimizer = MAKERS[name]()
-    inner = "(adam|by_path)" if name in ("clip_by_global_norm", "skip_nonfinite", "by_path") else name
+    name = name.split()[0]
+    inner = name if name.startswith(("sgd", "adam", "from_torch")) else "(adam|adamw|by_path)"
     with pytest.raises(error, match=f"{inner}: .*{message}"):
         optimizer.init(params)
     with pytest.raises(error, match=f"{name}: .*{message}"):
@@ -147,6 +159,132 @@ def test_a_state_of_another_optimizer(state, error, message, donate):
 def test_a_wrappers_state_is_its_own(name):
     with pytest.raises(TypeError, match=f"{name}: state is a .*AdamState, where"):
         MAKERS[name]().step(_params(), _params(), optim.adam().init(_params()))
+
+
+def _works(fresh, optimizer, params, state):
+    """After an error: a step is what it is of an optimizer, parameters and a state that saw none."""
+    grads = _with(w=torch.full((2, 3), 3.0))
+    other = optree.tree_map(torch.clone, (params, grads, state), namespace=NAMESPACE)
+    assert_trees_equal(optimizer.step(params, grads, state), fresh.step(*other))
+
+
+def _large():
+    """Gradients that are clipped."""
+    return _with(w=torch.full((2, 3), 30.0))
+
+
+def _running(name):
+    """In the middle of a run."""
+    optimizer = MAKERS[name]()
+    return optimizer, *optimizer.step(_params(), _large(), optimizer.init(_params()))
+
+
+def _shape(state):
+    leaves, treedef = optree.tree_flatten(state, namespace=NAMESPACE)
+    return treedef, [(leaf.shape, leaf.dtype) for leaf in leaves]
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("name", MAKERS)
+def test_a_state_of_any_other_optimizer(name, donate):
+    """Every pair of optimizers whose states are not alike; with gradients that a clip would scale."""
+    optimizer, params, own = _running(name)
+    refused = 0
+    for other in MAKERS:
+        *_, state = _running(other)
+        if _shape(state) == _shape(own):
+            continue
+        grads = _large()
+        before = fingerprint((params, grads, state))
+        with pytest.raises((TypeError, ValueError), match="state"):
+            optimizer.step(params, grads, state, donate=donate)
+        assert fingerprint((params, grads, state)) == before
+        refused += 1
+    assert refused >= 7
+    _works(MAKERS[name](), optimizer, params, own)
+
+
+SCHEDULED = {
+    "sgd": lambda lr: optim.sgd(lr, momentum=0.9),
+    "adam": optim.adam,
+    "adamw": optim.adamw,
+    "from_torch": lambda lr: optim.from_torch(torch.optim.Adam, lr=lr),
+    "clip": lambda lr: optim.clip_by_global_norm(optim.adam(lr), 1.0),
+    "skip": lambda lr: optim.skip_nonfinite(optim.adam(lr)),
+    "skip of clip": lambda lr: optim.skip_nonfinite(optim.clip_by_global_norm(optim.sgd(lr), 1.0)),
+    "clip of skip": lambda lr: optim.clip_by_global_norm(optim.skip_nonfinite(optim.sgd(lr)), 1.0),
+    "by_path, default": lambda lr: _groups(optim.adam(lr), optim.sgd(0.1)),
+    "by_path, last": lambda lr: _groups(optim.adam(0.1), optim.from_torch(torch.optim.SGD, lr=lr)),
+    "clip of by_path": lambda lr: optim.clip_by_global_norm(_groups(optim.adam(0.1), optim.sgd(lr)), 1.0),
+}
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("bad", [-0.1, math.nan])
+@pytest.mark.parametrize("make", SCHEDULED.values(), ids=SCHEDULED)
+def test_a_schedule_that_turns_bad_in_the_middle_of_a_run(make, bad, donate):
+    optimizer = make(torch.tensor([0.1, 0.1, bad]).__getitem__)
+    params, state = _params(), optimizer.init(_params())
+    for _ in range(2):
+        params, state = optimizer.step(params, _large(), state, donate=donate)
+    grads = _large()
+    before = fingerprint((params, grads, state))
+    with pytest.raises(ValueError, match=rf"lr\(2\) must be finite and not negative, got {bad:.1g}"):
+        optimizer.step(params, grads, state, donate=donate)
+    assert fingerprint((params, grads, state)) == before
+    _works(make(0.1), make(lambda step: 0.1), params, state)
+
+
+class Refusal(Exception):
+    """Of the caller's own optimizer."""
+
+
+def _refusing():
+    def step(params, grads, state, *, donate=False):
+        raise Refusal
+
+    return optim.Optimizer(lambda params: (), step)
+
+
+REFUSING = {
+    "clip": lambda: optim.clip_by_global_norm(_refusing(), 1.0),
+    "first": lambda: _groups(_refusing(), optim.sgd(0.1)),
+    "last": lambda: _groups(optim.sgd(0.1), _refusing()),
+    "clip of last": lambda: optim.clip_by_global_norm(_groups(optim.sgd(0.1), _refusing()), 1.0),
+    "last of three": lambda: optim.by_path(
+        _decaying(),
+        (lambda path, leaf: leaf.ndim == 2, optim.sgd(0.1)),
+        (lambda path, leaf: leaf.ndim == 1, _refusing()),
+    ),
+    "copied attributes": lambda: optim.clip_by_global_norm(_copied(), 1.0),
+}
+
+
+def _decaying():
+    """The caller's own, which uses what it is given away."""
+
+    def step(params, grads, state, *, donate=False):
+        change = torch.Tensor.mul_ if donate else torch.mul
+        return {path: change(leaf, 0.5) for path, leaf in params.items()}, state
+
+    return optim.Optimizer(lambda params: (), step)
+
+
+def _copied():
+    """A step with the attributes of one that can be asked."""
+    return _refusing()._replace(step=functools.wraps(optim.sgd(0.1).step)(_refusing().step))
+
+
+@pytest.mark.parametrize("make", REFUSING.values(), ids=REFUSING)
+def test_an_optimizer_of_ones_own_that_raises_in_a_donated_step(make):
+    optimizer = make()
+    params = _params() | {"n": torch.ones(())} if make is REFUSING["last of three"] else _params()
+    state = (optim.sgd(0.1) if make is REFUSING["copied attributes"] else optimizer).init(params)
+    grads = optree.tree_map(lambda leaf: 30 * leaf, params, namespace=NAMESPACE)
+    before = fingerprint((params, grads, state))
+    with pytest.raises(Refusal):
+        optimizer.step(params, grads, state, donate=True)
+    assert fingerprint((params, grads, state)) == before
 
 
 OPTIONS = {

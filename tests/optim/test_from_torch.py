@@ -2,12 +2,14 @@
 
 import io
 import math
+from unittest import mock
 
 import optree
 import pytest
 import torch
 
 from gradacc import optim
+from gradacc.optim import _from_torch
 from tests.helpers import assert_trees_equal, fingerprint
 from tests.optim.cases import (
     NAMESPACE,
@@ -53,6 +55,17 @@ def test_trajectories_are_the_originals_to_the_last_bit(name, donate):
     assert_same(out, imperative(cls, params, many, **options))
     assert optree.tree_structure(state, namespace=NAMESPACE) == optree.tree_structure(begin, namespace=NAMESPACE)
     assert all(isinstance(leaf, torch.Tensor) for leaf in leaves_of(state))
+
+
+@pytest.mark.parametrize("name", [name for name in TORCH if "foreach" in name])
+def test_a_foreach_step_in_parts_is_the_whole_to_the_last_bit(name):
+    """A part holds one or two of these parameters; torch's own step takes all at once."""
+    cls, options, params = torch_case(name)
+    many = [gradients(params) for _ in range(4)]
+    optimizer = optim.from_torch(cls, **options)
+    with mock.patch.object(_from_torch, "_PART", 8):
+        out, _ = trajectory(optimizer.step, params, many, optimizer.init(params))
+    assert_same(out, imperative(cls, params, many, **options))
 
 
 @pytest.mark.parametrize("name", ["SGD momentum", "Adam foreach", "AdamW fused", "RMSprop"])

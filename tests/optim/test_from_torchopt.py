@@ -5,9 +5,10 @@ from typing import NamedTuple
 import optree
 import pytest
 import torch
+import torchopt
 
 from gradacc import optim
-from tests.helpers import fingerprint
+from tests.helpers import assert_trees_close, fingerprint
 from tests.optim.cases import assert_same, gradients, imperative, leaves_of, parameters, trajectory
 
 
@@ -42,28 +43,41 @@ def test_momentum_by_hand_is_torchs(donate):
     assert_same(out, expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw", "rmsprop", "chain"])
+TRANSFORMATIONS = {
+    "sgd": lambda: torchopt.sgd(lr=0.1, momentum=0.9),
+    "nesterov": lambda: torchopt.sgd(lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
+    "adam": lambda: torchopt.adam(1e-2),
+    "adamw": lambda: torchopt.adamw(0.1),
+    "rmsprop": lambda: torchopt.rmsprop(lr=0.1, centered=True),
+    "adagrad": lambda: torchopt.adagrad(lr=0.1),
+    "radam": lambda: torchopt.radam(lr=0.1),
+    "adadelta": lambda: torchopt.adadelta(lr=0.1),
+    "adamax": lambda: torchopt.adamax(lr=0.1),
+    "chain": lambda: torchopt.chain(torchopt.clip.clip_grad_norm(0.5), torchopt.adam(1e-2)),
+    "scheduled": lambda: torchopt.sgd(lr=torchopt.schedule.linear_schedule(0.1, 0.01, 3, 1)),
+}
+
+
 @pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
-def test_torchopt_is_torchs(name, donate):
-    torchopt = pytest.importorskip("torchopt")
-    transformation, cls, options = {
-        "sgd": (lambda: torchopt.sgd(lr=0.1, momentum=0.9), torch.optim.SGD, dict(lr=0.1, momentum=0.9)),
-        "adam": (lambda: torchopt.adam(lr=0.1), torch.optim.Adam, dict(lr=0.1)),
-        "adamw": (lambda: torchopt.adamw(lr=0.1), torch.optim.AdamW, dict(lr=0.1)),
-        "rmsprop": (lambda: torchopt.rmsprop(lr=0.1), torch.optim.RMSprop, dict(lr=0.1)),
-        "chain": (
-            lambda: torchopt.chain(torchopt.clip.clip_grad_norm(1e9), torchopt.sgd(lr=0.1)),
-            torch.optim.SGD,
-            dict(lr=0.1),
-        ),
-    }[name]
-    params = {key: leaf.double() for key, leaf in {"w": torch.randn(3, 4), "b": torch.randn(4)}.items()}
+@pytest.mark.parametrize("make", TRANSFORMATIONS.values(), ids=TRANSFORMATIONS)
+def test_torchopt_is_its_own_loop(make, donate):
+    """To the last bit where nothing is donated; where it is, TorchOpt's kernels in place round otherwise."""
+    params = {"w": torch.randn(3, 4), "deep": [torch.randn(4), torch.randn(2, 2)]}
     many = [gradients(params) for _ in range(5)]
-    optimizer = optim.from_torchopt(transformation())
-    out, _ = trajectory(
+    optimizer = optim.from_torchopt(make())
+    out, state = trajectory(
         lambda *args: optimizer.step(*args, donate=donate), params, many, optimizer.init(params), copied=True
     )
-    assert_same(out, imperative(cls, params, many, **options), rtol=1e-5, atol=1e-5)  # its bias corrections are float32
+    transformation = make()
+    expected, own = [], transformation.init(params)
+    for grads in many:
+        grads = optree.tree_map(torch.clone, grads)
+        updates, own = transformation.update(grads, own, params=params, inplace=False)
+        params = torchopt.apply_updates(params, updates, inplace=False)
+        expected.append(leaves_of(params))
+    rtol, atol = (1e-5, 1e-6) if donate else (0.0, 0.0)
+    assert_same(out, expected, rtol=rtol, atol=atol)
+    assert_trees_close(state, own, rtol=rtol, atol=atol)
 
 
 def test_a_step_changes_nothing_and_shares_nothing():
@@ -107,6 +121,75 @@ def test_under_vmap_and_grad():
     w = torch.randn(3, 2)
     assert_same([[torch.vmap(step)(w)]], [[0.8 * w]], rtol=1e-6)
     assert_same([[torch.func.grad(lambda w: step(w).sum())(w)]], [[torch.full_like(w, 0.8)]], rtol=1e-6)
+
+
+class Anchored(Momentum):
+    """Keeps the parameters themselves, as one may where tensors cannot change."""
+
+    def init(self, params):
+        return dict(params)
+
+    def update(self, updates, state, *, params=None, inplace=True):
+        return {path: 0.1 * (state[path] - leaf) - updates[path] for path, leaf in params.items()}, dict(state)
+
+
+@pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
+def test_a_state_that_is_the_parameters_stays_what_it_was(donate):
+    optimizer = optim.from_torchopt(Anchored())
+    begun = {"w": torch.ones(2)}
+    assert optimizer.init(begun)["w"].data_ptr() != begun["w"].data_ptr()
+    for given in (optimizer.init, dict):  # a state of the transformation's own making too
+        params = {"w": torch.ones(2)}
+        params, state = optimizer.step(params, {"w": torch.ones(2)}, given(params), donate=donate)
+        assert_trees_close((params, state), ({"w": torch.zeros(2)}, {"w": torch.ones(2)}))
+        assert params["w"].data_ptr() != state["w"].data_ptr()
+
+
+class Reading(Momentum):
+    """Its state depends on a value."""
+
+    def init(self, params):
+        return [torch.zeros(int(params["w"].sum()))]
+
+    def update(self, updates, state, *, params=None, inplace=True):
+        return updates, state
+
+
+def test_a_state_that_depends_on_values_is_not_looked_at():
+    optimizer = optim.from_torchopt(Reading())
+    params = {"w": torch.ones(2)}
+    new, _ = optimizer.step(params, params, optimizer.init({"w": torch.ones(5)}))
+    assert new["w"].tolist() == [2, 2]
+
+
+STATES = {
+    "another transformation": (lambda own, params: torchopt.sgd(0.1).init(params), "state is a tuple of structure"),
+    "another kind": (lambda own, params: optim.sgd(0.1).init(params), "state is a .*SgdState"),
+    "other parameters": (lambda own, params: own.init(params | {"c": torch.ones(1)}), "state is a tuple of structure"),
+    "other shapes": (
+        lambda own, params: own.init(params | {"b": torch.ones(7)}),
+        r"state\[1\]\[1\].mu\[0\] is a .*\(7,\).*, where this transformation keeps a torch.float32 tensor of shape \(3,\)",
+    ),
+    "other dtypes": (
+        lambda own, params: own.init(params | {"b": torch.ones(3).double()}),
+        r"state\[1\]\[1\].mu\[0\] is a .*of torch.float64",
+    ),
+}
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize(("other", "message"), STATES.values(), ids=STATES)
+def test_another_state_is_refused_before_anything_changes(other, message, donate):
+    """Clipping comes first in this chain, in the memory of the gradients."""
+    params = {"w": torch.ones(2, 2), "b": torch.ones(3)}
+    transformation = torchopt.chain(torchopt.clip.clip_grad_norm(0.1), torchopt.adam(0.1, weight_decay=0.1))
+    optimizer = optim.from_torchopt(transformation)
+    grads, state = gradients(params), other(transformation, params)
+    before = fingerprint((params, grads, state))
+    with pytest.raises(ValueError, match=f"from_torchopt: {message}"):
+        optimizer.step(params, grads, state, donate=donate)
+    assert fingerprint((params, grads, state)) == before
+    optimizer.step(params, grads, optimizer.init(params), donate=donate)
 
 
 def test_what_is_no_transformation_is_refused():

@@ -53,8 +53,9 @@ def test_clipping_is_torchs_to_the_last_bit(inner, cls, options, max_norm, donat
     assert_same(out, _loop(cls, options, params, many, clip))
 
 
-def test_clipping_of_several_dtypes_is_torchs():
-    params = [torch.randn(3, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float32)]
+@pytest.mark.parametrize("shape", [(3,), ()])
+def test_clipping_of_several_dtypes_is_torchs(shape):
+    params = [torch.randn(shape, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float32)]
     many = [gradients(params)]
     optimizer = optim.clip_by_global_norm(optim.sgd(0.1), 0.5)
     out, _ = trajectory(optimizer.step, params, many, optimizer.init(params))
@@ -264,6 +265,28 @@ REFUSED = {
 def test_what_cannot_be_wrapped_is_refused(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+SHARING = {
+    "clip": lambda: optim.clip_by_global_norm(optim.sgd(0.1), 0.5),
+    "by_path": lambda: optim.by_path(optim.sgd(0.1), (lambda path, leaf: "'b'" in path, optim.adam(0.1))),
+}
+
+
+@pytest.mark.parametrize("make", SHARING.values(), ids=SHARING)
+def test_memory_that_is_shared_is_not_donated_twice(make):
+    """Tied parameters, of two groups; gradients that are the parameters."""
+    shared = torch.randn(4)
+    tied = {"a": shared, "b": shared, "c": torch.randn(4)}
+    for grads in (gradients(tied), tied):
+        params, slopes = optree.tree_map(torch.clone, (tied, grads), namespace=NAMESPACE)
+        optimizer = make()
+        expected, _ = optimizer.step(params, slopes, optimizer.init(params))
+        one = shared.clone()
+        params = {"a": one, "b": one, "c": params["c"]}
+        slopes = params if grads is tied else slopes
+        new, _ = optimizer.step(params, slopes, optimizer.init(tied), donate=True)
+        assert_trees_equal(new, expected)
 
 
 WRAPPED = {
