@@ -11,6 +11,7 @@ from torch import Tensor
 from gradacc import _tree
 from gradacc._describe import describe
 from gradacc._mean import Mean
+from gradacc.optim._loss_scale import LossScaleState
 
 if TYPE_CHECKING:
     from gradacc.optim import Optimizer
@@ -52,13 +53,15 @@ def train_step(
     Arguments:
         grad_fn: from `gradacc.accumulate_and_value`, differentiating its first argument; or any function that returns
             ``(grads, value)`` or ``(grads, (value, aux))``, `torch.func.grad_and_value` for instance.
-        optimizer: a `gradacc.optim.Optimizer`.
+        optimizer: a `gradacc.optim.Optimizer`. The state of `gradacc.optim.dynamic_loss_scale` (outermost) has a scale, which
+            ``grad_fn`` then gets as ``loss_scale=state.opt_state.scale``: its loss is a `gradacc.optim.scaled_loss`.
         donate: the update may reuse the memory of the state that it is given, which must not be used afterwards.
 
     Returns:
         ``step(state, batch, *args, **kwargs) -> (state, metrics)``. ``metrics`` is a dict of detached tensors: ``loss`` (of a
         `Mean`, ``total / weight``), ``grad_norm`` (the Euclidean norm of all gradients as one vector, before any clipping,
-        at least float32), and, where there are any, ``weight`` (of a `Mean`: tokens, say) and ``aux``.
+        at least float32), and, where there are any, ``weight`` (of a `Mean`: tokens, say) and ``aux``. With a loss scale,
+        ``loss`` and ``grad_norm`` are without it, and there are ``loss_scale`` (this step's) and ``skipped`` (updates so far).
 
     Raises (when called):
         TypeError: ``grad_fn`` returned gradients alone (`gradacc.accumulate`), or the state is no `TrainState`.
@@ -93,13 +96,21 @@ def train_step(
                 f"train_step: the state must be a TrainState, got {describe(state)}. "
                 "Begin with TrainState(params, optimizer.init(params))"
             )
-        grads, value, aux = _parts(grad_fn(state.params, batch, *args, **kwargs))
+        scale = state.opt_state.scale if isinstance(state.opt_state, LossScaleState) else None
+        named = {} if scale is None else {"loss_scale": scale}
+        grads, value, aux = _parts(grad_fn(state.params, batch, *args, **named, **kwargs))
         metrics = {"loss": value.value if isinstance(value, Mean) else value, "grad_norm": global_norm(grads)}
+        if scale is not None:
+            metrics = {name: metric / scale.to(metric.device) for name, metric in metrics.items()}
         if isinstance(value, Mean):
             metrics["weight"] = torch.as_tensor(value.weight, device=value.total.device)
         if aux is not None:
             metrics["aux"] = aux
+        if scale is not None:
+            metrics["loss_scale"] = scale.clone()
         params, opt_state = optimizer.step(state.params, grads, state.opt_state, donate=donate)
+        if scale is not None:
+            metrics["skipped"] = opt_state.skipped.clone()
         return TrainState(params, opt_state, state.step + 1), metrics
 
     return step

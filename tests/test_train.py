@@ -27,7 +27,11 @@ def state():
 
 
 def batches():
-    return [torch.randn(7, 3, dtype=D) for _ in range(4)]
+    """Of each, `weighted` counts some rows and others not."""
+    many = [torch.randn(7, 3, dtype=D) for _ in range(4)]
+    for batch in many:
+        batch[:, 0] = batch[:, 0].abs() * torch.tensor([1, -1, 1, 1, -1, -1, 1])
+    return many
 
 
 @pytest.mark.parametrize("donate", [False, True])
@@ -52,7 +56,7 @@ def test_metrics_of_a_mean_with_aux(state):
     step = train_step(gradacc.accumulate_and_value(weighted, steps=3, has_aux=True), OPTIMIZER)
     _, metrics = step(state, batch)
     assert list(metrics) == ["loss", "grad_norm", "weight", "aux"]
-    assert metrics["weight"] == (batch[:, 0] > 0).sum()
+    assert metrics["weight"] == (batch[:, 0] > 0).sum() == 4
     assert_trees_close(metrics["loss"], weighted(state.params, batch)[0].value)
     assert_trees_equal(metrics["aux"]["rows"], batch.sum(1))
 
@@ -94,6 +98,75 @@ def test_one_graph(state):
     assert_trees_close(actual[1], expected[1])
     with torch._dynamo.config.patch(error_on_recompile=True):
         assert compiled(actual[0], batch)[0].step == 2
+
+
+SCALED = gradacc.optim.dynamic_loss_scale(OPTIMIZER, init_scale=3.0, growth_interval=1)
+
+
+def test_metrics_are_without_the_loss_scale(state):
+    """The same steps as without one; then one that overflows."""
+    (batch, *_) = batches()
+    plain = train_step(gradacc.accumulate_and_value(weighted, steps=3, has_aux=True), OPTIMIZER)
+    loss_fn = gradacc.optim.scaled_loss(weighted, has_aux=True)
+    step = train_step(gradacc.accumulate_and_value(loss_fn, steps=3, has_aux=True), SCALED)
+    scaled = TrainState(state.params, SCALED.init(state.params))
+    for number in range(3):
+        state, expected = plain(state, batch)
+        before = fingerprint(scaled)
+        new, metrics = step(scaled, batch)
+        assert fingerprint(scaled) == before
+        assert list(metrics) == ["loss", "grad_norm", "weight", "aux", "loss_scale", "skipped"]
+        assert (metrics.pop("loss_scale"), metrics.pop("skipped")) == (3 * 2**number, 0)
+        assert_trees_close(metrics, expected, rtol=1e-6)  # the reciprocal of the scale is in float32
+        assert_trees_close(new.params, state.params, rtol=1e-6)
+        scaled = new
+    new, metrics = step(scaled, torch.full_like(batch, torch.inf))
+    assert (metrics["loss_scale"], metrics["skipped"], new.opt_state.scale) == (24, 1, 12)
+    assert not metrics["grad_norm"].isfinite()
+    assert_trees_equal(new.params, scaled.params)
+
+
+def test_metrics_are_not_the_states_memory(state):
+    step = train_step(gradacc.accumulate_and_value(gradacc.optim.scaled_loss(loss), steps=3), SCALED, donate=True)
+    state = TrainState(state.params, SCALED.init(state.params))
+    new, metrics = step(state, batches()[0])
+    metrics["loss_scale"].zero_()
+    metrics["skipped"].zero_().add_(7)
+    assert (state.opt_state.scale, new.opt_state.scale, new.opt_state.skipped) == (3, 6, 0)
+
+
+def test_an_ensemble_of_loss_scales(state):
+    step = train_step(gradacc.accumulate_and_value(gradacc.optim.scaled_loss(loss), steps=3), SCALED)
+    (batch, *_) = batches()
+    params = [{"w": torch.randn(3, dtype=D)} for _ in range(2)]
+    params[1]["w"][0] = torch.nan
+    states = [TrainState(p, SCALED.init(p), torch.zeros((), dtype=torch.int64)) for p in params]
+    stacked = torch.utils._pytree.tree_map(lambda *leaves: torch.stack(leaves), *states)
+    together, metrics = torch.func.vmap(step, in_dims=(0, None))(stacked, batch)
+    assert (together.opt_state.scale.tolist(), metrics["skipped"].tolist()) == ([6.0, 1.5], [0, 1])
+    after, own = step(states[0], batch)
+    assert_trees_close(together.params["w"][0], after.params["w"])
+    assert_trees_close({name: metric[0] for name, metric in metrics.items()}, own)
+
+
+def test_one_graph_with_a_loss_scale(state):
+    torch.compiler.reset()
+    step = train_step(gradacc.accumulate_and_value(gradacc.optim.scaled_loss(loss), steps=3), SCALED)
+    (batch, *_) = batches()
+    state = TrainState(state.params, SCALED.init(state.params), torch.zeros((), dtype=torch.int64))
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    expected, actual = step(state, batch), compiled(state, batch)
+    assert_trees_close(tuple(actual[0]), tuple(expected[0]))
+    assert_trees_close(actual[1], expected[1])
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert compiled(actual[0], batch)[0].opt_state.scale == 12
+
+
+def test_a_loss_that_takes_no_scale(state):
+    """Nothing is unscaled that was not scaled."""
+    step = train_step(gradacc.accumulate_and_value(loss, steps=3), SCALED)
+    with pytest.raises(TypeError, match="loss_scale"):
+        step(TrainState(state.params, SCALED.init(state.params)), batches()[0])
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,9 @@ from gradacc.optim._clip import clip_by_global_norm as clip_by_global_norm
 from gradacc.optim._from_torch import TorchState as TorchState
 from gradacc.optim._from_torch import from_torch as from_torch
 from gradacc.optim._from_torchopt import from_torchopt as from_torchopt
+from gradacc.optim._loss_scale import LossScaleState as LossScaleState
+from gradacc.optim._loss_scale import dynamic_loss_scale as dynamic_loss_scale
+from gradacc.optim._loss_scale import scaled_loss as scaled_loss
 from gradacc.optim._lr import schedule as schedule
 from gradacc.optim._optimizer import Optimizer as Optimizer
 from gradacc.optim._sgd import SgdState as SgdState

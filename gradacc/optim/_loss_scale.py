@@ -1,0 +1,266 @@
+"""Loss scaling for float16: `dynamic_loss_scale` and `scaled_loss`."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradacc import _dtypes, _options, _tree, _validate
+from gradacc._describe import describe
+from gradacc._mean import Mean
+from gradacc._tree import TensorTree
+from gradacc.optim import _check, _memory
+from gradacc.optim._optimizer import Optimizer
+from gradacc.optim._skip import count_skipped, if_finite
+
+_NAME = "dynamic_loss_scale"
+
+
+class LossScaleState(NamedTuple):
+    """State of `dynamic_loss_scale`."""
+
+    scale: Tensor
+    """What the next loss is multiplied by, 0-dim float32."""
+    growth_tracker: Tensor
+    """Updates since the scale changed last, 0-dim int64."""
+    skipped: Tensor
+    """Updates skipped so far, 0-dim int64."""
+    inner: TensorTree
+    """State of the optimizer that is wrapped."""
+
+
+def dynamic_loss_scale(
+    optimizer: Optimizer,
+    *,
+    init_scale: float = 2.0**16,
+    growth_factor: float = 2.0,
+    backoff_factor: float = 0.5,
+    growth_interval: int = 2000,
+) -> Optimizer:
+    """An optimizer of gradients of ``scale * loss``, with a scale that keeps float16 from under- and overflowing.
+
+    .. code-block:: text
+
+        all gradients finite:  params, inner = optimizer.step(params, grads / scale, inner)
+                               growth_tracker += 1;  at growth_interval: scale *= growth_factor, growth_tracker = 0
+        otherwise:             skipped += 1;  scale *= backoff_factor, growth_tracker = 0
+
+    It is `torch.amp.GradScaler` as a pure function: on the same gradients the same scale and, eagerly, the same parameters,
+    to the last bit. (Gradients are multiplied by the reciprocal of the scale, rounded to float32. A scale does not grow past
+    float32's largest number. As there, nothing stops it from backing off to 0 where gradients are never finite: watch
+    ``skipped``.) The scale is taken off once, at the boundary, from gradients that have been summed over micro-batches and
+    ranks, so an inf on one rank makes all of them skip; and before ``optimizer`` sees them, so that this clips what it seems
+    to: ``dynamic_loss_scale(clip_by_global_norm(adamw(1e-3), 1.0))``. It belongs outermost: what is around it sees scaled
+    gradients, and `gradacc.train_step` looks for a scale there only.
+
+    Eagerly the test is read; under a transform, both outcomes are computed and ``torch.where`` takes one, per member of an
+    ensemble, each of which has a scale of its own. With ``donate=True`` the scale is taken off in the memory of the
+    gradients, once ``optimizer`` has looked at its state and its learning rate. An `Optimizer` of the caller's own cannot be
+    asked beforehand: it gets unscaled copies.
+
+    **float16.** Gradients come in the dtype of their parameters. In float16 they underflow again as soon as the scale is
+    taken off; such parameters are refused, as by GradScaler. Keep them in float32, and let ``torch.autocast`` compute in
+    float16, inside of the loss. bfloat16 has the range of float32 and needs no scale.
+
+    Arguments:
+        optimizer: an `Optimizer`. It must return a state of the structure that it was given.
+        init_scale: the first scale, positive.
+        growth_factor: greater than 1.
+        backoff_factor: between 0 and 1.
+        growth_interval: so many updates in a row without an overflow make the scale grow.
+
+    Raises:
+        TypeError: ``optimizer`` is no `Optimizer`; an option of another type; float16 parameters; a state of another
+            optimizer.
+        ValueError: an option out of its range. ``step`` also raises what `Optimizer` says.
+
+    Source: Micikevicius et al., "Mixed Precision Training", ICLR 2018; `torch.amp.GradScaler`.
+
+    Example:
+        >>> import torch, gradacc
+        >>> def loss_fn(w, x):
+        ...     with torch.autocast("cpu", dtype=torch.float16):
+        ...         return torch.nn.functional.linear(x, w).float().square().mean()
+        >>> grad_fn = gradacc.accumulate_and_value(gradacc.optim.scaled_loss(loss_fn), steps=2)
+        >>> optimizer = gradacc.optim.dynamic_loss_scale(gradacc.optim.sgd(0.5))
+        >>> step = gradacc.train_step(grad_fn, optimizer)
+        >>> w = torch.ones(1, 2)
+        >>> state = gradacc.TrainState(w, optimizer.init(w))
+        >>> for x in (1e4 * torch.eye(2), torch.eye(2)):
+        ...     state, metrics = step(state, x)
+        ...     print(state.params, state.opt_state.scale, metrics["loss"])
+        tensor([[1., 1.]]) tensor(32768.) tensor(100000000.)
+        tensor([[0.5000, 0.5000]]) tensor(32768.) tensor(1.)
+    """
+    _check.optimizer(_NAME, optimizer)
+    _between("init_scale", init_scale, 0, torch.finfo(torch.float32).max)
+    _between("growth_factor", growth_factor, 1, math.inf)
+    _between("backoff_factor", backoff_factor, 0, 1)
+    interval = _options.positive_int(_NAME, "growth_interval", growth_interval)
+
+    def init(params: TensorTree) -> TensorTree:
+        _wide_enough(*_check.params(_NAME, params))
+        zero = torch.zeros((), dtype=torch.int64)
+        return LossScaleState(torch.tensor(init_scale, dtype=torch.float32), zero, zero.clone(), optimizer.init(params))
+
+    inner_check = _check.asked(optimizer)
+
+    def checked(state: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """The scale and the two counts of a state."""
+        _check.state(_NAME, state, LossScaleState)
+        return (
+            _scale(state.scale),
+            _check.counter(_NAME, "state.growth_tracker", state.growth_tracker),
+            _check.counter(_NAME, "state.skipped", state.skipped),
+        )
+
+    def step(
+        params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
+    ) -> tuple[TensorTree, TensorTree]:
+        leaves, treedef = _check.params(_NAME, params)
+        slopes = _check.grads(_NAME, grads, leaves, treedef)
+        _wide_enough(leaves, treedef)
+        scale, tracker, skipped = checked(state)
+
+        def take(donate: bool) -> tuple[TensorTree, TensorTree]:
+            used = None
+            if donate and inner_check is not None:
+                inner_check(params, state.inner)
+                used = _memory.addresses([*leaves, *_tree.flatten(state)[0]])
+            unscaled = _unscaled(slopes, scale, used)
+            return optimizer.step(params, _tree.unflatten(treedef, unscaled), state.inner, donate=donate)
+
+        new, inner, finite = if_finite(take, slopes, params, state.inner, donate)
+        scale, tracker = _moved(scale, tracker, finite.to(scale.device), growth_factor, backoff_factor, interval)
+        return new, LossScaleState(scale, tracker, count_skipped(skipped, finite), inner)
+
+    if inner_check is None:
+        return Optimizer(init, step)
+
+    def check(params: TensorTree, state: TensorTree) -> None:
+        _wide_enough(*_check.params(_NAME, params))
+        checked(state)
+        inner_check(params, state.inner)
+
+    return _check.askable(init, step, check)
+
+
+def scaled_loss(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:
+    """The same loss times ``loss_scale``, for `dynamic_loss_scale`.
+
+    .. code-block:: python
+
+        def scaled(*args, loss_scale, **kwargs):
+            return loss_fn(*args, **kwargs) * loss_scale
+
+    The product is in float32 at least, so a float16 loss is not multiplied in float16. Of a `Mean`, the total is scaled and
+    the weight is not; ``aux`` stays as it is. `gradacc.train_step` passes ``loss_scale`` and takes it off what it reports;
+    elsewhere the value that ``accumulate_and_value`` returns is the scaled one.
+
+    Arguments:
+        loss_fn: ``loss_fn(params, batch, *args, **kwargs)``, as for `gradacc.accumulate`.
+        has_aux: ``loss_fn`` returns ``(loss, aux)``.
+
+    Returns:
+        ``scaled(params, batch, *args, loss_scale, **kwargs)``. ``loss_scale``, a keyword argument, is a number or a 0-dim
+        floating tensor: ``state.scale``.
+
+    Raises:
+        TypeError: ``loss_fn`` is no function (an ``nn.Module``, say); when called, no or another ``loss_scale``, and what
+            `gradacc.accumulate` says of a loss, such as a tuple without ``has_aux``.
+        ValueError: when called, a ``loss_scale`` or a loss that is not 0-dim.
+
+    Example:
+        >>> import torch, gradacc
+        >>> def loss_fn(w, x):
+        ...     return (w * x).mean()
+        >>> grad_fn = gradacc.accumulate(gradacc.optim.scaled_loss(loss_fn), steps=2)
+        >>> grad_fn(torch.ones(()), torch.arange(5.0), loss_scale=8.0)
+        tensor(16.)
+    """
+    options = _options.options("scaled_loss", loss_fn, _options.Given(has_aux=has_aux))
+
+    @functools.wraps(loss_fn, updated=())
+    def scaled(*args: Any, loss_scale: float | Tensor, **kwargs: Any) -> Any:
+        factor = _factor(loss_scale)
+        value, aux = _validate.returned(options, loss_fn(*args, **kwargs))
+        target = _validate.loss(options, value)
+        total = target.to(_dtypes.wide(target.dtype)) * (
+            factor.to(target.device) if isinstance(factor, Tensor) else factor
+        )
+        loss = Mean(total, value.weight) if isinstance(value, Mean) else total
+        return (loss, aux) if has_aux else loss
+
+    return scaled
+
+
+def _factor(loss_scale: Any) -> float | Tensor:
+    if not isinstance(loss_scale, Tensor):
+        return _check.number("scaled_loss", "loss_scale", loss_scale)
+    if loss_scale.ndim != 0 or not loss_scale.is_floating_point():
+        raise ValueError(
+            f"scaled_loss: loss_scale is a {loss_scale.dtype} tensor of shape {tuple(loss_scale.shape)}; it must be a number "
+            "or a 0-dim floating tensor, the scale of dynamic_loss_scale's state. For one scale per member of an ensemble, "
+            "torch.vmap over it"
+        )
+    return loss_scale
+
+
+def _between(option: str, value: Any, low: float, high: float) -> None:
+    _check.number(_NAME, option, value, finite=False)
+    if not low < value < high:
+        raise ValueError(f"{_NAME}: {option} must be greater than {low} and less than {high}, got {value}")
+
+
+def _wide_enough(leaves: list[Tensor], treedef: _tree.TreeDef) -> None:
+    """Gradients are in the parameters' dtypes, which must hold them without the scale."""
+    narrow = [index for index, leaf in enumerate(leaves) if leaf.dtype in (torch.float16, torch.complex32)]
+    if narrow:
+        path = _tree.paths(treedef, "params")[narrow[0]]
+        raise TypeError(
+            f"{_NAME}: {path} is a tensor of dtype {leaves[narrow[0]].dtype}, in which its gradients underflow again as soon "
+            "as the scale is taken off. Keep params in float32, and compute in float16 with "
+            "torch.autocast(device_type, dtype=torch.float16) inside loss_fn"
+        )
+
+
+def _scale(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.ndim != 0 or value.dtype != torch.float32:
+        got = f"{value.dtype}, {describe(value)}" if isinstance(value, Tensor) else describe(value)
+        raise TypeError(
+            f"{_NAME}: state.scale must be a 0-dim tensor of dtype torch.float32, got {got}; pass the state that "
+            "init(params) or the last step returned, or torch.vmap the step over a state that is batched"
+        )
+    return value
+
+
+def _unscaled(slopes: list[Tensor], scale: Tensor, used: set[int] | None) -> list[Tensor]:
+    """The gradients times the reciprocal of the scale: in new memory, or in their own, except what is at ``used``."""
+    inverse = scale.double().reciprocal().float()  # as GradScaler rounds it
+    if _memory.differentiable(None, slopes):
+        return [(slope.to(_dtypes.wide(slope.dtype)) * inverse.to(slope.device)).to(slope.dtype) for slope in slopes]
+    with torch.no_grad():
+        number = inverse.item()  # a number promotes no 0-dim gradient
+        if used is None:
+            return [slope.detach() * number for slope in slopes]
+        ours = _memory.owned(slopes, True, used)
+        for chunk in _memory.chunks(ours):
+            torch._foreach_mul_([ours[index] for index in chunk], number)
+        return ours
+
+
+def _moved(
+    scale: Tensor, tracker: Tensor, finite: Tensor, growth: float, backoff: float, interval: int
+) -> tuple[Tensor, Tensor]:
+    """The scale and its tracker after an update: ``torch._amp_update_scale_``, which multiplies in float64."""
+    exact = scale.double()
+    larger, smaller = (exact * growth).float(), (exact * backoff).float()
+    tracked = tracker + 1
+    due = tracked >= interval
+    grown = torch.where(due & larger.isfinite(), larger, scale)
+    return torch.where(finite, grown, smaller), torch.where(finite & ~due, tracked, 0)
