@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+Steps: TypeAlias = int | Callable[[int], int]
+"""Micro-batches in a window, or a function of its number (0, 1, …) that returns them."""
+
 _NAME = "windows"
 
 
@@ -29,7 +32,7 @@ class Windows(Generic[T]):
     """What `windows` returns."""
 
     loader: Iterable[T]
-    steps: int
+    steps: Steps
     group: dist.ProcessGroup | None
     """The ranks to keep up with; None where there is nobody."""
 
@@ -46,10 +49,10 @@ class Windows(Generic[T]):
             )
         if not isinstance(self.loader, Sized):
             raise TypeError(f"{_NAME}: the loader has no len(), so its windows have none: {describe(self.loader)}")
-        return -(-len(self.loader) // self.steps)
+        return _number(len(self.loader), self.steps)
 
 
-def windows(loader: Iterable[T], steps: int, *, group: dist.ProcessGroup | DeviceMesh | None = None) -> Windows[T]:
+def windows(loader: Iterable[T], steps: Steps, *, group: dist.ProcessGroup | DeviceMesh | None = None) -> Windows[T]:
     """Lists of up to ``steps`` micro-batches: one for each optimizer step, and as many on every rank.
 
     It is this loop, which may be run again:
@@ -65,6 +68,13 @@ def windows(loader: Iterable[T], steps: int, *, group: dist.ProcessGroup | Devic
     nothing to what ``accumulate(..., sync=gradacc.all_reduce(group))`` returns, which weights by what each rank holds; so
     the call on every rank's window is the call on their union, and nobody waits for a rank that has stopped.
 
+    ``steps`` may be a function of the update, as ``every_k_schedule`` of ``optax.MultiSteps`` is: ``steps(0)`` micro-batches
+    in the first window of a loop, ``steps(1)`` in the second one. Every loop begins at 0; for updates of several epochs pass
+    ``lambda update: schedule(done + update)``. It is called for windows that hold something, and not only once (by ``len()``
+    too; with a group, to count the windows before the first), so it must return the same each time. With ``group`` it should
+    be the same function on every rank: then the windows of an update are cut alike. How many windows a rank has is counted
+    with its own, so ranks stay together even where it is not.
+
     **What crosses.** Without a group, nothing: this process is alone. With one, an all-reduce (MAX) of 24 bytes when a loop
     begins, if every rank's loader has a ``len()``; if one has not, such an all-reduce before each window and one at the end.
     Ranks must begin the same loops in the same order, and leave them after the same window.
@@ -73,7 +83,7 @@ def windows(loader: Iterable[T], steps: int, *, group: dist.ProcessGroup | Devic
         loader: an iterable of micro-batches, a `torch.utils.data.DataLoader` for instance. If it can be iterated again, so
             can the windows; an iterator (a generator) ends, and its windows with it. It is read ``steps`` micro-batches at
             a time.
-        steps: micro-batches in a window.
+        steps: micro-batches in a window: an int, or ``steps(update)`` that returns one, for ``update`` = 0, 1, …
         group: the ranks to keep up with: a ProcessGroup, a one-dimensional DeviceMesh or one dimension of a mesh, as for
             `gradacc.all_reduce`; None, by default, is this process alone. ``torch.distributed.group.WORLD`` is all ranks.
 
@@ -83,14 +93,15 @@ def windows(loader: Iterable[T], steps: int, *, group: dist.ProcessGroup | Devic
         ranks that do not ask.)
 
     Raises:
-        TypeError: ``loader`` is not iterable, or is one batch (a tensor, a dict); ``steps`` is no int; ``len()`` where there
-            is none.
-        ValueError: ``steps`` is less than 1; this process is not in ``group``; a mesh of several dimensions; in the loop, a
-            loader that yields more than its ``len()`` says (some would be dropped).
-        RuntimeError: in the loop, another rank has ended or did not come within the group's timeout, or its loader has
-            raised.
+        TypeError: ``loader`` is not iterable, or is one batch (a tensor, a dict); ``steps`` is no int, or a function that
+            returns none; ``len()`` where there is none.
+        ValueError: ``steps``, or what it returns, is less than 1; this process is not in ``group``; a mesh of several
+            dimensions; in the loop, a loader that yields more than its ``len()`` says (some would be dropped).
+        RuntimeError: in the loop, another rank has ended or did not come within the group's timeout, or its loader (or
+            schedule) has raised.
 
-    If the loader raises, its exception passes through. Other ranks then get a RuntimeError that names this one, if it
+    What ``steps`` returns is looked at when its window begins; with a group and a ``len()``, before the first one. If the
+    loader or ``steps`` raises, its exception passes through. Other ranks then get a RuntimeError that names this one, if it
     raised in the first window, or if flags cross before each. Otherwise they go on to the step's all-reduce, which this rank
     misses: an error there, too, as soon as this process ends, and within the group's timeout if it does not. Do not catch it
     and go on.
@@ -114,28 +125,51 @@ def windows(loader: Iterable[T], steps: int, *, group: dist.ProcessGroup | Devic
             f"{_NAME}: the loader must be an iterable of micro-batches, got {describe(loader)}. "
             "Pass a torch.utils.data.DataLoader, a list or a generator of them"
         )
-    return Windows(loader, positive_int(_NAME, "steps", steps), None if group is None else groups.resolve(_NAME, group))
+    if not callable(steps):
+        steps = positive_int(_NAME, "steps", steps)
+    return Windows(loader, steps, None if group is None else groups.resolve(_NAME, group))
 
 
-def _cut(loader: Iterable[T], steps: int) -> Iterator[list[T]]:
+def _size(steps: Steps, update: int) -> int:
+    """Micro-batches in a window."""
+    return positive_int(_NAME, f"steps({update})", steps(update)) if callable(steps) else steps
+
+
+def _number(length: int, steps: Steps) -> int:
+    """How many windows so many micro-batches are."""
+    if not callable(steps):
+        return -(-length // steps)
+    number = 0
+    while length > 0:
+        length -= _size(steps, number)
+        number += 1
+    return number
+
+
+def _cut(loader: Iterable[T], steps: Steps) -> Iterator[list[T]]:
     left = iter(loader)
-    while len(window := list(itertools.islice(left, steps))) == steps:
+    for update, first in enumerate(left):
+        size = _size(steps, update)
+        window = [first, *itertools.islice(left, size - 1)]
+        ended = len(window) < size  # before the caller has it
         yield window
-    if window:
-        yield window
+        if ended:
+            break  # an iterator that has ended is not asked again
 
 
-def _together(loader: Iterable[T], steps: int, group: dist.ProcessGroup) -> Iterator[list[T]]:
+def _together(loader: Iterable[T], steps: Steps, group: dist.ProcessGroup) -> Iterator[list[T]]:
     """The same, then empty ones, as many as the rank with the most has."""
     length = _length(loader)
-    counted = None if length is None else -(-length // steps)
+    counted: int | None = None
     own, total = _cut(loader, steps), None
     for number in itertools.count():
         window: list[T] = []
         error: Exception | None = None
         try:
+            if number == 0 and length is not None:
+                counted = _number(length, steps)
             window = next(own, [])
-        except Exception as raised:  # whatever a loader raises
+        except Exception as raised:  # whatever a loader raises, or a schedule
             error = raised
         if total is None:  # not everyone can count
             left = int(bool(window)) if counted is None else counted - number
@@ -153,6 +187,7 @@ def _together(loader: Iterable[T], steps: int, group: dist.ProcessGroup) -> Iter
         raise ValueError(
             f"{_NAME}: the loader's len() is {length}, but it yields more; with a group, ranks rely on it. "
             "Correct it, or pass iter(loader), which has none"
+            + ("; or steps returned less than when the windows were counted" if callable(steps) else "")
         )
 
 
@@ -168,7 +203,7 @@ def _exchange(group: dist.ProcessGroup, unknown: bool, left: int, raised: bool) 
     """Whether any rank cannot count its windows, and the most that any rank has left.
 
     Raises:
-        RuntimeError: a loader has raised on another rank.
+        RuntimeError: a loader, or a schedule, has raised on another rank.
     """
     flags = torch.tensor([unknown, left, dist.get_rank() + 1 if raised else 0], device=_device(group))
     with groups.speaking(_NAME, group):
@@ -176,7 +211,7 @@ def _exchange(group: dist.ProcessGroup, unknown: bool, left: int, raised: bool) 
     anyone, most, failed = flags.tolist()
     if failed:
         raise RuntimeError(
-            f"{_NAME}: no window on rank {dist.get_rank()}, because the loader raised on rank {failed - 1} of "
+            f"{_NAME}: no window on rank {dist.get_rank()}, because the loader (or steps) raised on rank {failed - 1} of "
             f"{groups.title(group)}; see the error there"
         )
     return bool(anyone), most

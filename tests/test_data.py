@@ -81,6 +81,73 @@ def test_the_length_is_the_number_of_windows(n):
         assert len(windows(range(n), steps)) == len(list(windows(range(n), steps)))
 
 
+SCHEDULES = {
+    "doubling": (lambda update: 2**update, [1, 2, 4, 8, 16]),
+    "falling": (lambda update: max(4 - update, 1), [4, 3, 2] + [1] * 20),
+    "constant": (lambda update: 3, [3] * 8),
+    "as it is called": ([2, 1, 20].__getitem__, [2, 1, 20]),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("n", [0, 1, 2, 3, 7, 15, 20])
+@pytest.mark.parametrize(("schedule", "sizes"), SCHEDULES.values(), ids=SCHEDULES)
+def test_the_number_of_microbatches_is_a_schedule(schedule, sizes, n, kind):
+    """`sizes` micro-batches, as long as there are any; the last window is what is left; again in each loop."""
+    left, expected = list(range(n)), []
+    for size in sizes:
+        expected += [left[:size]] if left else []
+        del left[:size]
+    loader = windows(KINDS[kind](range(n)), schedule)
+    assert list(loader) == expected
+    if kind != "generator":
+        assert list(loader) == expected
+    if kind == "sized":
+        assert len(loader) == len(expected)
+
+
+def test_a_schedule_is_asked_only_for_windows_that_hold_something():
+    asked = []
+
+    def schedule(update):
+        asked.append(update)
+        return [2, 3][update]
+
+    loader = windows(range(5), schedule)
+    assert [list(window) for window in loader] == [[0, 1], [2, 3, 4]]  # list(loader) would ask for its len()
+    assert asked == [0, 1]
+    assert len(loader) == 2
+    assert asked == [0, 1, 0, 1]
+
+
+def test_what_becomes_of_a_window_does_not_matter_to_the_next_one():
+    found = []
+    for window in windows(range(5), 2):
+        found.append(list(window))
+        window.clear()
+    assert found == [[0, 1], [2, 3], [4]]
+
+
+BAD_SCHEDULES = {
+    "zero": (0, ValueError, r"windows: steps\(1\) must be at least 1, got 0"),
+    "negative": (-2, ValueError, r"windows: steps\(1\) must be at least 1, got -2"),
+    "bool": (True, TypeError, r"windows: steps\(1\) must be an int, got True"),
+    "float": (2.0, TypeError, r"windows: steps\(1\) must be an int, got 2.0"),
+    "None": (None, TypeError, r"windows: steps\(1\) must be an int, got None"),
+}
+
+
+@pytest.mark.parametrize(("bad", "error", "message"), BAD_SCHEDULES.values(), ids=BAD_SCHEDULES)
+def test_a_schedule_that_returns_no_number_of_microbatches(bad, error, message):
+    loader = windows(range(5), lambda update: bad if update else 2)
+    loop = iter(loader)
+    assert next(loop) == [0, 1]
+    with pytest.raises(error, match=message):
+        next(loop)
+    with pytest.raises(error, match=message):
+        len(loader)
+
+
 def test_loaders_of_torch():
     mapped = windows(DataLoader(torch.arange(7), batch_size=2), 3)
     assert len(mapped) == 2
@@ -217,6 +284,70 @@ def test_some_loaders_know_their_length(pool, shares, kinds):
         assert [item for window in answer for item in window] == list(range(n))
 
 
+def growing(update):
+    return [1, 3, 2, 4][update]
+
+
+def scheduled(group, kinds, items, schedule):
+    return list(windows(KINDS[kinds[dist.get_rank()]](items), schedule, group=group))
+
+
+@pytest.mark.parametrize("shares", [(10, 1), (4, 6), (0, 5), (0, 0), (2, 9, 0, 4)], ids=str)
+@pytest.mark.parametrize("kinds", [("sized",) * 4, ("unsized",) * 4, ("generator", "sized") * 2], ids=" ".join)
+def test_ranks_keep_a_schedule_together(pool, shares, kinds):
+    """Each cuts its own data alike; the rank with the most windows says how many there are."""
+    answers = pool.run_each(len(shares), scheduled, [(kinds, list(range(n)), growing) for n in shares])
+    alone = [list(windows(list(range(n)), growing)) for n in shares]
+    number = max(map(len, alone))
+    for answer, own in zip(answers, alone, strict=True):
+        assert answer == own + [[]] * (number - len(own))
+
+
+def bad_on_the_first(group, loader):
+    """What came, what was raised; then whether the next loop works."""
+    schedule = [2, 0 if dist.get_rank() == 0 else 2, 2].__getitem__
+    found = []
+    try:
+        for window in windows(loader, schedule, group=group):
+            found.append(window)
+    except Exception as error:
+        return found, f"{type(error).__name__}: {error}", list(windows([1, 2, 3], 2, group=group))
+    return found, None, None
+
+
+@pytest.mark.parametrize(
+    ("loader", "before"), [(range(5), []), (Unsized(range(5)), [[0, 1]])], ids=["sized", "unsized"]
+)
+def test_a_bad_schedule_on_one_rank_is_an_error_on_all(pool, loader, before):
+    """Before the first window where the windows are counted, otherwise when it is that window's turn."""
+    bad, good = pool.run(2, bad_on_the_first, loader)
+    assert bad[0] == good[0] == before
+    assert bad[1] == "ValueError: windows: steps(1) must be at least 1, got 0"
+    assert good[1].startswith(
+        "RuntimeError: windows: no window on rank 1, because the loader (or steps) raised on rank 0"
+    )
+    assert bad[2] == good[2] == [[1, 2], [3]]
+
+
+def changing(group):
+    """3 and 3, then 3 and 1, of 5."""
+    answers = iter([3, 3, 3, 1, 1])
+    found = []
+    try:
+        for window in windows(range(5), lambda update: next(answers), group=group):
+            found.append(window)
+    except ValueError as error:
+        return found, str(error)
+    return found, None
+
+
+def test_a_schedule_that_changes_its_mind_drops_nothing_silently(pool):
+    for found, error in pool.run(2, changing):
+        assert found == [[0, 1, 2], [3]]
+        assert error.startswith("windows: the loader's len() is 5, but it yields more")
+        assert error.endswith("or steps returned less than when the windows were counted")
+
+
 def forms_of_a_group(group):
     mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("dp",))
     items = range(1 + 2 * dist.get_rank())
@@ -269,7 +400,7 @@ def test_a_loader_that_raises_on_one_rank(pool, at, broken):
     assert bad[1] == "OSError: the disk is gone"
     assert good[0] == [[0, 1], [2, 3], [4, 5]][: at // 2]
     assert good[1].startswith(
-        "RuntimeError: windows: no window on rank 1, because the loader raised on rank 0 of process group"
+        "RuntimeError: windows: no window on rank 1, because the loader (or steps) raised on rank 0 of process group"
     )
     assert bad[2] == good[2] == [[1, 2], [3]]
 
