@@ -46,7 +46,12 @@ def tables(results: dict[str, Any]) -> str:
         near = work["neighbours"]
         lines.append(
             f"{_model(work)}: right after JAX the loop takes {_ratio(near[LOOP])} of its time right after itself; "
-            f"right after the loop, JAX takes {_ratio(near[OPTAX])} of its own."
+            f"right after the loop, JAX takes {_ratio(near[OPTAX])} of its own. One batch in "
+            + " and in ".join(
+                f"{steps} steps: first call {cold['first_call']:.1f} s, a later one {cold['later_call']:.2f} s"
+                for steps, cold in work["growth"].items()
+            )
+            + "."
         )
     settings = results["settings"]
     versions = ", ".join(f"{name} {results['machine'][name]}" for name in ("jax", "jaxlib", "optax"))
@@ -61,14 +66,14 @@ def tables(results: dict[str, Any]) -> str:
 def goals(work: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
     """What was to be reached: what, the bound, what was found, and whether that is within."""
     model, timed, cold = _model(work), work["time"][ONE_GRAPH], work["cold"]
-    few, many = (work["growth"][steps]["first_call"] for steps in sorted(work["growth"], key=int))
+    few, many = (work["growth"][steps] for steps in sorted(work["growth"], key=int))
     nodes = list(work["nodes"].values())
     found = [
         (f"{model}: one graph / hand-written loop", OVER_LOOP[model], timed["vs_loop"]["median"]),
         (
             f"{model}: first call at {' / '.join(sorted(work['growth'], key=int)[::-1])} steps",
             FIRST_CALL_GROWTH,
-            many / few,
+            many["first_call"] / few["first_call"],
         ),
     ]
     if model in OVER_OPTAX:
@@ -76,7 +81,8 @@ def goals(work: dict[str, Any]) -> list[tuple[str, str, str, bool]]:
     rows = [(what, f"{bound}", f"{ratio:.3f}", ratio <= bound) for what, bound, ratio in found]
     counted = f"{model}: graph nodes at {' and '.join(work['nodes'])} steps"
     rows.append((counted, "equal", " and ".join(str(count) for count in nodes), len(set(nodes)) == 1))
-    for steps, measured in ((str(work["steps"]), cold[ONE_GRAPH]), *work["growth"].items()):  # the same micro-batch
+    most = max(work["growth"], key=int)
+    for steps, measured in ((work["steps"], cold[ONE_GRAPH]), (most, work["growth"][most])):  # the same micro-batch
         for kind in ("resident", "allocated"):
             bound, peak = cold[EAGER][kind] + work["parameter_bytes"], measured[kind]
             what = f"{model}: one graph's peak at {steps} steps, {kind}, over eager's and one copy of the gradients"

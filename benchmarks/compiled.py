@@ -13,8 +13,8 @@ of a time is the other's doing.
 
 **Compile time.** Each in a fresh process, without any of Inductor's caches: *start-up* is the first compilation of
 next to nothing (imports, the compiler's precompiled headers), *first call* what the gradient's first call takes after
-that, compilation and one run. The one-graph variant also at 2 and at 32 steps of the same micro-batch, and its graph's
-nodes at 8 and at 64 steps.
+that, compilation and one run. The one-graph variant also at 2 and at 32 steps of one batch (of 32 micro-batches of the
+workload's size), with a *later call* beside it: the difference is compilation. And its graph's nodes at 8 and at 64 steps.
 
 **Memory.** The peak of a call after the first over what was there before it. *resident*: what the kernel saw, in a fresh
 process; *allocated*: PyTorch's tensors, exact.
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "parameter_bytes": work.parameter_bytes,
             **_run("time", options, workload),
             "cold": {name: _run("cold", options, workload, name, work.steps) for name in names},
-            "growth": {str(steps): _run("cold", options, workload, ONE_GRAPH, steps) for steps in COMPILE_STEPS},
+            "growth": {str(steps): _run("growth", options, workload, ONE_GRAPH, steps) for steps in COMPILE_STEPS},
             "nodes": {str(steps): _run("nodes", options, workload, ONE_GRAPH, steps) for steps in NODE_STEPS},
         }
     options.out.mkdir(parents=True, exist_ok=True)
@@ -122,17 +122,25 @@ def _neighbours(runs: dict[str, Any], options: argparse.Namespace) -> dict[str, 
 
 
 def cold_task(options: argparse.Namespace) -> dict[str, Any]:
-    """One contestant in a process of its own, without caches: start-up, first call, and peaks of a later one."""
-    work = _resized(options)
+    """One contestant in a process of its own, without caches: start-up, first and later call, and peaks of one more."""
+    return _cold(options, _resized(options, options.steps))
+
+
+def growth_task(options: argparse.Namespace) -> dict[str, Any]:
+    """The same of one batch, whatever the number of steps."""
+    return _cold(options, _resized(options, max(COMPILE_STEPS)))
+
+
+def _cold(options: argparse.Namespace, work: Workload) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(TORCHINDUCTOR_CACHE_DIR=folder, TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
         contestant = CONTESTANTS[options.variant](work, options.steps)
         seconds: dict[str, float] = {}
-        for name, call in (("startup", _trivial(options.variant)), ("first_call", contestant.run)):
+        calls = {"startup": _trivial(options.variant), "first_call": contestant.run, "later_call": contestant.run}
+        for name, call in calls.items():
             start = time.perf_counter()
             call()
             seconds[name] = time.perf_counter() - start
-        contestant.run()
         peaks = {"resident": resident_peak(contestant.run)}
         if options.variant != OPTAX:
             peaks["allocated"] = allocated_peak(contestant.run, CPU)
@@ -152,16 +160,16 @@ def _trivial(variant: str) -> Any:
 
 def nodes_task(options: argparse.Namespace) -> int:
     """Nodes of the graph at one number of steps."""
-    return graph_nodes(_resized(options), options.steps)
+    return graph_nodes(_resized(options, options.steps), options.steps)
 
 
-def _resized(options: argparse.Namespace) -> Workload:
-    """The workload with `options.steps` micro-batches of its own size."""
+def _resized(options: argparse.Namespace, microbatches: int) -> Workload:
+    """The workload with as many examples as `microbatches` of its own micro-batches have."""
     work = WORKLOADS[options.workload](CPU)
-    return work.resized(options.steps * (len(work.inputs) // work.steps))
+    return work.resized(microbatches * (len(work.inputs) // work.steps))
 
 
-TASKS = {"time": time_task, "cold": cold_task, "nodes": nodes_task}
+TASKS = {"time": time_task, "cold": cold_task, "growth": growth_task, "nodes": nodes_task}
 
 
 def _run(task: str, options: argparse.Namespace, workload: str, variant: str = LOOP, steps: int = 1) -> Any:

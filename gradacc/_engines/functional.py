@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradacc._engines import inductor, loops
 from gradacc._outcome import Contribution, Outcome
 
 
@@ -108,4 +109,6 @@ def finalize(buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float | Tens
 
 
 def _sum(a: Tensor | None, b: Tensor) -> Tensor:
-    return b if a is None else a + b
+    if a is None:
+        return b
+    return inductor.add(a, b) if loops() else a + b

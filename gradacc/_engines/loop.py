@@ -2,11 +2,16 @@
 
 .. code-block:: text
 
-    state = step(state, first micro-batch)          # outside: it says what the state is, and nothing is filled with zeros
-    state, each = scan(step, state, the others, stacked)
+    state, each = scan(step, zeros, all micro-batches of the run, stacked)
 
 The carry is the buffer and everything else that is summed and is a tensor. What is a Python number (a number of examples) is
 the same for every micro-batch of a run: it advances by what the first one added.
+
+NOTE [one copy of the loss]
+    What the state is (which numbers are tensors, what aux has) only a micro-batch can say, so the first one is traced outside
+    the loop too, and its results are not used: it is removed as dead code, and what is compiled is one copy of the loss.
+    Starting the scan from its results instead saves filling the accumulators with zeros, and doubles the time to compile.
+    (A loss that draws random numbers draws them once more than there are micro-batches: dead draws are not removed.)
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gradacc import _fold
@@ -40,8 +46,7 @@ def fold(step: Step, buffer: Buffer, sums: _fold.Sums, cut: Cut) -> tuple[Buffer
 def _scan(step: Step, buffer: Buffer, before: _fold.Sums, cut: Cut, run: Run) -> tuple[Buffer, _fold.Sums]:
     from torch._higher_order_ops.scan import scan
 
-    buffer, sums = step(buffer, before, cut.at(run.offset, run.size))
-    rest = run._replace(offset=run.offset + run.size, repeats=run.repeats - 1)
+    seen, sums = step(buffer, before, cut.at(run.offset, run.size))  # see NOTE [one copy of the loss]
     tail: list[Any] = [part if not isinstance(part, list) else [] for part in sums.aux or ()]
     template = sums._replace(aux=tail)
     numbers = [*_fold.numbers(sums), sums.weight]
@@ -51,7 +56,7 @@ def _scan(step: Step, buffer: Buffer, before: _fold.Sums, cut: Cut, run: Run) ->
         left = iter(carry)
         grads = [next(left) for _ in buffer.grads]
         *own, weight = [next(left) if tensor else 0 for tensor in is_tensor]
-        return buffer._replace(grads=grads), _fold.with_numbers(template, own)._replace(weight=weight)
+        return seen._replace(grads=grads), _fold.with_numbers(template, own)._replace(weight=weight)
 
     def body(carry: list[Tensor], tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         after, summed = step(*state(carry), cut.unstacked(tensors, run.size))
@@ -60,12 +65,20 @@ def _scan(step: Step, buffer: Buffer, before: _fold.Sums, cut: Cut, run: Run) ->
         each = [part[0].clone() for part in summed.aux or () if isinstance(part, list)]
         return [*after.grads, *kept], each  # no gradient is None: torch.func returns zeros
 
-    start = [*buffer.grads, *(number for number in numbers if isinstance(number, Tensor))]
-    carry, each = scan(body, start, cut.stacked(rest))
-    buffer, summed = state(carry)
     first = [*_fold.numbers(before), before.weight] if before.kind is not None else [0] * len(numbers)
+    start = [
+        torch.zeros_like(param, dtype=dtype) if grad is None else grad
+        for param, dtype, grad in zip(buffer.params, buffer.dtypes, buffer.grads, strict=True)
+    ]
+    start += [
+        old if isinstance(old, Tensor) else torch.zeros_like(number)
+        for old, number in zip(first, numbers, strict=True)
+        if isinstance(number, Tensor)
+    ]
+    carry, each = scan(body, start, cut.stacked(run))
+    buffer, summed = state(carry)
     total = [
-        new if tensor else number + (number - old) * rest.repeats
+        new if tensor else old + (number - old) * run.repeats
         for new, number, old, tensor in zip(
             [*_fold.numbers(summed), summed.weight], numbers, first, is_tensor, strict=True
         )
@@ -73,7 +86,7 @@ def _scan(step: Step, buffer: Buffer, before: _fold.Sums, cut: Cut, run: Run) ->
     summed = _fold.with_numbers(summed, total[:-1])._replace(weight=total[-1])
     ends = iter(each)
     aux = [
-        [*part, next(ends).flatten(0, 1)] if isinstance(part, list) else new
+        [*part[:-1], next(ends).flatten(0, 1)] if isinstance(part, list) else new
         for part, new in zip(sums.aux or (), summed.aux or (), strict=True)
     ]
     return buffer, summed._replace(aux=aux)

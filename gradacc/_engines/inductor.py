@@ -1,0 +1,173 @@
+"""What Inductor is told about the buffer: that nobody looks at the old one, so that a sum can be made in place.
+
+NOTE [sums in place]
+    In a graph everything is new: ``buffer + gradient`` is a tensor beside the buffer, and a loop's carry one in every
+    iteration. Inductor makes elementwise sums in place where it can, but not ``addmm``, which is what the sum with a
+    matrix's gradient becomes: that costs a copy of the buffer for every micro-batch, and a loop holds the gradients three
+    times. So the sum is an operator of our own, ``gradacc::add``, which Inductor rewrites here:
+
+    - ``add(buffer, a @ b)`` is ``addmm``, which Inductor's own pass makes in place where nothing reads the buffer afterwards;
+    - a ``scan`` whose carry is such a sum, and that has no other results, writes to its carry, of which it gets a copy of
+      its own. (With other results, aux that is concatenated for instance, it stays as it is.)
+
+    Everywhere else, and if a version of Inductor does not know these names, the operator is an ordinary sum.
+
+NOTE [the order of writes]
+    Inductor's ``while_loop`` (which a ``scan`` becomes) takes the carries that its body writes to in the order of the first
+    write, and needs that of the carries. So the body begins with a write of each to itself, in that order, which compiles
+    to nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch._inductor.pattern_matcher import Match
+    from torch.fx import Graph, Node
+
+_MARK = "sum of gradients"
+
+_library: Any = torch.library.Library("gradacc", "DEF")  # type: ignore[no-untyped-call]  # torch's
+_library.define("add(Tensor buffer, Tensor gradient) -> Tensor")
+_library.define("addmm(Tensor buffer, Tensor a, Tensor b) -> Tensor")
+_library.define("addmm_(Tensor(a!) buffer, Tensor a, Tensor b) -> Tensor(a!)")
+_library.define("own(Tensor tensor, int number) -> Tensor")
+_ops: Any = torch.ops.gradacc
+
+
+def add(buffer: Tensor, gradient: Tensor) -> Tensor:
+    """``buffer + gradient``, where the buffer is used for nothing else. See NOTE [sums in place]."""
+    total: Tensor = _ops.add(buffer, gradient)
+    return total
+
+
+def _add_fake(buffer: Tensor, gradient: Tensor) -> Tensor:
+    if "torch._inductor.compile_fx" in sys.modules:  # Inductor compiles, or has done so: there is somebody to tell
+        with contextlib.suppress(ImportError, AttributeError):
+            tell()
+    return torch.empty_like(buffer)
+
+
+_library.impl("add", torch.add, "CompositeExplicitAutograd")
+torch.library.register_autograd("gradacc::add", lambda _, grad: (grad, grad), lib=_library)
+torch.library.register_fake("gradacc::add", _add_fake, lib=_library)
+torch.library.register_fake("gradacc::addmm", lambda buffer, a, b: torch.empty_like(buffer), lib=_library)
+torch.library.register_fake("gradacc::addmm_", lambda buffer, a, b: buffer, lib=_library)
+torch.library.register_fake("gradacc::own", lambda tensor, number: torch.empty_like(tensor), lib=_library)
+
+
+@functools.cache
+def tell() -> None:
+    """Once a process: the rewrites, and how to compile what they make."""
+    from torch._inductor import ir, lowering
+    from torch._inductor.fx_passes import post_grad, reinplace
+    from torch._inductor.pattern_matcher import Arg, CallFunction, CallFunctionVarArgs, register_graph_pattern
+
+    patterns: Any = post_grad.pass_patterns[-1]
+    lowerings = lowering.lowerings[torch.ops.aten.addmm.default], lowering.clone
+
+    @lowering.register_lowering(_ops.addmm.default, type_promotion_kind=None)
+    def addmm(buffer: Any, a: Any, b: Any) -> Any:
+        return lowerings[0](buffer, a, b)
+
+    @lowering.register_lowering(_ops.addmm_.default, type_promotion_kind=None)
+    def addmm_in_place(buffer: Any, a: Any, b: Any) -> Any:
+        buffer.realize()
+        ir.FallbackKernel.create(torch.ops.aten.addmm_.default, buffer, a, b)
+        return buffer
+
+    @lowering.register_lowering(_ops.own.default, type_promotion_kind=None)
+    def own(tensor: Any, number: int) -> Any:
+        copy = lowerings[1](tensor)
+        copy.realize()
+        return copy
+
+    reinplace.inplaceable_ops[_ops.addmm.default] = reinplace.InplaceableOp(_ops.addmm_.default, 0)
+
+    @register_graph_pattern(CallFunction(_ops.add.default, Arg(), Arg()), pass_dict=patterns)
+    def sums(match: Match, buffer: Node, gradient: Node) -> None:
+        _rewrite_sum(match.graph, match.output_node(), buffer, gradient)
+
+    @register_graph_pattern(CallFunctionVarArgs(torch.ops.higher_order.scan), pass_dict=patterns)
+    def loops(match: Match, body: Node, init: list[Node], *_: Any) -> None:
+        _rewrite_loop(match.graph, match.output_node(), body, init)
+
+
+def _rewrite_sum(graph: Graph, node: Node, buffer: Node, gradient: Node) -> None:
+    """``add(buffer, a @ b)`` and ``add(buffer, (a @ b).T)`` as ``addmm``, any other as an ordinary sum."""
+    product, transposed = _product(gradient)
+    with graph.inserting_before(node):
+        if product is None:
+            new = graph.call_function(torch.ops.aten.add.Tensor, (buffer, gradient))
+        else:
+            factors = product.args if not transposed else [_transpose(graph, n) for n in reversed(product.args)]
+            new = graph.call_function(_ops.addmm.default, (buffer, *factors))
+    new.meta.update(node.meta)
+    new.meta[_MARK] = True
+    node.replace_all_uses_with(new)
+    graph.erase_node(node)
+    for unused in dict.fromkeys((gradient, product)) if product is not None else ():
+        graph.erase_node(unused)
+
+
+def _product(gradient: Node) -> tuple[Node | None, bool]:
+    """The ``mm`` that is nothing but this gradient, and whether it is its transpose."""
+    transposed = gradient.target is torch.ops.aten.permute.default and len(gradient.users) == 1
+    product: Any = gradient.args[0] if transposed else gradient
+    alone = product.target is torch.ops.aten.mm.default and len(product.users) == 1
+    return (product if alone else None), transposed
+
+
+def _transpose(graph: Graph, node: Any) -> Node:
+    new = graph.call_function(torch.ops.aten.permute.default, (node, [1, 0]))
+    new.meta["val"] = node.meta["val"].permute(1, 0)
+    return new
+
+
+def _rewrite_loop(graph: Graph, node: Node, body: Node, init: list[Node]) -> None:
+    """Let a scan write to its carries that are sums of gradients."""
+    module: Any = graph.owning_module
+    inner: Graph = getattr(module, str(body.target)).graph
+    end = inner.output_node()
+    results: list[Any] = list(end.args[0])  # type: ignore[arg-type]  # a graph's results
+    carries = inner.find_nodes(op="placeholder")[: len(init)]
+    if len(results) != len(init) or len(graph.find_nodes(op="get_attr", target=body.target)) != 1:
+        return
+    start, first = list(init), _after_placeholders(inner)
+    for number, (carry, result) in enumerate(zip(carries, results, strict=True)):
+        if not (_is_sum(result) and result.args[0] is carry and len(carry.users) == len(result.users) == 1):
+            continue
+        with inner.inserting_before(first):  # see NOTE [the order of writes]
+            _copy(inner, carry, carry)
+        if result.target is _ops.addmm.default:
+            result.target = _ops.addmm_.default
+        else:
+            with inner.inserting_before(end):
+                results[number] = _copy(inner, carry, result)
+        with graph.inserting_before(node):
+            start[number] = graph.call_function(_ops.own.default, (init[number], number))
+        start[number].meta.update(init[number].meta)
+    end.args = (tuple(results),)
+    node.args = (node.args[0], start, *node.args[2:])
+
+
+def _is_sum(result: Any) -> bool:
+    return isinstance(result, torch.fx.Node) and _MARK in result.meta
+
+
+def _after_placeholders(graph: Graph) -> Node:
+    first: Node = next(node for node in graph.nodes if node.op != "placeholder")
+    return first
+
+
+def _copy(graph: Graph, target: Node, source: Node) -> Node:
+    node = graph.call_function(torch.ops.aten.copy_.default, (target, source))
+    node.meta.update(target.meta)
+    return node
