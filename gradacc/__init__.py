@@ -8,6 +8,8 @@ from gradacc import data as data
 from gradacc import optim as optim
 from gradacc._accumulate import accumulate as accumulate
 from gradacc._accumulate import accumulate_and_value as accumulate_and_value
+from gradacc._accumulator import Accumulator as Accumulator
+from gradacc._accumulator import accumulator as accumulator
 from gradacc._all_reduce import all_reduce as all_reduce
 from gradacc._mean import Mean as Mean
 from gradacc._module import functional as functional

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from gradacc import _aux, _dtypes, _fold, _options, _split, _sync, _tree, _validate
+from gradacc import _fold, _options, _split, _step, _sync, _validate
 from gradacc._all_reduce import AllReduce
-from gradacc._engines import eager, functional, loop, loops, transforming
-from gradacc._mean import Mean
+from gradacc._engines import loop, loops
 from gradacc._options import Options
-from gradacc._outcome import Contribution, Outcome
 
 
 def accumulate(
@@ -234,46 +231,20 @@ def _run(
     kwargs: dict[str, Any],
 ) -> Any:
     """One call of ``grad_fn``: ``finalize . sync . fold(update) . init``."""
-    single = isinstance(options.argnums, int)
     try:
         differentiated, batch = _validate.positions(options, args)
-        leaves, treedef = _tree.flatten(args[differentiated[0]] if single else tuple(args[n] for n in differentiated))
-        params = _validate.parameters(options.name, leaves, treedef, "params")
+        params, treedef = _step.parameters(options, args, differentiated)
     except (TypeError, ValueError):
         _sync.give_up(options, agreed)
         raise
-    accumulated, returned = _dtypes.dtypes(options.dtype, params)
-    engine = functional if transforming() else eager
-    link = _sync.connect(options, agreed, params, treedef, accumulated)
-
-    def evaluate(microbatch: _split.Microbatch, leaves: Sequence[Tensor]) -> Outcome:
-        tree = _tree.unflatten(treedef, leaves)
-        trees = dict(zip(differentiated, (tree,) if single else tree, strict=True))
-        positional = [trees[n] if n in trees else engine.admit(arg) for n, arg in enumerate(microbatch.args)]
-        named = engine.admit(kwargs)
-        with engine.calling():
-            out = loss_fn(*positional, **named)
-        return _outcome(options, out, microbatch)
-
-    def step(
-        buffer: Any, sums: _fold.Sums, microbatch: _split.Microbatch, link: _sync.Link | None = None
-    ) -> tuple[Any, _fold.Sums]:
-        buffer, outcome = engine.update(
-            buffer,
-            functools.partial(evaluate, microbatch),
-            functools.partial(_contribution, options, sums, link),
-            None if link is None else link.deliver,
-        )
-        return buffer, _fold.update(options, sums, outcome, microbatch.sizes)
-
-    def with_types(sums: _fold.Sums, empty: _split.Microbatch | None) -> _fold.Sums:
-        if sums.kind is not None or empty is None:
-            return sums
-        with engine.guard(), torch.no_grad():  # nothing to differentiate: it only says what types to return
-            return _fold.update_with_nothing(options, sums, evaluate(empty, params), empty.sizes)
+    fold = _step.start(options, params, treedef)
+    engine = fold.engine
+    link = _sync.connect(options, agreed, params, treedef, fold.accumulated)
+    evaluate = _step.evaluator(fold, loss_fn, differentiated, kwargs)
+    step = _step.stepper(fold, evaluate)
 
     with engine.guard():
-        buffer: Any = engine.init(params, accumulated)
+        buffer: Any = engine.init(params, fold.accumulated)
     sums = _fold.Sums()
     try:
         divided = _split.microbatches(options, args, differentiated, batch)
@@ -291,30 +262,14 @@ def _run(
                 with engine.guard():
                     buffer, sums = step(buffer, sums, microbatch, sender if last else None)
         if not isinstance(link, _sync.Link):
-            sums = with_types(sums, empty)
+            sums = _step.with_types(fold, evaluate, sums, empty)
     except Exception as error:
         if link is not None:
             with contextlib.suppress(Exception), engine.guard():  # this rank's own error is the one to see
                 link.fail(sums)
         _validate.note_unsplit(error, options, args)
         raise
-    with engine.guard():
-        arrived = engine.arrived(buffer)
-        if link is not None:
-            grads, sums, arrived = link.cross(buffer.grads, sums, arrived)
-            buffer = buffer._replace(grads=grads)
-            sums = with_types(sums, empty)  # where no rank has seen more than an empty batch
-        _validate.dependence(options, not sums.differentiated or arrived)
-        value, aux = _fold.finalize(options, sums, params[0])
-        grads = _tree.unflatten(treedef, engine.finalize(buffer, returned, _fold.gradient_factor(options, sums)))
-    return grads, ((value, aux) if options.has_aux else value)
-
-
-def _contribution(options: Options, sums: _fold.Sums, link: _sync.Link | None, outcome: Outcome) -> Contribution | None:
-    """What a micro-batch counts for; where its gradients are sent as they come, the link learns their unit first."""
-    if link is not None:
-        link.set_unit(_fold.unit(sums, outcome))
-    return _fold.contribution(options, sums, outcome)
+    return _step.finish(fold, link, buffer, sums, lambda sums: _step.with_types(fold, evaluate, sums, empty))
 
 
 def _with_last(parts: Iterable[_split.Microbatch], ahead: bool) -> Iterator[tuple[_split.Microbatch, bool]]:
@@ -333,14 +288,3 @@ def _with_last(parts: Iterable[_split.Microbatch], ahead: bool) -> Iterator[tupl
         held.append(part)
     for part in held:
         yield part, True
-
-
-def _outcome(options: Options, out: Any, microbatch: _split.Microbatch) -> Outcome:
-    """What ``loss_fn`` returned, checked, in the one shape that the rest knows."""
-    value, aux = _validate.returned(options, out)
-    target = _validate.loss(options, value)
-    if isinstance(value, Mean):
-        weight: float | Tensor | None = _validate.weight(options, value.weight, target)
-    else:
-        weight = _validate.examples(options, microbatch.examples, microbatch.sizes)
-    return Outcome(target, value, weight, _aux.flatten(aux))

@@ -61,7 +61,42 @@ def absorb(
     kinds = [_partial(name, leaf, share, sizes, aux, i) for i, leaf in enumerate(aux.leaves)]
     if sofar is None:
         return kinds
-    return [_add(name, a, b, aux, i) for i, (a, b) in enumerate(zip(sofar, kinds, strict=True))]
+    return [_add(name, a, b, aux.treedef, i) for i, (a, b) in enumerate(zip(sofar, kinds, strict=True))]
+
+
+def merge(
+    name: str,
+    a: Sequence[Partial],
+    b: Sequence[Partial],
+    shares: tuple[float | Tensor, float | Tensor],
+    treedef: _tree.TreeDef,
+) -> list[Partial]:
+    """Two sums as one: averages times the share of theirs; what is concatenated, ``a``'s first."""
+    pairs = zip((_times(part, shares[0]) for part in a), (_times(part, shares[1]) for part in b), strict=True)
+    return [_add(name, one, other, treedef, i) for i, (one, other) in enumerate(pairs)]
+
+
+def pack(parts: Sequence[Partial]) -> tuple[list[Tensor | Mean], list[torch.dtype]]:
+    """Each leaf so far as one tensor or `Mean`, in memory of its own; and the dtype that it came in."""
+    leaves: list[Tensor | Mean] = []
+    dtypes: list[torch.dtype] = []
+    for part in parts:
+        if isinstance(part, list):
+            joined = torch.cat(part)
+            leaves.append(joined)
+            dtypes.append(joined.dtype)
+        else:
+            leaves.append(part.mean if isinstance(part, Total) else part.total)
+            dtypes.append(part.dtype)
+    return leaves, dtypes
+
+
+def unpack(leaves: Sequence[Any], dtypes: Sequence[torch.dtype]) -> list[Partial]:
+    """The inverse of `pack`."""
+    return [
+        Total(leaf, dtype) if isinstance(leaf, Mean) else [leaf] if leaf.ndim else Average(leaf, dtype)
+        for leaf, dtype in zip(leaves, dtypes, strict=True)
+    ]
 
 
 def finalize(sofar: Sequence[Partial], factor: float | Tensor) -> list[Any]:
@@ -80,7 +115,8 @@ def scaled(tensor: Tensor, share: float | Tensor | None) -> Tensor:
     """A new tensor ``share * tensor``, in what is summed; exactly 0 for a share of 0, NaNs too."""
     assert share is not None
     if isinstance(share, Tensor):
-        return torch.where(share == 0, 0.0, wide(tensor) * share)
+        own = wide(tensor)
+        return torch.where(share == 0, 0.0, own * share).to(own.dtype)  # two 0-dim tensors have the wider dtype
     return wide(tensor) * share if share else torch.zeros_like(wide(tensor))
 
 
@@ -121,7 +157,11 @@ def _partial(
     )
 
 
-def _add(name: str, a: Partial, b: Partial, aux: Aux, index: int) -> Partial:
+def _times(part: Partial, share: float | Tensor) -> Partial:
+    return Average((part.total * share).to(part.total.dtype), part.dtype) if isinstance(part, Average) else part
+
+
+def _add(name: str, a: Partial, b: Partial, treedef: _tree.TreeDef, index: int) -> Partial:
     if isinstance(a, Total) and isinstance(b, Total):
         return Total(a.mean + b.mean, a.dtype)
     if isinstance(a, Average) and isinstance(b, Average):
@@ -129,12 +169,12 @@ def _add(name: str, a: Partial, b: Partial, aux: Aux, index: int) -> Partial:
     if isinstance(a, list) and isinstance(b, list):
         if a[0].shape[1:] != b[0].shape[1:] if a and b else False:
             raise ValueError(
-                f"{name}: {_tree.paths(aux.treedef, 'aux')[index]} has shape {tuple(a[0].shape)} in one micro-batch and "
+                f"{name}: {_tree.paths(treedef, 'aux')[index]} has shape {tuple(a[0].shape)} in one micro-batch and "
                 f"{tuple(b[0].shape)} in another, which cannot be concatenated. Pad it to one shape, or return a Mean"
             )
         return a + b
     raise TypeError(
-        f"{name}: {_tree.paths(aux.treedef, 'aux')[index]} is not of the same kind in every micro-batch "
+        f"{name}: {_tree.paths(treedef, 'aux')[index]} is not of the same kind in every micro-batch "
         "(0-dim in one, with a batch dimension in another)"
     )
 

@@ -82,7 +82,7 @@ def update(options: Options, sums: Sums, outcome: Outcome, sizes: tuple[int, ...
     if isinstance(outcome.value, Mean):
         value: Any = _aux.summable(outcome.value)
     elif options.reduction == "sum":
-        value = _aux.scaled(outcome.value, 0.0 if share == 0.0 else 1.0)
+        value = _aux.scaled(outcome.value, 0.0 if not isinstance(share, Tensor) and share == 0.0 else 1.0)
     else:
         value = _aux.scaled(outcome.value, share)
     return sums._replace(
@@ -98,6 +98,34 @@ def update(options: Options, sums: Sums, outcome: Outcome, sizes: tuple[int, ...
 def update_with_nothing(options: Options, sums: Sums, outcome: Outcome, sizes: tuple[int, ...]) -> Sums:
     """``sums`` and an empty batch, which only says what types to return."""
     return update(options, sums, outcome._replace(weight=0.0), sizes)._replace(differentiated=False)
+
+
+def merge(options: Options, a: Sums, b: Sums) -> tuple[Sums, tuple[float | Tensor, float | Tensor]]:
+    """Two sums as one, in the larger of their units; and each one's share: what its gradients are multiplied by."""
+    if a.kind is None or b.kind is None:
+        return (b if a.kind is None else a), (1.0, 1.0)
+    _validate.same_kind(options, a.kind.is_mean, b.kind.is_mean, a.kind.aux, b.kind.aux)
+    one: Any
+    shares: tuple[float | Tensor, float | Tensor] = (1.0, 1.0)
+    if a.unit is None or b.unit is None:
+        one = b.unit if a.unit is None else a.unit
+    else:
+        units: Any = a.unit, b.unit
+        one = torch.maximum(*units) if isinstance(a.unit, Tensor) else max(units)
+        shares = a.unit / one, b.unit / one
+    if a.kind.is_mean or options.reduction == "sum":
+        value = a.value + b.value
+    else:
+        value = (a.value * shares[0] + b.value * shares[1]).to(a.value.dtype)
+    merged = Sums(
+        kind=a.kind,
+        value=value,
+        weight=a.weight + b.weight,
+        unit=one,
+        aux=_aux.merge(options.name, a.aux or [], b.aux or [], shares, a.kind.aux),
+        differentiated=a.differentiated or b.differentiated,
+    )
+    return merged, (1.0, 1.0) if options.reduction == "sum" else shares
 
 
 def numbers(sums: Sums) -> list[Any]:

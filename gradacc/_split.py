@@ -66,9 +66,15 @@ def microbatches(options: Options, args: Sequence[Any], differentiated: Sequence
     """Divide a call's arguments as ``options`` say; ``batch`` is the position of the batch."""
     dims = _validate.in_dims(options, args, differentiated, batch)
     if options.steps is None and options.microbatch_size is None:
+        _validate.only_the_batch(options, dims, batch)
         parts = _validate.iterable(options, args[batch])
-        return Microbatches(_iterate(options, parts, args, dims[batch], batch), None, None)
+        return Microbatches(_iterate(options, parts, args, dims, batch), None, None)
     return _slice(options, args, dims)
+
+
+def one(options: Options, args: Sequence[Any], differentiated: Sequence[int], batch: int) -> Microbatch:
+    """Undivided: a call's arguments as one micro-batch."""
+    return _counted(options, tuple(args), _validate.in_dims(options, args, differentiated, batch))
 
 
 def _slice(options: Options, args: Sequence[Any], dims: Sequence[Any]) -> Microbatches:
@@ -152,23 +158,34 @@ def cuts(total: int, steps: int | None = None, microbatch_size: int | None = Non
             yield run.offset + i * run.size, run.size
 
 
-def _iterate(options: Options, parts: Iterable[Any], args: Sequence[Any], dim: Any, batch: int) -> Iterator[Microbatch]:
+def _iterate(
+    options: Options, parts: Iterable[Any], args: Sequence[Any], dims: Sequence[Any], batch: int
+) -> Iterator[Microbatch]:
     for part in parts:
-        leaves, treedef = _tree.flatten(part)
+        yield _counted(options, (*args[:batch], part, *args[batch + 1 :]), dims)
+
+
+def _counted(options: Options, args: tuple[Any, ...], dims: Sequence[Any]) -> Microbatch:
+    """With the sizes of its tensors along ``dims``."""
+    sizes: list[int] = []
+    number = 0
+    for n, dim in enumerate(dims):
+        if dim is None:
+            continue
+        leaves, treedef = _tree.flatten(args[n])
+        number += len(leaves)
         if options.in_dims is None:  # nothing was said, and nothing is split: what has a size along dim 0 has one
-            sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
-        else:
-            dims, paths = _leaf_dims(options, dim, part, batch), _tree.paths(treedef, f"args[{batch}]")
-            sizes = [
-                leaf.shape[d]
-                for leaf, d, path in zip(leaves, dims, paths, strict=True)
-                if isinstance(leaf, Tensor) and _validate.splittable(options.name, leaf, d, path) is not None
-            ]
-        empty = bool(sizes) and not any(sizes) and len(sizes) == len(leaves)
-        different = [
-            size for n, size in enumerate(sizes) if size not in sizes[:n]
-        ]  # no set: Dynamo would fix the sizes
-        yield Microbatch((*args[:batch], part, *args[batch + 1 :]), tuple(different), empty)
+            sizes += [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
+            continue
+        each, paths = _leaf_dims(options, dim, args[n], n), _tree.paths(treedef, f"args[{n}]")
+        sizes += [
+            leaf.shape[d]
+            for leaf, d, path in zip(leaves, each, paths, strict=True)
+            if isinstance(leaf, Tensor) and _validate.splittable(options.name, leaf, d, path) is not None
+        ]
+    empty = bool(sizes) and not any(sizes) and len(sizes) == number
+    different = [size for n, size in enumerate(sizes) if size not in sizes[:n]]  # no set: Dynamo would fix the sizes
+    return Microbatch(args, tuple(different), empty)
 
 
 def _leaf_dims(options: Options, dims: Any, tree: Any, position: int) -> list[Any]:

@@ -95,6 +95,33 @@ def register(cls: type, to_children: Callable[[Any], tuple[Any, ...]], names: tu
     )
 
 
+def register_with_facts(cls: type, names: tuple[str, ...], facts: str) -> None:
+    """Make ``cls`` a pytree node: its children are the attributes ``names``, and it is ``cls(*children, facts)``.
+
+    ``facts`` names an attribute that is structure: hashable, and compared. To torch all tensors in it are children: what
+    torch would take for a leaf (None, a class that it does not know) is structure too.
+    """
+
+    def to_children(node: Any) -> tuple[Any, ...]:
+        return tuple(getattr(node, name) for name in names)
+
+    def to_torch(node: Any) -> tuple[list[Any], tuple[TreeDef, Any]]:
+        leaves, treedef = flatten(to_children(node))
+        return leaves, (treedef, getattr(node, facts))
+
+    def from_torch(leaves: Iterable[Any], context: tuple[TreeDef, Any]) -> Any:
+        return cls(*unflatten(context[0], list(leaves)), context[1])
+
+    optree.register_pytree_node(
+        cls,
+        lambda node: (to_children(node), getattr(node, facts), names),
+        lambda facts, children: cls(*children, facts),
+        path_entry_type=optree.GetAttrEntry,
+        namespace=NAMESPACE,
+    )
+    torch_pytree.register_pytree_node(cls, to_torch, from_torch, serialized_type_name=f"gradacc.{cls.__name__}")
+
+
 _adopting = threading.Lock()
 _adopted: set[type] = set()
 

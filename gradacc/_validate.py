@@ -18,14 +18,16 @@ from gradacc._mean import Mean
 from gradacc._options import Options
 
 
-def positions(options: Options, args: Sequence[Any]) -> tuple[tuple[int, ...], int]:
+def positions(
+    options: Options, args: Sequence[Any], call: str = "grad_fn(params, batch)"
+) -> tuple[tuple[int, ...], int]:
     """Where the differentiated arguments are, and where the batch is: the first one that is not differentiated."""
     name, argnums = options.name, options.argnums
     numbers = argnums if isinstance(argnums, tuple) else (argnums,)
     if any(not -len(args) <= n < len(args) for n in numbers):
         raise ValueError(
             f"{name}: argnums={argnums} does not fit a call with {len(args)} positional arguments; "
-            "call grad_fn(params, batch), both positionally"
+            f"call {call}, both positionally"
         )
     differentiated = tuple(n % len(args) for n in numbers)
     if len(set(differentiated)) < len(differentiated):
@@ -34,7 +36,7 @@ def positions(options: Options, args: Sequence[Any]) -> tuple[tuple[int, ...], i
     if not rest:
         raise ValueError(
             f"{name}: no batch among the {len(args)} positional arguments: each is differentiated (argnums={argnums}). "
-            "Call grad_fn(params, batch), with the batch positionally: keyword arguments are never split"
+            f"Call {call}, with the batch positionally: keyword arguments are never split"
         )
     return differentiated, rest[0]
 
@@ -103,14 +105,17 @@ def in_dims(options: Options, args: Sequence[Any], differentiated: Sequence[int]
                 f"{options.name}: in_dims[{n}]={dims[n]} splits an argument that is differentiated "
                 f"(argnums={options.argnums}); its entry must be None"
             )
-    if options.steps is None and options.microbatch_size is None:
-        extra = [n for n in range(len(args)) if n != batch and dims[n] is not None]
-        if extra:
-            raise ValueError(
-                f"{options.name}: in_dims[{extra[0]}]={dims[extra[0]]}, but without steps or microbatch_size only the "
-                f"batch (argument {batch}) is divided and every other argument is passed whole: its entry must be None"
-            )
     return dims
+
+
+def only_the_batch(options: Options, dims: Sequence[Any], batch: int) -> None:
+    """Where the batch comes divided, nothing else is."""
+    extra = [n for n, dim in enumerate(dims) if n != batch and dim is not None]
+    if extra:
+        raise ValueError(
+            f"{options.name}: in_dims[{extra[0]}]={dims[extra[0]]}, but without steps or microbatch_size only the "
+            f"batch (argument {batch}) is divided and every other argument is passed whole: its entry must be None"
+        )
 
 
 def splittable(name: str, leaf: Any, dim: Any, path: str) -> int | None:

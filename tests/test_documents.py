@@ -71,6 +71,8 @@ def test_everything_public_has_a_docstring_with_an_example():
     assert public == {
         "accumulate",
         "accumulate_and_value",
+        "Accumulator",
+        "accumulator",
         "all_reduce",
         "functional",
         "Mean",

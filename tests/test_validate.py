@@ -62,6 +62,16 @@ def test_bad_options_fail_in_the_factory(case, transform):
         transform(loss_fn, **options)
 
 
+SPLITTING = {"steps", "microbatch_size", "split"}
+
+
+@pytest.mark.parametrize("case", [case for case, (options, _, _) in FACTORY.items() if not SPLITTING & set(options)])
+def test_the_streaming_form_has_the_same_options(case):
+    options, error, message = FACTORY[case]
+    with pytest.raises(error, match=f"(?s)^accumulator: .*{message}"):
+        gradacc.accumulator(loss_fn, **options)
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [

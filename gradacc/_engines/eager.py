@@ -62,6 +62,19 @@ def init(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Buffer:
     return Buffer([_normal(param) for param in params], list(dtypes), [None] * len(params), set())
 
 
+def resume(
+    params: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype],
+    grads: Sequence[Tensor | None],
+    arrived: bool,
+    donated: bool,
+) -> Buffer:
+    """With gradients that were accumulated before: in their memory if they are donated, else in copies."""
+    held = [None if grad is None else _held(grad, donated) for grad in grads]
+    reached = {i for i, grad in enumerate(grads) if grad is not None} if arrived else set()
+    return Buffer([_normal(param) for param in params], list(dtypes), held, reached)
+
+
 def calling() -> AbstractContextManager[None]:
     """Around the loss: another ``grad_fn`` that it calls must be differentiable."""
     return _engines.inside_a_loss()
@@ -102,6 +115,14 @@ def update(
 def arrived(buffer: Buffer) -> bool:
     """Whether any parameter has got a gradient."""
     return bool(buffer.reached)
+
+
+def merge(
+    a: Sequence[Tensor | None], b: Sequence[Tensor | None], shares: tuple[float, float], donated: bool
+) -> list[Tensor | None]:
+    """``shares[0] * a + shares[1] * b``, one of them 1: its sum is the one that is added to."""
+    large, small, share = (a, b, shares[1]) if shares[0] == 1.0 else (b, a, shares[0])
+    return [_merged(one, other, share, donated) for one, other in zip(large, small, strict=True)]
 
 
 def finalize(buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float) -> list[Tensor]:
@@ -202,5 +223,20 @@ def _own(grad: Tensor) -> Tensor:
         return grad.to_dense()
     storage = grad.untyped_storage()
     owners = torch._C._storage_Use_Count(storage._cdata) - 1  # less this function's `storage`
-    ours = owners == 1 and storage.resizable() and storage.nbytes() <= grad.nbytes
+    ours = owners == 1 and storage.resizable() and storage.nbytes() == grad.nbytes
     return grad if ours else grad.clone()
+
+
+def _held(grad: Tensor, donated: bool) -> Tensor:
+    """A state's gradient, to be added to: itself if it may be, else a copy."""
+    if donated and not grad.is_inference() and not grad.requires_grad:
+        return _own(grad)
+    return grad.detach().clone()
+
+
+def _merged(large: Tensor | None, small: Tensor | None, share: float, donated: bool) -> Tensor | None:
+    """``large + share * small``."""
+    if large is None:
+        return None if small is None else _held(small, donated).mul_(share)
+    held = _held(large, donated)
+    return held if small is None else held.add_(small.detach(), alpha=share)

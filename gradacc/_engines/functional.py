@@ -40,6 +40,17 @@ def init(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Buffer:
     return Buffer(list(params), list(dtypes), [None] * len(params), depends=False)
 
 
+def resume(
+    params: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype],
+    grads: Sequence[Tensor | None],
+    arrived: bool,
+    donated: bool,
+) -> Buffer:
+    """With gradients that were accumulated before; nothing is changed in place, donated or not."""
+    return Buffer(list(params), list(dtypes), list(grads), depends=arrived)
+
+
 def calling() -> AbstractContextManager[None]:
     """Around the loss: nothing to say that functorch does not know."""
     return nullcontext()
@@ -89,13 +100,23 @@ def _scaled(grad: Tensor, share: float | Tensor, dtype: torch.dtype) -> Tensor:
     """``share * grad`` in the accumulator's dtype; exactly 0 for a share of 0, whatever the gradient says."""
     wide = (grad if grad.layout == torch.strided else grad.to_dense()).to(dtype)
     if isinstance(share, Tensor):
-        return torch.where(share == 0, 0, wide * share)
+        return torch.where(share == 0, 0, wide * share).to(dtype)  # two 0-dim tensors have the wider dtype
     return wide if share == 1.0 else wide * share
 
 
 def arrived(buffer: Buffer) -> bool:
     """Whether any loss depended on the parameters."""
     return buffer.depends
+
+
+def merge(
+    a: Sequence[Tensor | None],
+    b: Sequence[Tensor | None],
+    shares: tuple[float | Tensor, float | Tensor],
+    donated: bool,
+) -> list[Tensor | None]:
+    """``shares[0] * a + shares[1] * b``."""
+    return [_sum(one, other) for one, other in zip(_times(a, shares[0]), _times(b, shares[1]), strict=True)]
 
 
 def finalize(buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float | Tensor) -> list[Tensor]:
@@ -108,7 +129,11 @@ def finalize(buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float | Tens
     ]
 
 
-def _sum(a: Tensor | None, b: Tensor) -> Tensor:
-    if a is None:
-        return b
+def _times(grads: Sequence[Tensor | None], share: float | Tensor) -> list[Tensor | None]:
+    return [None if grad is None else _scaled(grad, share, grad.dtype) for grad in grads]
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
     return inductor.add(a, b) if loops() else a + b

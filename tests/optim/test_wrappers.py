@@ -55,7 +55,9 @@ def test_clipping_is_torchs_to_the_last_bit(inner, cls, options, max_norm, donat
 
 @pytest.mark.parametrize("shape", [(3,), ()])
 def test_clipping_of_several_dtypes_is_torchs(shape):
-    params = [torch.randn(shape, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float32)]
+    params = [
+        torch.randn(shape, dtype=dtype) for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float32)
+    ]
     many = [gradients(params)]
     optimizer = optim.clip_by_global_norm(optim.sgd(0.1), 0.5)
     out, _ = trajectory(optimizer.step, params, many, optimizer.init(params))

@@ -1,0 +1,270 @@
+"""The streaming form: the fold of `gradacc.accumulate`, one micro-batch at a time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradacc import _fold, _options, _split, _state, _step, _sync, _tree, _validate
+from gradacc._all_reduce import AllReduce
+from gradacc._describe import describe
+from gradacc._engines import eager, functional, transforming
+from gradacc._options import Options
+from gradacc._state import State
+
+_UPDATE = "update(state, params, microbatch)"
+
+
+class Accumulator(NamedTuple):
+    """What `accumulator` returns: four functions of a state."""
+
+    init: Callable[[Any], State]
+    """``init(params) -> state``: nothing accumulated, and no memory for it."""
+
+    update: Callable[..., State]
+    """``update(state, params, microbatch, *args, **kwargs) -> state``: with one more micro-batch."""
+
+    merge: Callable[[State, State], State]
+    """``merge(a, b) -> state``: what is in either."""
+
+    finalize: Callable[[State], Any]
+    """``finalize(state) -> (grads, value)``, or ``(grads, (value, aux))``: divided."""
+
+
+def accumulator(
+    loss_fn: Callable[..., Any] | None = None,
+    *,
+    in_dims: tuple[Any, ...] | None = None,
+    argnums: int | tuple[int, ...] = 0,
+    has_aux: bool = False,
+    has_carry: bool = False,
+    reduction: _options.Reduction = "mean",
+    dtype: torch.dtype | None = None,
+    through: None = None,
+    sync: AllReduce | None = None,
+    donate: bool = False,
+) -> Any:
+    """The gradient and the value of one large batch, whose micro-batches come when they come.
+
+    .. code-block:: text
+
+        finalize(update(update(init(params), params, a), params, b)) = torch.func.grad_and_value(f)(params, a and b)
+        finalize(merge(update(init(params), params, a), update(init(params), params, b))) = the same
+
+    `gradacc.accumulate_and_value` is this loop (with the same bits, outside transforms and compiled functions):
+
+    .. code-block:: python
+
+        state = init(params)
+        for microbatch in microbatches:
+            state = update(state, params, microbatch)
+        grads, value = finalize(state)
+
+    Taken apart, the loop can stop and go on: in another process (the state is a pytree of tensors, which
+    `gradacc.checkpoint.save` writes), on several devices or workers (`merge`), or as part of a loop that does other things.
+
+    The state is a monoid, in which a micro-batch is an element: `merge` is commutative, associative up to rounding, and
+    ``init(params)`` is its identity. So micro-batches may be grouped and ordered in any way.
+
+    Edge cases, beside those of `gradacc.accumulate_and_value`:
+
+    ======================================  ========================================================================
+    ``finalize(init(params))``              gradients 0; value NaN (``reduction="sum"``: 0); an error with ``has_aux``
+    empty micro-batch, or of weight 0       contributes exactly 0; the first one, if empty, is evaluated for the types
+                                            that it returns, without gradient (and says nothing where ``loss_fn`` raises)
+    ``loss_fn`` raises in ``update``        the state that was given is as it was, and can go on (not with ``donate``)
+    ``update`` after ``finalize``           goes on: nothing is taken out of a state (not with ``donate``)
+    concatenated leaves of ``aux``          in the order of updates; of ``merge(a, b)``, first ``a``'s, then ``b``'s
+    ======================================  ========================================================================
+
+    Arguments:
+        loss_fn, in_dims, argnums, has_aux, has_carry, reduction, dtype, through: as of `gradacc.accumulate_and_value`.
+            ``in_dims`` says along which dimensions examples are counted, in any argument that is not differentiated; by
+            default dim 0 of the first one. Left out, a decorator is returned: ``@accumulator(has_aux=True)``.
+        sync: `gradacc.all_reduce`: ``finalize`` is then of the union of all ranks' states, in one all-reduce a call (one more
+            exchange at first use), which empty states take part in; with the same bits on every rank. There is no backward
+            pass to overlap it with: ``overlap`` is left out. An ``update`` that raises tells nobody: a rank that catches the
+            error calls ``finalize`` all the same, with the state before it; where it ends instead, the others wait for the
+            group's timeout.
+        donate: the memory of a state given to ``update``, ``merge`` or ``finalize`` may be reused; the state must not be
+            used afterwards, also not after an error. Without it nothing that the caller holds changes, which costs a copy
+            of all gradients an update.
+
+    Returns:
+        An `Accumulator`:
+
+        - ``init(params) -> state``; with a tuple of ``argnums``, ``init`` takes the tuple of differentiated arguments. Nothing
+          is allocated: the first micro-batch's gradients become the buffer.
+        - ``update(state, params, microbatch, *args, **kwargs) -> state``: behind the state come the arguments of ``loss_fn``,
+          in its order. ``params`` may have changed in the meantime, but not their structure, shapes and dtypes.
+        - ``merge(a, b) -> state``, of states of the same parameters and options.
+        - ``finalize(state) -> (grads, value)``, or ``(grads, (value, aux))`` with ``has_aux``: as
+          `gradacc.accumulate_and_value` returns them, new tensors. (Weights of a `Mean` that were numbers are 0-dim tensors
+          under a functorch transform and compiled.)
+
+        A state is a pytree, to torch and to optree in the namespace "gradacc"; its leaves are tensors, which states may have
+        in common, and it can be pickled and copied. Its structure says what it has seen: after the first micro-batch that
+        counts for something (and reached the same parameters as later ones) it stays the same, but for the lengths of what
+        is concatenated, all of which each update copies. Therefore ``like`` of `gradacc.checkpoint.load` is a state after one
+        such update (of as many examples in all, where something is concatenated), not ``init``'s.
+
+        All four can be called under torch.func's transforms and inside `torch.compile`; what `torch.vmap` returns are
+        batched states, which go on under `torch.vmap`.
+
+    Raises:
+        TypeError, ValueError: as `gradacc.accumulate_and_value`; and for what is not a state, for a state of an accumulator
+            with another ``reduction``, ``dtype`` or ``has_aux``, for parameters, or two states, that differ in structure,
+            shapes or dtypes, and for states of losses of different kinds. A loss that does not depend on the parameters is
+            an error of ``finalize``.
+
+    Example:
+        >>> import torch, gradacc
+        >>> def loss_fn(w, x):
+        ...     return (w * x).sum(dim=1).square().mean()
+        >>> init, update, merge, finalize = gradacc.accumulator(loss_fn)
+        >>> w, x = torch.ones(2), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
+        >>> here = update(init(w), w, x[:1])
+        >>> there = update(update(init(w), w, x[1:2]), w, x[2:])
+        >>> finalize(merge(here, there))
+        (tensor([52.6667, 66.6667]), tensor(59.6667))
+
+    Source: ``optax.microbatching.Accumulator`` (init, update, finalize); `merge` is the combine of a parallel fold.
+    """
+    if loss_fn is None:
+        return functools.partial(
+            accumulator,
+            in_dims=in_dims,
+            argnums=argnums,
+            has_aux=has_aux,
+            has_carry=has_carry,
+            reduction=reduction,
+            dtype=dtype,
+            through=through,
+            sync=sync,
+            donate=donate,
+        )
+    given = _options.Given(None, None, None, in_dims, argnums, has_aux, has_carry, reduction, dtype, through, sync)
+    options = _options.options("accumulator", loss_fn, given)
+    if not isinstance(donate, bool):
+        raise TypeError(f"accumulator: donate must be True or False, got {describe(donate)}")
+    if options.sync is not None:
+        options = options._replace(sync=AllReduce(options.sync.group, options.sync.compress, overlap=False))
+    agreed = _sync.Agreed() if options.sync is not None else None
+
+    def init(params: Any) -> State:
+        """Nothing accumulated."""
+        return _init(options, params)
+
+    def update(state: State, *args: Any, **kwargs: Any) -> State:
+        """One more micro-batch: ``args`` and ``kwargs`` are what ``loss_fn`` takes."""
+        return _update(options, loss_fn, donate, state, args, kwargs)
+
+    def merge(a: State, b: State) -> State:
+        """What is in either state."""
+        return _merge(options, donate, a, b)
+
+    def finalize(state: State) -> Any:
+        """``(grads, value)``, or ``(grads, (value, aux))``."""
+        return _finalize(options, agreed, donate, state)
+
+    return Accumulator(init, update, merge, finalize)
+
+
+def _init(options: Options, params: Any) -> State:
+    leaves, treedef = _tree.flatten(params)
+    return _state.nothing(options, _validate.parameters(options.name, leaves, treedef, "params"), treedef)
+
+
+def _update(
+    options: Options,
+    loss_fn: Callable[..., Any],
+    donate: bool,
+    state: Any,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> State:
+    before = _state.check(options, state, _UPDATE)
+    differentiated, batch = _validate.positions(options, args, _UPDATE)
+    params, treedef = _step.parameters(options, args, differentiated)
+    like = _state.of_params(params)
+    _state.check_alike(options, before, like, treedef, params, "params")
+    fold = _step.start(options, params, treedef)
+    engine, readable = fold.engine, fold.engine is eager
+    evaluate = _step.evaluator(fold, loss_fn, differentiated, kwargs)
+    microbatch = _split.one(options, args, differentiated, batch)
+    facts = before.facts._replace(params=like)  # on the devices where they are now
+    if microbatch.empty:
+        if facts.loss is not None:
+            return before
+        try:
+            sums = _step.with_types(fold, evaluate, _fold.Sums(), microbatch)
+        except Exception:  # whatever a loss does with no examples; `accumulate` does not ask it either
+            return before
+        return _state.pack(facts, treedef, [None] * len(params), sums, False, readable, empty=True)
+    with engine.guard():
+        grads, _, sums = _state.unpack(before, readable)
+        if facts.empty:
+            facts, sums = facts._replace(plain=()), _fold.Sums()
+        buffer = engine.resume(params, fold.accumulated, grads, facts.arrived, donate)
+        buffer, sums = _step.stepper(fold, evaluate)(buffer, sums, microbatch)
+        return _state.pack(facts, treedef, buffer.grads, sums, engine.arrived(buffer), readable)
+
+
+def _merge(options: Options, donate: bool, one: Any, other: Any) -> State:
+    a, b = _state.check(options, one, "merge(a, b)"), _state.check(options, other, "merge(a, b)")
+    engine = functional if transforming() else eager
+    readable = engine is eager
+    with engine.guard():
+        grads, treedef, sums = _state.unpack(a, readable)
+        others, structure, more = _state.unpack(b, readable)
+        _state.check_alike(options, a, b.facts.params, structure, others, "b")
+        if not _counts(a) or not _counts(b):  # a known type says more than nothing
+            return a if _counts(a) or (not _counts(b) and b.facts.loss is None) else b
+        if a.facts.loss != b.facts.loss:
+            raise ValueError(
+                f"{options.name}: the losses of a and b are {a.facts.loss} and {b.facts.loss}; "
+                "merge takes states of the same loss"
+            )
+        merged, shares = _fold.merge(options, sums, more)
+        grads = engine.merge(grads, others, shares, donate)
+        plain = tuple(x and y for x, y in zip(a.facts.plain, b.facts.plain, strict=True))
+        facts = a.facts._replace(plain=plain)
+        return _state.pack(facts, treedef, grads, merged, a.facts.arrived or b.facts.arrived, readable)
+
+
+def _counts(state: State) -> bool:
+    """Whether it has seen more than an empty micro-batch."""
+    return state.facts.loss is not None and not state.facts.empty
+
+
+def _finalize(options: Options, agreed: _sync.Agreed | None, donate: bool, state: Any) -> Any:
+    try:
+        state = _state.check(options, state, "finalize(state)")
+    except (TypeError, ValueError):
+        _sync.give_up(options, agreed)
+        raise
+    engine = functional if transforming() else eager
+    with engine.guard():
+        params, treedef = _state.like_params(state)
+        fold = _step.start(options, params, treedef)
+        link = _sync.connect(options, agreed, params, treedef, fold.accumulated)
+        grads, _, sums = _state.unpack(state, engine is eager)
+        if not donate:  # nothing that is returned, or changed on the way, is the state's
+            if sums.kind is not None:
+                sums = _fold.with_numbers(sums, [_copy(number) for number in _fold.numbers(sums)])
+            if link is None:  # what crosses is packed, and comes back in new memory
+                grads = [_copy(grad) for grad in grads]
+        buffer = engine.resume(params, fold.accumulated, grads, state.facts.arrived, donated=True)
+        del grads  # each buffer is to die when its result exists
+    typed = sums
+    if state.facts.empty and isinstance(link, _sync.Link):
+        sums = _fold.Sums()
+    return _step.finish(fold, link, buffer, sums, lambda sums: typed if sums.kind is None else sums)
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

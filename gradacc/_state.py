@@ -1,0 +1,244 @@
+"""The state of `gradacc.accumulator`: a fold that waits, as a pytree of tensors.
+
+NOTE [facts]
+    A state is tensors, which are computed with, saved and sent, and *facts*, which are structure: what was accumulated, and
+    what the numbers among the tensors stand for. Facts are plain Python values, so that a state can be pickled, compared,
+    and go in and out of a compiled function; the structure of the parameters and of aux is that of trees in it, where
+    `Missing` is a gradient that has not arrived (None would be structure, which parameters may have too).
+    After the first micro-batch that counts, they stay what they are.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradacc import _aux, _fold, _tree
+from gradacc._describe import describe
+from gradacc._mean import Mean
+from gradacc._options import Options
+
+
+class Param(NamedTuple):
+    """A parameter, without its numbers."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Facts(NamedTuple):
+    """NOTE [facts]"""
+
+    reduction: str
+    dtype: torch.dtype | None
+    has_aux: bool
+    params: tuple[Param, ...]
+    loss: torch.dtype | None = None
+    """None before the first micro-batch."""
+    aux: tuple[torch.dtype, ...] = ()
+    """What each leaf came in."""
+    plain: tuple[bool, ...] = ()
+    """Which of `_fold.numbers` are Python numbers, where values can be read."""
+    differentiated: bool = False
+    arrived: bool = False
+    empty: bool = False
+    """Whether an empty micro-batch is all that there was: it says what types to return, and nothing else."""
+
+
+class Missing:
+    """In the place of a gradient that has not arrived."""
+
+    def __repr__(self) -> str:
+        return "Missing()"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class State:
+    """What `gradacc.accumulator` has summed; see there. Its leaves are dense tensors."""
+
+    grads: Any
+    """Like the parameters, in the accumulators' dtypes, in units of ``unit``: NOTE [units] in ``_fold.py``."""
+    weight: Tensor
+    unit: Tensor | None
+    value: Tensor | Mean | None
+    aux: Any
+    facts: Facts
+
+
+_tree.register(Missing, lambda _: (), ())
+_tree.register_with_facts(State, ("grads", "weight", "unit", "value", "aux"), "facts")
+
+
+def is_missing(leaf: Any) -> bool:
+    """`Missing` is a leaf here."""
+    return isinstance(leaf, Missing)
+
+
+def nothing(options: Options, params: Sequence[Tensor], treedef: _tree.TreeDef) -> State:
+    """Before the first micro-batch."""
+    facts = Facts(options.reduction, options.dtype, options.has_aux, of_params(params))
+    weight = torch.zeros((), dtype=torch.float64)
+    return State(_tree.unflatten(treedef, [Missing() for _ in params]), weight, None, None, None, facts)
+
+
+def of_params(params: Sequence[Tensor]) -> tuple[Param, ...]:
+    """What a state knows of parameters."""
+    return tuple(Param(tuple(param.shape), param.dtype, param.device) for param in params)
+
+
+def like_params(state: State) -> tuple[list[Tensor], _tree.TreeDef]:
+    """Tensors with the shapes, dtypes and devices of the parameters, and the memory of one number each; their structure."""
+    slots, treedef = _tree.flatten(state.grads, is_missing)
+    tensors = [
+        torch.zeros((), dtype=p.dtype, device=slot.device if isinstance(slot, Tensor) else p.device).expand(p.shape)
+        for slot, p in zip(slots, state.facts.params, strict=True)
+    ]
+    return tensors, treedef
+
+
+def pack(
+    before: Facts,
+    treedef: _tree.TreeDef,
+    grads: Sequence[Tensor | None],
+    sums: _fold.Sums,
+    arrived: bool,
+    readable: bool,
+    empty: bool = False,
+) -> State:
+    """A fold as a state; ``before``: the facts of the one that it went on from.
+
+    Where values are read, numbers are on the CPU; else on the parameters' device, so that they can be batched.
+    """
+    kind, found = sums.kind, _fold.numbers(sums)
+    assert kind is not None
+    plain = before.plain or (False,) * len(found)
+    device = None if readable else before.params[0].device
+    plain = tuple(
+        not isinstance(number, Tensor) or (old and not readable and not number.ndim)
+        for old, number in zip(plain, found, strict=True)
+    )
+    sums = _fold.with_numbers(sums, [_tensor(number, device) for number in found])
+    leaves, dtypes = _aux.pack(sums.aux or [])
+    return State(
+        _tree.unflatten(treedef, [Missing() if grad is None else grad for grad in grads]),
+        _tensor(sums.weight, device).to(torch.float64),
+        None if sums.unit is None else _tensor(sums.unit, device).to(torch.float64),
+        sums.value,
+        _tree.unflatten(kind.aux, leaves),
+        before._replace(
+            loss=kind.dtype,
+            aux=tuple(dtypes),
+            plain=plain,
+            differentiated=sums.differentiated,
+            arrived=arrived,
+            empty=empty,
+        ),
+    )
+
+
+def unpack(state: State, readable: bool) -> tuple[list[Tensor | None], _tree.TreeDef, _fold.Sums]:
+    """The inverse: gradients, structure of the parameters, sums, with Python numbers where they are readable."""
+    facts = state.facts
+    slots, treedef = _tree.flatten(state.grads, is_missing)
+    grads = [None if isinstance(slot, Missing) else slot for slot in slots]
+    if facts.loss is None:
+        return grads, treedef, _fold.Sums()
+    device = facts.params[0].device
+    leaves, aux = _tree.flatten(state.aux, _aux.is_mean)
+    sums = _fold.Sums(
+        kind=_fold.Kind(isinstance(state.value, Mean), facts.loss, aux),
+        value=state.value,
+        weight=_number(state.weight, readable, device),
+        unit=None if state.unit is None else _number(state.unit, readable, device),
+        aux=_aux.unpack(leaves, facts.aux),
+        differentiated=facts.differentiated,
+    )
+    found = zip(_fold.numbers(sums), facts.plain, strict=True)
+    return (
+        grads,
+        treedef,
+        _fold.with_numbers(sums, [_number(number, readable, device) if plain else number for number, plain in found]),
+    )
+
+
+def _tensor(number: Any, device: torch.device | None) -> Tensor:
+    if isinstance(number, Tensor):
+        return number
+    dtype = torch.int64 if isinstance(number, numbers.Integral) else torch.float64
+    tensor: Tensor = torch.zeros((), dtype=dtype, device=device) + number  # `full` would fix what Dynamo holds symbolic
+    return tensor
+
+
+def _number(tensor: Tensor, readable: bool, device: torch.device) -> Any:
+    return tensor.item() if readable else tensor.to(device)
+
+
+def check(options: Options, state: Any, call: str) -> State:
+    """A state of an accumulator with these options."""
+    name = options.name
+    if not isinstance(state, State):
+        raise TypeError(
+            f"{name}: expected a state that init, update or merge returned, got {describe(state)}; call {call}"
+        )
+    facts = state.facts
+    for option, theirs, ours in (
+        ("reduction", facts.reduction, options.reduction),
+        ("dtype", facts.dtype, options.dtype),
+        ("has_aux", facts.has_aux, options.has_aux),
+    ):
+        if theirs != ours:
+            raise ValueError(
+                f"{name}: the state is of an accumulator with {option}={theirs!r}, and this one has {option}={ours!r}; "
+                "use the one that made it"
+            )
+    if not isinstance(state.weight, Tensor) or state.weight.ndim:
+        raise ValueError(
+            f"{name}: the state's weight is {describe(state.weight)}, and not a 0-dim tensor; a state that vmap returned "
+            "goes on under vmap"
+        )
+    slots, treedef = _tree.flatten(state.grads, is_missing)
+    for index, (slot, param) in enumerate(zip(slots, facts.params, strict=True)):
+        if isinstance(slot, Missing):
+            continue
+        if not isinstance(slot, Tensor) or tuple(slot.shape) != param.shape:
+            raise ValueError(
+                f"{name}: {_tree.paths(treedef, 'state.grads')[index]} is {describe(slot)}, of a parameter of shape "
+                f"{tuple(param.shape)}; a state is changed by update and merge only"
+            )
+    return state
+
+
+def check_alike(
+    options: Options,
+    state: State,
+    params: Sequence[Param],
+    treedef: _tree.TreeDef,
+    tensors: Sequence[Tensor | None],
+    what: str,
+) -> None:
+    """Parameters of the structure, shapes and dtypes that a state is of, and ``tensors`` on the devices of its own."""
+    name = options.name
+    slots, own = _tree.flatten(state.grads, is_missing)
+    if own != treedef:
+        raise ValueError(
+            f"{name}: {what} is of the structure {treedef}, and the state of {own}; a state goes on with parameters like "
+            "those that init was given"
+        )
+    for index, (new, old) in enumerate(zip(params, state.facts.params, strict=True)):
+        if new[:2] != old[:2]:
+            raise ValueError(
+                f"{name}: {_tree.paths(treedef, what)[index]} is {new.dtype} of shape {new.shape}, and in the state it is "
+                f"{old.dtype} of shape {old.shape}; a state goes on with parameters like those that init was given"
+            )
+    for index, (slot, tensor) in enumerate(zip(slots, tensors, strict=True)):
+        if isinstance(slot, Tensor) and tensor is not None and slot.device != tensor.device:
+            raise ValueError(
+                f"{name}: {_tree.paths(treedef, what)[index]} is on {tensor.device}, and its gradient in the state on "
+                f"{slot.device}; move one of them"
+            )
