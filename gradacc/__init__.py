@@ -4,6 +4,7 @@
 micro-batch.
 """
 
+from gradacc import checkpoint as checkpoint
 from gradacc import data as data
 from gradacc import optim as optim
 from gradacc._accumulate import accumulate as accumulate

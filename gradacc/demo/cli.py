@@ -17,9 +17,10 @@ USAGE, INTERRUPTED = 2, 130
 DEFAULTS = Settings()
 MOST_PROCESSES = 64
 EPILOG = """\
-The files of an earlier run in the same folder are replaced. Ctrl-C ends the run with a report of what was reached; a
-second Ctrl-C skips its last measurements. Exit codes: 0, all done; 1, training diverged; 2, wrong options, unreadable
-text or unwritable folder; 130, ended by Ctrl-C.
+The files of an earlier run in the same folder are replaced, its checkpoint too, unless --resume goes on from it. Ctrl-C ends
+the run with a report of what was reached; a second Ctrl-C skips its last measurements. Exit codes: 0, all done; 1, training
+diverged; 2, wrong options, unreadable text, unwritable folder, or a checkpoint that is damaged or of another run; 130, ended
+by Ctrl-C.
 """
 
 
@@ -132,6 +133,19 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         metavar="N",
         help="processes that share every batch, with a GPU each where there are GPUs (%(default)s); for several machines, "
         "torchrun ... -m gradacc demo",
+    )
+    add(
+        "--checkpoint-every",
+        type=_whole(1, 10**7),
+        metavar="N",
+        help="iterations between two checkpoints, which go to FOLDER/checkpoint; one more is written when training ends "
+        "(no checkpoints)",
+    )
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from FOLDER/checkpoint as if the run had never ended, to the same last bit; without one, start anew. "
+        "The time before counts for the time limit",
     )
     options = vars(parser.parse_args(arguments))
     del options["command"]

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from gradacc.demo.settings import DemoError
 
@@ -88,14 +90,34 @@ def joined(ranks: Ranks, device: torch.device) -> Iterator[None]:
     if ranks.world == 1:
         yield
         return
-    if device.type == "cuda":
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
-    else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+    store = _store_of_this_life(ranks)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        timeout=TIMEOUT,
+        store=store,
+        rank=-1 if store is None else ranks.rank,
+        world_size=-1 if store is None else ranks.world,
+        device_id=device if device.type == "cuda" else None,
+    )
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def _store_of_this_life(ranks: Ranks) -> PrefixStore | None:
+    """Where the ranks that torchrun has started on one machine find each other; None for torch's own way.
+
+    torchrun's agent keeps one store through all restarts (``--max-restarts``). With the same keys in each life a rank may find
+    the address of one that was killed, and fail or wait (https://github.com/pytorch/pytorch/issues/135712). On several
+    machines the number of restarts is not the same on all, so there ``TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1`` is the way out.
+    """
+    on_one_machine = os.environ.get("LOCAL_WORLD_SIZE") == str(ranks.world)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or not on_one_machine:
+        return None
+    kept, *_ = next(rendezvous("env://", timeout=TIMEOUT))
+    return PrefixStore(f"life {os.environ['TORCHELASTIC_RESTART_COUNT']}", kept)
 
 
 def together(ranks: Ranks, call: Callable[[], T]) -> T:
@@ -124,15 +146,18 @@ def exchange(ranks: Ranks, value: Any) -> list[Any]:
     return values
 
 
-def decide(ranks: Ranks, call: Callable[[], T]) -> T:
-    """On rank 0, ``call()``: if it returns None the run goes on, else, or if it raises, the others end."""
-    ends = True
+def decide(ranks: Ranks, call: Callable[[], T], keeps: Callable[[T], bool] = lambda _: False) -> T:
+    """On rank 0, ``call()``: if it returns None the run goes on, else, or if it raises, the others end.
+
+    Where ``keeps`` of what it returned, all write a checkpoint next.
+    """
+    ends, saves = True, False
     try:
         result = call()
-        ends = result is not None
+        ends, saves = result is not None, keeps(result)
         return result
     finally:
-        _broadcast(ranks, ends)
+        _broadcast(ranks, ends, saves)
 
 
 def hear(ranks: Ranks) -> None:
@@ -141,13 +166,20 @@ def hear(ranks: Ranks) -> None:
     Raises:
         EndedError: the run ends.
     """
-    if _broadcast(ranks, True):
+    ends, _ = listen(ranks)
+    if ends:
         raise EndedError
 
 
-def _broadcast(ranks: Ranks, ends: bool) -> bool:
+def listen(ranks: Ranks) -> tuple[bool, bool]:
+    """On the other ranks: whether the run ends, and whether a checkpoint is written first."""
+    return _broadcast(ranks, True, False)
+
+
+def _broadcast(ranks: Ranks, ends: bool, saves: bool) -> tuple[bool, bool]:
     if ranks.world == 1:
-        return ends
-    flag = torch.tensor([ends], dtype=torch.uint8, device=find_device(ranks))
-    dist.broadcast(flag, 0)
-    return bool(flag.item())
+        return ends, saves
+    flags = torch.tensor([ends, saves], dtype=torch.uint8, device=find_device(ranks))
+    dist.broadcast(flags, 0)
+    ends, saves = (bool(flag) for flag in flags.tolist())
+    return ends, saves

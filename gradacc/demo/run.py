@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 import platform
 import time
 from collections.abc import Iterator
@@ -21,9 +22,10 @@ from gradacc.demo.batch import batch_at
 from gradacc.demo.corpus import Corpus, describe, load
 from gradacc.demo.interrupt import Interrupted
 from gradacc.demo.proof import prove, table_head, table_row
-from gradacc.demo.ranks import EndedError, Ranks, decide, exchange, find_device, hear, here, joined, together
+from gradacc.demo.ranks import EndedError, Ranks, decide, exchange, find_device, hear, here, joined, listen, together
 from gradacc.demo.record import Record
 from gradacc.demo.report import describe_model, render
+from gradacc.demo.resume import Progress, folder, forget, identity, keep, resume
 from gradacc.demo.sample import samples
 from gradacc.demo.settings import DemoError, Settings
 from gradacc.demo.train import Metrics, Model, State, build, held_out_bits_per_byte, train
@@ -33,7 +35,11 @@ HELD_OUT_TIMES = 5
 
 
 class Job(NamedTuple):
-    """What stays the same during a run; ``start`` is when it began, in `time.monotonic` seconds."""
+    """What stays the same during a run.
+
+    ``start`` is when it began, in `time.monotonic` seconds, less the time before a checkpoint that it went on from;
+    ``resumed`` is what rank 0 knew then. ``identity`` says in a checkpoint which run it is of.
+    """
 
     settings: Settings
     corpus: Corpus
@@ -42,15 +48,17 @@ class Job(NamedTuple):
     ranks: Ranks
     start: float
     interrupted: Interrupted
+    identity: str = ""
+    resumed: Progress | None = None
 
 
 def run(settings: Settings, interrupted: Interrupted) -> int:
     """Runs the demo and writes its report; returns the exit code: 0, 1 (diverged) or 130 (Ctrl-C).
 
-    The files of an earlier run in the same folder are replaced.
+    The files of an earlier run in the same folder are replaced, unless it is to be resumed.
 
     Raises:
-        DemoError: the text cannot be read, or the folder not written.
+        DemoError: the text cannot be read, or the folder not written; a checkpoint is of another run.
         KeyboardInterrupt: Ctrl-C before there was anything to report.
     """
     start = time.monotonic()
@@ -61,8 +69,13 @@ def run(settings: Settings, interrupted: Interrupted) -> int:
             corpus = together(ranks, lambda: load(settings.data, settings.model.context, interrupted))
             together(ranks, lambda: _check_alike(settings, corpus, ranks))
             model, state = build(settings, device)
-            job = Job(settings, corpus, device, model, ranks, start, interrupted)
-            return _lead(job, state) if ranks.first else _follow(job, state)
+            job = Job(settings, corpus, device, model, ranks, start, interrupted, identity(settings, corpus, ranks))
+            record = _record(job, state)
+            if settings.resume:
+                state, resumed = resume(settings, ranks, job.identity, state, record)
+                if resumed is not None:
+                    job = job._replace(start=start - resumed.seconds, resumed=resumed)
+            return _lead(job, state, record) if ranks.first else _follow(job, state)
         except EndedError:
             return FINISHED
 
@@ -85,8 +98,12 @@ def _follow(job: Job, state: State) -> int:
     try:
         hear(job.ranks)  # the files are there
         hear(job.ranks)  # the table has been drawn
-        for _ in train(job.settings, job.model.loss_fn, state, job.corpus.train, job.device, job.ranks):
-            hear(job.ranks)
+        for now, _ in train(job.settings, job.model.loss_fn, state, job.corpus.train, job.device, job.ranks):
+            ends, saves = listen(job.ranks)
+            if saves:
+                keep(job.settings, job.ranks, job.identity, now)
+            if ends:
+                raise EndedError
     except KeyboardInterrupt:
         pass  # a second Ctrl-C
     except RuntimeError:  # rank 0 has left in the middle of a gradient
@@ -95,17 +112,18 @@ def _follow(job: Job, state: State) -> int:
     return FINISHED
 
 
-def _lead(job: Job, state: State) -> int:
+def _lead(job: Job, state: State, record: Record) -> int:
     """The run of rank 0."""
     settings = job.settings
-    record = Record(settings, describe(job.corpus), _machine(job))
-    record.parameters = sum(parameter.numel() for parameter in state.params.values())
     with ExitStack() as stack:
         files: list[FileIO] = []
 
         def create() -> None:
-            for name in ("metrics.jsonl", "report.html"):
-                files.append(stack.enter_context(_create(settings.out, name)))
+            if job.resumed is None:
+                forget(settings)
+            size = 0 if job.resumed is None else job.resumed.metrics
+            for name, kept in (("metrics.jsonl", size), ("report.html", 0)):
+                files.append(stack.enter_context(_create(settings.out, name, kept)))
 
         decide(job.ranks, create)
         metrics, page = files
@@ -149,9 +167,25 @@ def _prove_and_train(job: Job, state: State, record: Record, metrics: FileIO) ->
 
 
 def _prove(job: Job, state: State, record: Record) -> int | None:
-    """Prints the table; returns the exit code where the run ends with it."""
+    """Prints the table, or where the run goes on from; returns the exit code where the run ends with it."""
     settings = job.settings
     print(f"Text: {record.corpus}.\nModel: {describe_model(record)}.\nMachine: {record.machine}.\n", flush=True)
+    if job.resumed is not None:
+        print(
+            f"Resumed after {state.iteration} of {settings.iterations} iterations, from {folder(settings)}.\n",
+            flush=True,
+        )
+        if state.iteration < settings.iterations and _late(job):
+            if record.held_out[-1][0] != state.iteration:
+                _hold_out(job, state, record)
+            record.note = (
+                f"Ended after {state.iteration} of {settings.iterations} iterations: the time limit of "
+                f"{settings.seconds:.0f} s had been reached before; with --iterations there is none."
+            )
+            return FINISHED
+        return None
+    if settings.resume:
+        print(f"Nothing to resume at {folder(settings)}: started anew.\n", flush=True)
     batch = batch_at(job.corpus.train, settings.batch_size, settings.seed, 0, job.device)
     for proof in prove(job.model.loss_fn, state.params, batch):
         record.proof = proof
@@ -168,7 +202,7 @@ def _prove(job: Job, state: State, record: Record) -> int | None:
 def _train(job: Job, state: State, record: Record, file: FileIO) -> int:
     """Trains until the end, the time limit, Ctrl-C or divergence, measuring held-out text now and then."""
     settings, code = job.settings, None
-    with tqdm(total=settings.iterations, unit="it") as bar:
+    with tqdm(total=settings.iterations, initial=state.iteration, unit="it") as bar:
 
         def observe(metrics: Metrics) -> int | None:
             record.history.append(metrics)
@@ -177,8 +211,18 @@ def _train(job: Job, state: State, record: Record, file: FileIO) -> int:
             bar.update()
             return _verdict(job, state, record)
 
-        for _, metrics in train(settings, job.model.loss_fn, state, job.corpus.train, job.device, job.ranks):
-            code = decide(job.ranks, functools.partial(observe, metrics))
+        def saves(code: int | None) -> bool:
+            done = len(record.history)
+            if settings.checkpoint_every is None or code == DIVERGED:
+                return False
+            return code is not None or done == settings.iterations or done % settings.checkpoint_every == 0
+
+        for now, metrics in train(settings, job.model.loss_fn, state, job.corpus.train, job.device, job.ranks):
+            code = decide(job.ranks, functools.partial(observe, metrics), saves)
+            if saves(code):
+                os.fsync(file.fileno())
+                progress = Progress(time.monotonic() - job.start, file.tell())
+                keep(settings, job.ranks, job.identity, now, record, progress)
             if code is not None:
                 break
     if code != DIVERGED and record.held_out[-1][0] != len(record.history):
@@ -192,17 +236,22 @@ def _verdict(job: Job, state: State, record: Record) -> int | None:
     if not math.isfinite(metrics.loss + metrics.grad_norm):
         record.note = f"Training diverged at iteration {metrics.iteration}: a smaller --lr may help."
         return DIVERGED
+    if metrics.iteration % math.ceil(settings.iterations / HELD_OUT_TIMES) == 0:
+        _hold_out(job, state, record)
     if job.interrupted():
         return INTERRUPTED
-    if settings.seconds is not None and time.monotonic() - job.start > settings.seconds:
+    if settings.seconds is not None and _late(job):
         record.note = (
             f"Ended after {metrics.iteration} of {settings.iterations} iterations, at the time limit of "
             f"{settings.seconds:.0f} s; with --iterations there is none."
         )
         return FINISHED
-    if metrics.iteration % math.ceil(settings.iterations / HELD_OUT_TIMES) == 0:
-        _hold_out(job, state, record)
     return None
+
+
+def _late(job: Job) -> bool:
+    """Whether the time limit has been reached."""
+    return job.settings.seconds is not None and time.monotonic() - job.start > job.settings.seconds
 
 
 def _hold_out(job: Job, state: State, record: Record) -> None:
@@ -227,11 +276,15 @@ def _json_line(metrics: Metrics) -> str:
     return json.dumps(values, allow_nan=False) + "\n"
 
 
-def _create(folder: Path, name: str) -> FileIO:
-    """An empty file, unbuffered: what is written is there at once, and closing cannot fail."""
+def _create(folder: Path, name: str, kept: int) -> FileIO:
+    """A file of which the first bytes are kept, unbuffered: what is written is there at once, and closing cannot fail."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return FileIO(folder / name, "w")
+        file = FileIO(folder / name, "r+" if kept else "w")
+        if kept:
+            file.truncate(kept)
+            file.seek(kept)
+        return file
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise DemoError(f"--out {folder}: {name} cannot be written there: {reason}") from error
@@ -244,6 +297,12 @@ def _write(file: FileIO, text: str) -> None:
             content = content[file.write(content) :]
     except OSError as error:
         raise DemoError(f"{file.name} cannot be written: {error.strerror}") from error
+
+
+def _record(job: Job, state: State) -> Record:
+    """Of nothing yet."""
+    parameters = sum(parameter.numel() for parameter in state.params.values())
+    return Record(job.settings, describe(job.corpus), _machine(job), parameters)
 
 
 def _machine(job: Job) -> str:

@@ -20,7 +20,11 @@ class DemoError(Exception):
 
 
 class Settings(NamedTuple):
-    """The options of ``gradacc demo``, checked; ``seconds`` is None where the number of iterations was asked for."""
+    """The options of ``gradacc demo``, checked.
+
+    ``seconds`` is None where the number of iterations was asked for, ``checkpoint_every`` (iterations) where no checkpoints
+    were.
+    """
 
     steps: int = 4
     batch_size: int = 16
@@ -32,3 +36,5 @@ class Settings(NamedTuple):
     seconds: float | None = DEFAULT_SECONDS
     model: GPTConfig = MODEL
     nproc: int = 1
+    checkpoint_every: int | None = None
+    resume: bool = False

@@ -149,7 +149,7 @@ def run_on_ranks(group: dist.ProcessGroup, settings: Settings, ending: str) -> i
     model, state = build(settings, CPU)
     job = run.Job(settings, corpus, CPU, model, ranks, time.monotonic(), interrupted)
     try:
-        return run._lead(job, state) if ranks.first else run._follow(job, state)
+        return run._lead(job, state, run._record(job, state)) if ranks.first else run._follow(job, state)
     except EndedError:
         return "ended"
     except DemoError as error:

@@ -1,0 +1,136 @@
+"""The folder on disk: what is in it, and how one checkpoint takes the place of another.
+
+NOTE [atomic]
+A checkpoint is ``checkpoint.json``, which names its data folder. `save` writes all data into a new folder beside the old
+one, waits (fsync) until they are on the disk, and then puts the new ``checkpoint.json`` in the place of the old one with
+`os.replace`, which is atomic. Until that call the folder is the old checkpoint, from then on the new one, wherever a
+process is killed. What is left over (a data folder that no ``checkpoint.json`` names) the next `save` removes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from gradacc._describe import describe
+
+MANIFEST = "checkpoint.json"
+VERSION = 1
+
+_FORMAT = "gradacc.checkpoint"
+_UNFINISHED = MANIFEST + ".tmp"
+_DATA = re.compile(r"data-[0-9a-f]{32}")
+
+
+def named(name: str, path: str | os.PathLike[str]) -> Path:
+    """The folder at ``path``."""
+    if not isinstance(path, (str, os.PathLike)) or isinstance(os.fspath(path), bytes):
+        raise TypeError(f"{name}: the path must be a str or a pathlib.Path, got {describe(path)}")
+    return Path(path)
+
+
+def begin(name: str, folder: Path) -> str:
+    """Make room for a new checkpoint; returns the name of its data folder, which is empty.
+
+    Raises:
+        ValueError: there is something else at ``folder``.
+    """
+    with contextlib.suppress(FileNotFoundError):
+        read(name, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_unused(folder)
+    data = f"data-{uuid.uuid4().hex}"
+    (folder / data).mkdir()
+    return data
+
+
+def publish(folder: Path, body: dict[str, Any]) -> None:
+    """Make ``body``, and the data that it names, the checkpoint. See NOTE [atomic]."""
+    text = json.dumps(body, separators=(",", ":")).encode()
+    header = {"format": _FORMAT, "version": VERSION, "sha256": hashlib.sha256(text).hexdigest()}
+    with (folder / _UNFINISHED).open("wb") as stream:
+        stream.write(json.dumps(header).encode() + b"\n" + text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    _sync(folder / body["data"])
+    os.replace(folder / _UNFINISHED, folder / MANIFEST)
+    _sync(folder)
+    _sync(folder.parent)
+
+
+def read(name: str, folder: Path) -> dict[str, Any]:
+    """What `publish` wrote.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint yet.
+        ValueError: it is damaged, or something else.
+    """
+    fix = "Name the folder of a checkpoint, or one that is new"
+    try:
+        content = (folder / MANIFEST).read_bytes()
+    except NotADirectoryError:
+        raise ValueError(f"{name}: {folder} is a file, not a checkpoint of gradacc. {fix}") from None
+    except IsADirectoryError:
+        raise ValueError(
+            f"{name}: {folder} is not a checkpoint of gradacc: its {MANIFEST} is a folder. {fix}"
+        ) from None
+    except FileNotFoundError:
+        others = _others(folder)
+        if others:
+            raise ValueError(
+                f"{name}: {folder} is not a checkpoint of gradacc: it has no {MANIFEST}, but {others[0]}. {fix}"
+            ) from None
+        there = "only what an interrupted save left" if folder.is_dir() else "nothing"
+        raise FileNotFoundError(f"{name}: no checkpoint at {folder}: {there} is there. Save one first") from None
+    header, _, text = content.partition(b"\n")
+    try:
+        said = json.loads(header)
+        written_by, version, digest = said["format"], said["version"], said["sha256"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        written_by = None
+    if written_by != _FORMAT:
+        raise ValueError(f"{name}: {folder / MANIFEST} is damaged, or not of a checkpoint of gradacc. {fix}")
+    if version != VERSION:
+        raise ValueError(
+            f"{name}: {folder} is a checkpoint of format {version}, and this version of gradacc knows format {VERSION}. {fix}"
+        )
+    if hashlib.sha256(text).hexdigest() != digest:
+        raise ValueError(f"{name}: {folder / MANIFEST} is damaged (truncated or changed). {fix}")
+    body: dict[str, Any] = json.loads(text)
+    return body
+
+
+def remove_unused(folder: Path) -> None:
+    """Remove what a killed `save` has left, and the checkpoint before this one."""
+    try:
+        used = read("save", folder)["data"]
+    except FileNotFoundError:
+        used = None
+    for entry in folder.iterdir():
+        if entry.name == _UNFINISHED:
+            entry.unlink()
+        elif _DATA.fullmatch(entry.name) and entry.name != used:
+            shutil.rmtree(entry, ignore_errors=True)
+
+
+def _others(folder: Path) -> list[str]:
+    """What does not come from `save`."""
+    names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
+    return [name for name in names if name != _UNFINISHED and not _DATA.fullmatch(name)]
+
+
+def _sync(folder: Path) -> None:
+    """Put a folder's names on the disk, where the system can do that for folders."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

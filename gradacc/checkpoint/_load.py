@@ -1,0 +1,130 @@
+"""`load`: compare, read, verify."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradacc import _tree
+from gradacc.checkpoint import _dcp, _folder, _leaves
+
+_NAME = "load"
+
+
+def load(path: str | os.PathLike[str], like: Any) -> Any:
+    """The pytree that `save` wrote into a folder, bit for bit.
+
+    Every byte that is used is compared with what was written (SHA-256). Nothing that is read is executed: the folder is
+    described by JSON, and tensors are read with ``torch.load(weights_only=True)``. So a checkpoint from somebody else can
+    give wrong numbers, but do nothing.
+
+    Ranks load by themselves: nothing crosses, and each gets what it asks for, whichever rank has saved it.
+
+    Arguments:
+        path: the folder.
+        like: a tree of the structure, shapes, dtypes and Python types of what was saved; it is not changed. Tensors come
+            back on its tensors' devices and in their memory layout, whatever these were when saved. ``...`` leaves out what
+            was saved there, and stays in its place: ``load(path, gradacc.TrainState(params, ..., ...))`` for the parameters
+            alone.
+
+    Returns:
+        A new tree of ``like``'s structure.
+
+    Raises:
+        FileNotFoundError: there is no (complete) checkpoint.
+        ValueError: what is there is not a checkpoint of gradacc, or is damaged; or does not fit ``like``: a leaf is missing,
+            or is of another shape, dtype or type, or was saved but is not in ``like``. The leaf is named.
+        TypeError: a leaf of ``like`` cannot be saved, or the path is none.
+
+    Example:
+        >>> import tempfile, torch, gradacc
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     gradacc.checkpoint.save(folder, {"w": torch.ones(2), "epoch": 3, "rate": 0.1})
+        ...     gradacc.checkpoint.load(folder, {"w": torch.zeros(2), "epoch": 0, "rate": 0.0})
+        ...     gradacc.checkpoint.load(folder, {"w": ..., "epoch": 0, "rate": ...})
+        {'w': tensor([1., 1.]), 'epoch': 3, 'rate': 0.1}
+        {'w': Ellipsis, 'epoch': 3, 'rate': Ellipsis}
+    """
+    folder = _folder.named(_NAME, path)
+    keys, leaves, treedef = _leaves.flatten(_NAME, like, "like")
+    for key, leaf in zip(keys, leaves, strict=True):
+        if leaf is not ...:
+            _leaves.check(_NAME, f"like{key}", leaf)
+    while True:
+        body = _folder.read(_NAME, folder)
+        try:
+            return _tree.unflatten(treedef, _read(folder, body, keys, leaves))
+        except (OSError, ValueError):
+            if body == _folder.read(_NAME, folder):
+                raise
+        # Another process has saved the next one, and removed this one, in the meantime.
+
+
+def _read(folder: Path, body: dict[str, Any], keys: Sequence[str], leaves: Sequence[Any]) -> list[Any]:
+    """The leaves that were saved, in the order of ``keys``."""
+    _fit(folder, body["leaves"], keys, leaves)
+    data = folder / body["data"]
+    _verify(data, _dcp.Place(*body["metadata"]), "its description for torch.distributed.checkpoint")
+    return [
+        leaf if leaf is ... else _tensor(data, body, key, leaf) if isinstance(leaf, Tensor) else body["values"][key]
+        for key, leaf in zip(keys, leaves, strict=True)
+    ]
+
+
+def _fit(folder: Path, saved: dict[str, str], keys: Sequence[str], leaves: Sequence[Any]) -> None:
+    """A ValueError where ``like`` is not like what was saved."""
+    problems, asked_for = [], set(keys)
+    left_out = [key for key, leaf in zip(keys, leaves, strict=True) if leaf is ...]
+    for key, leaf in zip(keys, leaves, strict=True):
+        if leaf is ...:
+            continue
+        if key not in saved:
+            problems.append(f"like{key} was not saved")
+        elif _leaves.title(leaf) != saved[key]:
+            problems.append(f"like{key} is {_leaves.title(leaf)}, but {saved[key]} was saved")
+    for key in saved:
+        if key not in asked_for and not any(key.startswith(above) and key[len(above)] in ".[" for above in left_out):
+            problems.append(f"tree{key} ({saved[key]}) was saved, but is not in like (where ... would leave it out)")
+    if problems:
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise ValueError(
+            f"{_NAME}: the checkpoint {folder} does not fit: {problems[0]}{more}. Pass a tree like the one that was saved"
+        )
+
+
+def _tensor(data: Path, body: dict[str, Any], key: str, like: Tensor) -> Tensor:
+    """One tensor, verified before it is parsed."""
+    out = torch.empty_like(like, device="cpu", requires_grad=False)
+    place = _dcp.Place(*body["places"][key])
+    what = f"like{key}"
+    _verify(data, place, what)
+    try:
+        _dcp.read(data, place, out)
+    except Exception as error:
+        raise ValueError(
+            f"{_NAME}: {what} in {data / place.relative_path} is not {_leaves.title(like)}, nor anything else that is safe to "
+            "read. Use another checkpoint"
+        ) from error
+    return out.to(like.device)
+
+
+def _verify(data: Path, place: _dcp.Place, what: str) -> None:
+    """A ValueError where bytes are not those that were written."""
+    file = data / place.relative_path
+    end = place.offset + place.length
+    if not file.is_file():
+        problem = "is missing"
+    elif file.stat().st_size < end:
+        problem = f"is truncated: {file.stat().st_size} bytes of {end}"
+    elif _dcp.sha256(file, place.offset, place.length) != place.sha256:
+        problem = "has been changed: its SHA-256 is another"
+    else:
+        return
+    raise ValueError(
+        f"{_NAME}: the checkpoint {data.parent} is damaged at {what}: {file} {problem}. Use another checkpoint"
+    )

@@ -1,0 +1,68 @@
+"""What ranks do together: agree, or fail together."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from gradacc._sync import group as groups
+
+Mine = TypeVar("Mine")
+Shared = TypeVar("Shared")
+
+
+def world(name: str) -> dist.ProcessGroup | None:
+    """All ranks; None where there is one."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.group.WORLD if dist.get_world_size() > 1 else None
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world.isdigit() and int(world) > 1:
+        raise RuntimeError(
+            f"{name}: WORLD_SIZE is {world}, but no process group was initialised, so ranks would overwrite each other's "
+            "checkpoint. Call torch.distributed.init_process_group() first"
+        )
+    return None
+
+
+def together(
+    name: str, group: dist.ProcessGroup | None, call: Callable[[], tuple[Mine, Shared]]
+) -> tuple[Mine, list[Shared]]:
+    """``call()`` on every rank: what it keeps, and what each has to share. Where it raises on one rank, all raise."""
+    if group is None:
+        mine, shared = call()
+        return mine, [shared]
+    error: Exception | None = None
+    answer: tuple[Shared | None, str] = None, ""
+    try:
+        mine, shared = call()
+        answer = shared, ""
+    except Exception as raised:
+        error = raised
+        answer = None, f"{type(raised).__name__}: {raised}"
+    answers: list[Any] = [None] * group.size()
+    with groups.speaking(name, group):
+        dist.all_gather_object(answers, answer, group=group)
+    if error is not None:
+        raise error
+    for rank, (_, problem) in enumerate(answers):
+        if problem:
+            raise RuntimeError(f"{name}: nothing was saved, because of rank {rank}: {problem}")
+    return mine, [shared for shared, _ in answers]
+
+
+def check_alike(name: str, fingerprints: Sequence[dict[str, tuple[str, str]]]) -> None:
+    """A ValueError where two ranks have different leaves under one key; ``fingerprints`` are those of all ranks."""
+    first: dict[str, int] = {}
+    for rank, own in enumerate(fingerprints):
+        for key, (title, content) in own.items():
+            other = first.setdefault(key, rank)
+            title_there, content_there = fingerprints[other][key]
+            if title != title_there or content != content_there:
+                how = f"{title_there} and {title}" if title != title_there else f"both {title}, but of other values"
+                raise ValueError(
+                    f"{name}: tree{key} is not the same on ranks {other} and {rank}: {how}. "
+                    "Put what belongs to a rank under a key of its own, as in {'ranks': {rank: ...}}"
+                )

@@ -1,0 +1,147 @@
+"""`save`: plan, write, publish."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from torch import Tensor
+
+from gradacc.checkpoint import _dcp, _folder, _leaves, _ranks
+
+if TYPE_CHECKING:
+    from torch.distributed.checkpoint.metadata import Metadata
+    from torch.distributed.checkpoint.planner import SavePlan
+    from torch.distributed.checkpoint.storage import WriteResult
+
+_NAME = "save"
+
+
+class _Part(NamedTuple):
+    """What one rank brings: its leaves' titles and values, their fingerprints, DCP's plan, a name for the data."""
+
+    titles: dict[str, str]
+    values: dict[str, _leaves.Value]
+    fingerprints: dict[str, tuple[str, str]]
+    plan: SavePlan
+    data: str
+
+
+def save(path: str | os.PathLike[str], tree: Any) -> None:
+    """Write a pytree into a folder, so that `load` gives it back bit for bit; all of it, or nothing.
+
+    .. code-block:: text
+
+        load(path, tree) after save(path, tree) = tree
+
+    **A crash leaves the checkpoint that was there.** Wherever a process is killed, the folder holds the last checkpoint
+    that was complete, and ``load`` reads it. The next ``save`` removes what the crash has left over. (So for a moment there
+    is room needed for two checkpoints. Two jobs must not save into one folder.)
+
+    **Ranks.** Where a process group is initialised, all ranks of it must call this, with the same path on a file system
+    that they share; a call returns when the checkpoint is complete. It is the union of their trees. What several ranks
+    have under one path (parameters) must be the same, bit for bit, and is written once, by one of them. What belongs to a
+    rank (its random numbers, its place in the data, what it has accumulated) goes under a key of its own:
+
+    .. code-block:: python
+
+        mine = {"rng": torch.get_rng_state(), "accumulated": acc_state}
+        save(path, {"train": train_state, "ranks": {rank: mine}})
+        tree = load(path, {"train": train_state, "ranks": {r: mine if r == rank else ... for r in range(world)}})
+
+    The format is the same for any number of ranks: one rank reads what two have saved, and the other way round.
+
+    Arguments:
+        path: a folder, made if it is not there; not one with other things in it.
+        tree: nested dicts, lists, tuples, ``NamedTuple``s (`gradacc.TrainState`), registered classes (`gradacc.Mean`, an
+            accumulator's state), with leaves of dense tensors (any dtype, shape and device), ints, floats, bools and
+            strings. ``None`` is structure. Tensors come back without a graph; one at two paths, as two.
+
+    Raises:
+        TypeError: another leaf, or a path that is none; before anything is written, as is ``ValueError``.
+        ValueError: ``path`` holds other things; ranks differ in what they have under one path.
+        RuntimeError: another rank has raised, or has ended; or ``WORLD_SIZE`` says that there are other ranks, but no
+            process group has been initialised.
+        OSError: the disk is full, for instance. The checkpoint that was there is still there.
+
+    Example:
+        >>> import tempfile, torch, gradacc
+        >>> optimizer = gradacc.optim.adamw(lr=0.1)
+        >>> params = {"w": torch.ones(2)}
+        >>> state = gradacc.TrainState(params, optimizer.init(params), step=3)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     gradacc.checkpoint.save(folder, {"train": state, "rng": torch.get_rng_state()})
+        ...     fresh = gradacc.TrainState({"w": torch.zeros(2)}, optimizer.init(params))
+        ...     loaded = gradacc.checkpoint.load(folder, {"train": fresh, "rng": torch.get_rng_state()})
+        >>> loaded["train"].params, loaded["train"].step
+        ({'w': tensor([1., 1.])}, 3)
+
+    Source: ``torch.distributed.checkpoint``, whose format the data folder has; orbax (atomic by renaming).
+    """
+    group = _ranks.world(_NAME)
+    rank = 0 if group is None else group.rank()
+    folder = _folder.named(_NAME, path)
+    try:
+        planned, parts = _ranks.together(_NAME, group, lambda: _prepare(folder, tree, rank, group is not None))
+        _ranks.check_alike(_NAME, [part.fingerprints for part in parts])
+        body: dict[str, Any] = {
+            "data": parts[0].data,
+            "ranks": len(parts),
+            "leaves": {key: title for part in parts for key, title in part.titles.items()},
+            "values": {key: value for part in parts for key, value in part.values.items()},
+        }
+        plans = [part.plan for part in parts]
+        metadata, written = _ranks.together(_NAME, group, lambda: _write(folder / body["data"], planned, plans, rank))
+        _ranks.together(_NAME, group, lambda: _publish(folder, body, metadata, written, rank))
+    except Exception:
+        if rank == 0:
+            with contextlib.suppress(OSError, ValueError):
+                _folder.remove_unused(folder)
+        raise
+
+
+def _prepare(folder: Path, tree: Any, rank: int, several: bool) -> tuple[_dcp.Planned, _Part]:
+    """On each rank, before anything is written."""
+    keys, leaves, _ = _leaves.flatten(_NAME, tree, "tree")
+    found = {key: _leaves.check(_NAME, f"tree{key}", leaf) for key, leaf in zip(keys, leaves, strict=True)}
+    planned = _dcp.plan({key: leaf for key, leaf in found.items() if isinstance(leaf, Tensor)}, rank)
+    return planned, _Part(
+        titles={key: _leaves.title(leaf) for key, leaf in found.items()},
+        values={key: leaf for key, leaf in found.items() if not isinstance(leaf, Tensor)},
+        fingerprints={key: _leaves.fingerprint(leaf) for key, leaf in found.items()} if several else {},
+        plan=planned.plan,
+        data=_folder.begin(_NAME, folder) if rank == 0 else "",
+    )
+
+
+def _write(
+    data: Path, planned: _dcp.Planned, plans: list[SavePlan], rank: int
+) -> tuple[Metadata, tuple[list[WriteResult], dict[str, _dcp.Place]]]:
+    """On each rank: its share."""
+    if not data.exists():
+        raise ValueError(
+            f"{_NAME}: rank {rank} does not see the folder {data}, which rank 0 has made; "
+            "give all ranks the same path, on a file system that they share"
+        )
+    written = _dcp.write(data, planned, plans, rank)
+    return written.metadata, (written.results, written.places)
+
+
+def _publish(
+    folder: Path,
+    body: dict[str, Any],
+    metadata: Metadata,
+    written: list[tuple[list[WriteResult], dict[str, _dcp.Place]]],
+    rank: int,
+) -> tuple[None, None]:
+    """On rank 0, when all have written: make it the checkpoint."""
+    if rank != 0:
+        return None, None
+    data = folder / body["data"]
+    body["metadata"] = _dcp.finish(data, metadata, [results for results, _ in written])
+    body["places"] = {key: place for _, places in written for key, place in places.items()}
+    _folder.publish(folder, body)
+    _folder.remove_unused(folder)
+    return None, None

@@ -1,0 +1,237 @@
+"""Processes that are killed while they save: started by ``test_checkpoint.py``, which has threads and so must not fork.
+
+``python -m tests.killed everywhere FOLDER`` kills one process before each thing that `save` does to the folder, in turn;
+``python -m tests.killed ranks FOLDER`` the same with each of two ranks, of which the other one must raise;
+``python -m tests.killed anytime FOLDER ROUNDS`` kills processes that save without end, at random moments. After each death
+the folder must hold the last checkpoint that was complete, or the one after it.
+
+``python -m tests.killed window FOLDER`` kills processes that train, and save after every micro-batch, until one comes to the
+end: of the same state, bit for bit, as one that was left alone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import sys
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.nn import functional as F
+
+import gradacc
+from gradacc import TrainState
+from gradacc.checkpoint import load, save
+
+EVENTS = {"open", "os.listdir", "os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.scandir", "tests.loss"}
+TOLD = 3
+
+
+def tree(number: int) -> dict[str, Any]:
+    """Every leaf of which tells the number."""
+    return {
+        "large": torch.full((200_000,), float(number)),
+        "small": [torch.tensor(number), torch.full((3,), number, dtype=torch.uint8)],
+        "number": number,
+    }
+
+
+def read(folder: Path) -> int:
+    """The number of the checkpoint that is there, all of it; 0 for none."""
+    try:
+        found = load(folder, tree(0))
+    except FileNotFoundError:
+        return 0
+    number: int = found["number"]
+    assert bool((found["large"] == number).all())
+    assert found["small"][0] == number
+    assert found["small"][1].tolist() == [number] * 3
+    return number
+
+
+def doom(folder: Path, place: int) -> None:
+    """This process is killed before the ``place``-th thing that it does to the folder."""
+    seen: list[str] = []
+
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event in EVENTS and str(folder) in f"{args[0]}":
+            seen.append(event)
+            if len(seen) == place:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def everywhere(folder: Path) -> int:
+    """How many places there are in which a `save` can be killed."""
+    before = 0
+    for place in itertools.count(1):
+        child = os.fork()
+        if child == 0:
+            doom(folder, place)
+            save(folder, tree(before + 1))
+            os._exit(0)
+        killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        after = read(folder)
+        assert after in (before, before + 1), (place, before, after)
+        if not killed:
+            assert after == before + 1
+            break
+        before = after
+    return place - 1
+
+
+def save_as(rank: int, folder: Path, number: int, place: int, victim: int) -> None:
+    """A process of two that save together. Its exit code is `TOLD` where that raised what it should."""
+    store = dist.FileStore(f"{folder.parent}/store {number} {victim} {place}", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    if rank == victim:
+        doom(folder, place)
+    try:
+        save(folder, {**tree(number), "ranks": {rank: torch.full((5,), number)}})
+    except RuntimeError as error:
+        os._exit(TOLD if "another rank has ended" in str(error) else 1)
+    os._exit(0)
+
+
+def read_union(folder: Path) -> int:
+    """The number of the checkpoint of two ranks that is there; 0 for none."""
+    try:
+        found = load(
+            folder, {**tree(0), "ranks": {0: torch.ones(5, dtype=torch.int64), 1: torch.ones(5, dtype=torch.int64)}}
+        )
+    except FileNotFoundError:
+        return 0
+    number: int = found["number"]
+    assert bool((found["large"] == number).all())
+    assert [numbers.tolist() for numbers in found["ranks"].values()] == [[number] * 5] * 2
+    return number
+
+
+def ranks(folder: Path) -> int:
+    """How many places there are, on both ranks, in which a `save` can be killed."""
+    before = places = 0
+    for victim in range(2):
+        for place in itertools.count(1):
+            children = []
+            for rank in range(2):
+                children.append(os.fork())
+                if children[-1] == 0:
+                    save_as(rank, folder, before + 1, place, victim)
+            codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+            after = read_union(folder)
+            assert after in (before, before + 1), (victim, place, before, after)
+            if codes == [0, 0]:
+                assert after == before + 1
+                break
+            assert codes[victim] == -signal.SIGKILL, (victim, place, codes)
+            assert codes[1 - victim] in (0, TOLD), (victim, place, codes)
+            before, places = after, places + 1
+        before = after
+    return places
+
+
+def anytime(folder: Path, rounds: int) -> int:
+    """The number of the checkpoint that was reached."""
+    chance = random.Random(0)
+    number = 0
+    for _ in range(rounds):
+        reading, writing = os.pipe()
+        child = os.fork()
+        if child == 0:
+            for following in itertools.count(number + 1):
+                save(folder, tree(following % 256))
+                os.write(writing, bytes([following % 256]))
+        time.sleep(chance.uniform(0, 0.12))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(writing)
+        done = number
+        with os.fdopen(reading, "rb") as stream:
+            done += len(stream.read())
+        found = read(folder)
+        assert found in (done % 256, (done + 1) % 256), (done, found)
+        number = done + (found != done % 256)
+    save(folder, tree(0))
+    assert sorted(entry.name[:5] for entry in folder.iterdir()) == ["check", "data-"]
+    return number
+
+
+WINDOW = 4
+MICROBATCHES = [torch.randn(size, 6, generator=torch.Generator().manual_seed(size)) for size in (3, 1, 5, 2) * 4]
+
+
+def train(folder: Path) -> dict[str, Any]:
+    """Four updates of four micro-batches each, a checkpoint after each micro-batch; goes on from the one in ``folder``."""
+    schedule = gradacc.optim.schedule(torch.optim.lr_scheduler.ExponentialLR, 0.1, gamma=0.5)
+    optimizer = gradacc.optim.adamw(schedule)
+
+    def loss_fn(params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        sys.audit("tests.loss", folder)
+        return (F.dropout(x, 0.3) @ params["w"] + params["b"]).square().mean()
+
+    init, update, _, finalize = gradacc.accumulator(loss_fn)
+    torch.manual_seed(0)
+    params = {"w": torch.randn(6), "b": torch.zeros(())}
+    state, window, seen = TrainState(params, optimizer.init(params)), init(params), 0
+
+    def everything() -> dict[str, Any]:
+        """Between two windows there is nothing in the accumulator."""
+        between = seen % WINDOW == 0
+        return {"seen": seen, "train": state, "window": None if between else window, "rng": torch.get_rng_state()}
+
+    try:
+        seen = load(folder, {"seen": 0, "train": ..., "window": ..., "rng": ...})["seen"]
+    except FileNotFoundError:
+        pass
+    else:
+        window = update(window, params, MICROBATCHES[0])  # what one looks like
+        found = load(folder, everything())
+        state, window = found["train"], found["window"] or init(found["train"].params)
+        torch.set_rng_state(found["rng"])
+    print(seen, flush=True)
+
+    for microbatch in MICROBATCHES[seen:]:
+        window = update(window, state.params, microbatch)
+        seen += 1
+        if seen % WINDOW == 0:
+            grads, _ = finalize(window)
+            new, opt_state = optimizer.step(state.params, grads, state.opt_state)
+            state, window = TrainState(new, opt_state, state.step + 1), init(new)
+        save(folder, everything())
+    return everything()
+
+
+def window(folder: Path) -> int:
+    """How many processes were killed; each prints how many micro-batches were done when it began."""
+    chance = random.Random(0)
+    alone = train(folder.with_name("alone"))
+    codes: list[int] = []
+    while not codes or codes[-1] != 0:
+        place = chance.randrange(30, 90)
+        child = os.fork()
+        if child == 0:
+            doom(folder, place)
+            train(folder)
+            os._exit(0)
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+        assert codes[-1] in (0, -signal.SIGKILL), codes
+    found = load(folder, alone)
+    for ours, theirs in zip(*map(torch.utils._pytree.tree_leaves, (found, alone)), strict=True):
+        assert torch.equal(ours, theirs) if isinstance(ours, torch.Tensor) else ours == theirs
+    assert found["train"].step == len(MICROBATCHES) // WINDOW
+    return len(codes) - 1
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    save(f"{sys.argv[2]}-first", tree(7))  # what a first time takes, imports above all
+    assert read(Path(f"{sys.argv[2]}-first")) == 7
+    how: Any = {"everywhere": everywhere, "ranks": ranks, "anytime": anytime, "window": window}[sys.argv[1]]
+    print(how(Path(sys.argv[2]), *map(int, sys.argv[3:])))
