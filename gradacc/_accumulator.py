@@ -12,7 +12,7 @@ from torch import Tensor
 from gradacc import _fold, _options, _split, _state, _step, _sync, _tree, _validate
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
-from gradacc._engines import eager, functional, transforming
+from gradacc._engines import eager
 from gradacc._options import Options
 from gradacc._state import State
 
@@ -20,7 +20,15 @@ _UPDATE = "update(state, params, microbatch)"
 
 
 class Accumulator(NamedTuple):
-    """What `accumulator` returns: four functions of a state."""
+    """What `accumulator` returns: four functions of a state.
+
+    Example:
+        >>> import torch, gradacc
+        >>> acc = gradacc.accumulator(lambda w, x: (w * x).square().mean())
+        >>> w = torch.ones(())
+        >>> acc.finalize(acc.update(acc.init(w), w, torch.arange(3.0)))
+        (tensor(3.3333), tensor(1.6667))
+    """
 
     init: Callable[[Any], State]
     """``init(params) -> state``: nothing accumulated, and no memory for it."""
@@ -55,7 +63,8 @@ def accumulator(
         finalize(update(update(init(params), params, a), params, b)) = torch.func.grad_and_value(f)(params, a and b)
         finalize(merge(update(init(params), params, a), update(init(params), params, b))) = the same
 
-    `gradacc.accumulate_and_value` is this loop (with the same bits, outside transforms and compiled functions):
+    `gradacc.accumulate_and_value` is this loop (of an iterable of micro-batches with the same bits, outside transforms and
+    compiled functions):
 
     .. code-block:: python
 
@@ -194,17 +203,19 @@ def _update(
     _state.check_alike(options, before, like, treedef, params, "params")
     fold = _step.start(options, params, treedef)
     engine, readable = fold.engine, fold.engine is eager
-    evaluate = _step.evaluator(fold, loss_fn, differentiated, kwargs)
     microbatch = _split.one(options, args, differentiated, batch)
     facts = before.facts._replace(params=like)  # on the devices where they are now
     if microbatch.empty:
         if facts.loss is not None:
             return before
+        evaluate = _step.evaluator(fold, functools.partial(_asked, loss_fn), differentiated, kwargs)
         try:
             sums = _step.with_types(fold, evaluate, _fold.Sums(), microbatch)
-        except Exception:  # whatever a loss does with no examples; `accumulate` does not ask it either
+        except _RaisedError:
             return before
-        return _state.pack(facts, treedef, [None] * len(params), sums, False, readable, empty=True)
+        with engine.guard():
+            return _state.pack(facts, treedef, [None] * len(params), sums, False, readable, empty=True)
+    evaluate = _step.evaluator(fold, loss_fn, differentiated, kwargs)
     with engine.guard():
         grads, _, sums = _state.unpack(before, readable)
         if facts.empty:
@@ -214,9 +225,20 @@ def _update(
         return _state.pack(facts, treedef, buffer.grads, sums, engine.arrived(buffer), readable)
 
 
+class _RaisedError(Exception):
+    """A loss has raised that was asked for no more than its types."""
+
+
+def _asked(loss_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    try:
+        return loss_fn(*args, **kwargs)
+    except Exception as error:  # whatever a loss does with no examples
+        raise _RaisedError from error
+
+
 def _merge(options: Options, donate: bool, one: Any, other: Any) -> State:
-    a, b = _state.check(options, one, "merge(a, b)"), _state.check(options, other, "merge(a, b)")
-    engine = functional if transforming() else eager
+    a, b = _state.check(options, one, "merge(a, b)", "a"), _state.check(options, other, "merge(a, b)", "b")
+    engine = _step.engine()
     readable = engine is eager
     with engine.guard():
         grads, treedef, sums = _state.unpack(a, readable)
@@ -247,7 +269,7 @@ def _finalize(options: Options, agreed: _sync.Agreed | None, donate: bool, state
     except (TypeError, ValueError):
         _sync.give_up(options, agreed)
         raise
-    engine = functional if transforming() else eager
+    engine = _step.engine()
     with engine.guard():
         params, treedef = _state.like_params(state)
         fold = _step.start(options, params, treedef)

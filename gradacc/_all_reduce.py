@@ -36,14 +36,14 @@ def all_reduce(
     micro-batches). What is a mean on one rank stays one over all of them: it is divided once, after the sum. The results
     have the same bits on every rank.
 
-    **What crosses, and when.** One all-reduce (a sum) in each call of ``grad_fn``, after the last micro-batch, whatever the
-    number of micro-batches, parameters and metrics; one for each accumulator dtype and device, where the parameters have
-    several. It carries every gradient (in the accumulators' dtype: float32 for half precision), `Mean` and 0-dim leaves of
-    ``aux``, and for each rank a record of about 100 bytes with its weight and value, which cross exactly. Per step and rank
-    that is ``4 bytes x parameters`` of float32 to reduce, of which a ring sends ``2 (W - 1) / W`` times as much. Leaves of
-    ``aux`` that are concatenated stay on their rank. A `Mean` leaf that is not 0-dim crosses in its own dtype, in a call of
-    its own where no gradient has that dtype. At first use one exchange more, of descriptions: ranks whose parameters differ
-    in structure, shape or dtype all get the same error.
+    **What crosses, and when.** One all-reduce (a sum) in each call of ``grad_fn``, after the last micro-batch (of
+    `gradacc.accumulator`: in each call of ``finalize``), whatever the number of micro-batches, parameters and metrics; one for
+    each accumulator dtype and device, where the parameters have several. It carries every gradient (in the accumulators' dtype:
+    float32 for half precision), `Mean` and 0-dim leaves of ``aux``, and for each rank a record of about 100 bytes with its
+    weight and value, which cross exactly. Per step and rank that is ``4 bytes x parameters`` of float32 to reduce, of which a
+    ring sends ``2 (W - 1) / W`` times as much. Leaves of ``aux`` that are concatenated stay on their rank. A `Mean` leaf that
+    is not 0-dim crosses in its own dtype, in a call of its own where no gradient has that dtype. At first use one exchange
+    more, of descriptions: ranks whose parameters differ in structure, shape or dtype all get the same error.
 
     **Failure.** If the call raises on one rank, that rank raises its error, and every other one a RuntimeError that names
     it; nobody hangs, and the next call works (not so after a KeyboardInterrupt, which the others are not told). If a rank is

@@ -178,7 +178,8 @@ def finalize(options: Options, sums: Sums, like: Tensor) -> tuple[Tensor | Mean,
     aux = _tree.unflatten(sums.kind.aux, _aux.finalize(sums.aux or [], rest))
     if sums.kind.is_mean:
         return _aux.restored(sums.value, sums.kind.dtype), aux
-    return (sums.value if options.reduction == "sum" else sums.value * rest).to(sums.kind.dtype), aux
+    divided = options.reduction == "sum" or (isinstance(rest, float) and rest == 1.0)
+    return (sums.value if divided else sums.value * rest).to(sums.kind.dtype), aux
 
 
 def unit(sums: Sums, outcome: Outcome) -> Any:

@@ -83,7 +83,7 @@ def is_missing(leaf: Any) -> bool:
 def nothing(options: Options, params: Sequence[Tensor], treedef: _tree.TreeDef) -> State:
     """Before the first micro-batch."""
     facts = Facts(options.reduction, options.dtype, options.has_aux, of_params(params))
-    weight = torch.zeros((), dtype=torch.float64)
+    weight = torch.zeros((), dtype=torch.float64, device="cpu")
     return State(_tree.unflatten(treedef, [Missing() for _ in params]), weight, None, None, None, facts)
 
 
@@ -118,7 +118,7 @@ def pack(
     kind, found = sums.kind, _fold.numbers(sums)
     assert kind is not None
     plain = before.plain or (False,) * len(found)
-    device = None if readable else before.params[0].device
+    device = torch.device("cpu") if readable else before.params[0].device
     plain = tuple(
         not isinstance(number, Tensor) or (old and not readable and not number.ndim)
         for old, number in zip(plain, found, strict=True)
@@ -167,7 +167,7 @@ def unpack(state: State, readable: bool) -> tuple[list[Tensor | None], _tree.Tre
     )
 
 
-def _tensor(number: Any, device: torch.device | None) -> Tensor:
+def _tensor(number: Any, device: torch.device) -> Tensor:
     if isinstance(number, Tensor):
         return number
     dtype = torch.int64 if isinstance(number, numbers.Integral) else torch.float64
@@ -179,12 +179,12 @@ def _number(tensor: Tensor, readable: bool, device: torch.device) -> Any:
     return tensor.item() if readable else tensor.to(device)
 
 
-def check(options: Options, state: Any, call: str) -> State:
+def check(options: Options, state: Any, call: str, what: str = "state") -> State:
     """A state of an accumulator with these options."""
     name = options.name
     if not isinstance(state, State):
         raise TypeError(
-            f"{name}: expected a state that init, update or merge returned, got {describe(state)}; call {call}"
+            f"{name}: {what} must be a state that init, update or merge returned, got {describe(state)}; call {call}"
         )
     facts = state.facts
     for option, theirs, ours in (

@@ -32,10 +32,15 @@ class Fold(NamedTuple):
     """and returned in."""
 
 
+def engine() -> Any:
+    """The one that this place needs."""
+    return functional if transforming() else eager
+
+
 def start(options: Options, params: list[Tensor], treedef: _tree.TreeDef) -> Fold:
     """With the engine that this place needs."""
     accumulated, returned = _dtypes.dtypes(options.dtype, params)
-    return Fold(options, functional if transforming() else eager, params, treedef, accumulated, returned)
+    return Fold(options, engine(), params, treedef, accumulated, returned)
 
 
 def parameters(

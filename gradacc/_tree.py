@@ -115,7 +115,7 @@ def register_with_facts(cls: type, names: tuple[str, ...], facts: str) -> None:
     optree.register_pytree_node(
         cls,
         lambda node: (to_children(node), getattr(node, facts), names),
-        lambda facts, children: cls(*children, facts),
+        lambda structure, children: cls(*children, structure),
         path_entry_type=optree.GetAttrEntry,
         namespace=NAMESPACE,
     )

@@ -27,7 +27,7 @@ def positions(
     if any(not -len(args) <= n < len(args) for n in numbers):
         raise ValueError(
             f"{name}: argnums={argnums} does not fit a call with {len(args)} positional arguments; "
-            f"call {call}, both positionally"
+            f"call {call}, these positionally"
         )
     differentiated = tuple(n % len(args) for n in numbers)
     if len(set(differentiated)) < len(differentiated):

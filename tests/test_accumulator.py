@@ -102,6 +102,8 @@ def test_the_bits_of_the_loop(window, name, dtype, donate):
     try:
         expected = grad_fn(params, parts)
     except ValueError as error:  # nothing says what aux is
+        assert options.get("has_aux")
+        assert not any(len(part) for part in parts)
         with pytest.raises(ValueError, match=str(error)[-40:]):
             acc.finalize(stream(acc, params, parts))
         return
@@ -224,6 +226,28 @@ def test_donated_memory_that_is_shared_is_copied():
         other = acc.update(State(grads, state.weight, state.unit, state.value, state.aux, state.facts), w, x)
         assert_trees_close(other.grads, before + 0.5)
     assert whole.eq(1).all()
+
+
+def test_donated_gradients_that_are_one_tensor_are_added_to_once():
+    """The functional engine's of ``a + b``: one tensor in two places of the state."""
+    params, x = {"a": torch.ones(2, 3, dtype=D), "b": torch.ones(2, 3, dtype=D)}, torch.rand(2, 3, dtype=D)
+
+    def loss(p, x):
+        return (x * (p["a"] + p["b"])).square().mean()
+
+    acc, pure = gradacc.accumulator(loss, donate=True), gradacc.accumulator(loss)
+    made = lambda: ENGINES["functional"](lambda: acc.update(acc.init(params), params, x))  # noqa: E731
+    assert_trees_close(acc.finalize(acc.update(made(), params, x)), pure.finalize(pure.update(made(), params, x)))
+    assert_trees_close(acc.finalize(acc.merge(made(), made())), pure.finalize(pure.merge(made(), made())))
+    one = made()
+    assert_trees_close(acc.finalize(acc.merge(one, one)), pure.finalize(pure.merge(made(), made())))
+
+
+def test_gradaccs_own_errors_are_not_taken_for_the_losss():
+    """An empty micro-batch whose loss raises says nothing; one that returns what it must not is told."""
+    acc = gradacc.accumulator(lambda w, x: ((w * x).sum(), x.sum()))
+    with pytest.raises(TypeError, match="has_aux"):
+        acc.update(acc.init(torch.ones(2)), torch.ones(2), torch.ones(0, 2))
 
 
 def test_an_error_in_the_loss_leaves_the_state_as_it_was():
@@ -409,13 +433,13 @@ def test_derivatives_go_through(name):
 
 
 def test_states_move_between_engines():
-    for name, (loss, options) in LOSSES.items():
+    for loss, options in LOSSES.values():
         acc, params, x = gradacc.accumulator(loss, **options), params_of(D), windows(D)["several"]
         state = acc.init(params)
         for n, part in enumerate(x):
             update = functools.partial(acc.update, state, params, part)
             state = ENGINES["functional" if n % 2 else "eager"](update)
-        assert_trees_close(acc.finalize(state), gradacc.accumulate_and_value(loss, **options)(params, x)), name
+        assert_trees_close(acc.finalize(state), gradacc.accumulate_and_value(loss, **options)(params, x))
 
 
 def test_states_of_both_engines_have_the_same_dtypes():
@@ -535,7 +559,7 @@ class TestBadInput:
             lambda: self.acc.finalize(self.params),
         ):
             with pytest.raises(
-                TypeError, match="^accumulator: expected a state that init, update or merge returned, got"
+                TypeError, match="^accumulator: (state|a|b) must be a state that init, update or merge returned, got"
             ):
                 call()
 

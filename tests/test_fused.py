@@ -172,6 +172,26 @@ def test_hooks_see_the_gradient(products):
     assert products == ["MmBackward0"] * 4  # `w` alone
 
 
+def test_a_hook_may_differentiate_the_loss_again(products):
+    """A pass of its own, from the loss itself: not ours, so nothing is added."""
+
+    def loss(w, x, hooked):
+        y = F.linear(x, w)
+        out = squared(y)
+        if hooked:
+
+            def again(_):
+                hook.remove()
+                torch.autograd.grad(out, y, retain_graph=True)
+
+            hook = out.register_hook(again)
+        return out
+
+    w, x = doubles(4, 4), doubles(6, 4)
+    assert_trees_close(gradacc.accumulate(loss, steps=3)(w, x, True), gradacc.accumulate(loss, steps=3)(w, x, False))
+    assert products == ["MmBackward0"] * 4
+
+
 @pytest.mark.parametrize("held", [True, False])
 def test_saved_tensor_hooks_unpack_once(products, held):
     """Checkpointing and offloading: what they hold is unpacked by autograd alone, once."""

@@ -27,6 +27,7 @@ NOTE [reentrant checkpoints]
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
@@ -70,7 +71,8 @@ def resume(
     donated: bool,
 ) -> Buffer:
     """With gradients that were accumulated before: in their memory if they are donated, else in copies."""
-    held = [None if grad is None else _held(grad, donated) for grad in grads]
+    alone = _alone(grads) if donated else set()
+    held = [None if grad is None else _held(grad, i in alone) for i, grad in enumerate(grads)]
     reached = {i for i, grad in enumerate(grads) if grad is not None} if arrived else set()
     return Buffer([_normal(param) for param in params], list(dtypes), held, reached)
 
@@ -98,9 +100,12 @@ def update(
     leaves = [param.detach().requires_grad_() for param in buffer.params]
     with torch.enable_grad():
         outcome = evaluate(leaves)
+        # a node of our own, through which no other pass goes: a hook of the loss may differentiate it again
+        root = outcome.target.view_as(outcome.target)
     _validate.untouched(leaves)
     counts = contribution(outcome)
-    edge = get_gradient_edge(outcome.target) if counts is not None and outcome.target.requires_grad else None
+    edge = get_gradient_edge(root) if counts is not None and root.requires_grad else None
+    del root
     outcome = outcome.map(_bare)  # from here on the edge alone keeps the graph
     if counts is not None and edge is not None:
         uses = _engines.graph([edge.node])
@@ -122,7 +127,11 @@ def merge(
 ) -> list[Tensor | None]:
     """``shares[0] * a + shares[1] * b``, one of them 1: its sum is the one that is added to."""
     large, small, share = (a, b, shares[1]) if shares[0] == 1.0 else (b, a, shares[0])
-    return [_merged(one, other, share, donated) for one, other in zip(large, small, strict=True)]
+    alone, n = _alone([*large, *small]) if donated else set(), len(large)
+    return [
+        _merged(one, other, share, i in alone, i + n in alone)
+        for i, (one, other) in enumerate(zip(large, small, strict=True))
+    ]
 
 
 def finalize(buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float) -> list[Tensor]:
@@ -227,6 +236,13 @@ def _own(grad: Tensor) -> Tensor:
     return grad if ours else grad.clone()
 
 
+def _alone(grads: Sequence[Tensor | None]) -> set[int]:
+    """Which of them share their storage with no other."""
+    storages = [None if grad is None else grad.untyped_storage()._cdata for grad in grads]
+    counts = Counter(storages)
+    return {i for i, storage in enumerate(storages) if storage is not None and counts[storage] == 1}
+
+
 def _held(grad: Tensor, donated: bool) -> Tensor:
     """A state's gradient, to be added to: itself if it may be, else a copy."""
     if donated and not grad.is_inference() and not grad.requires_grad:
@@ -234,9 +250,9 @@ def _held(grad: Tensor, donated: bool) -> Tensor:
     return grad.detach().clone()
 
 
-def _merged(large: Tensor | None, small: Tensor | None, share: float, donated: bool) -> Tensor | None:
-    """``large + share * small``."""
+def _merged(large: Tensor | None, small: Tensor | None, share: float, ours: bool, theirs: bool) -> Tensor | None:
+    """``large + share * small``; ``ours``, ``theirs``: in whose memory it may be."""
     if large is None:
-        return None if small is None else _held(small, donated).mul_(share)
-    held = _held(large, donated)
+        return None if small is None else _held(small, theirs).mul_(share)
+    held = _held(large, ours)
     return held if small is None else held.add_(small.detach(), alpha=share)

@@ -6,11 +6,13 @@ NOTE [sums in place]
     matrix's gradient becomes: that costs a copy of the buffer for every micro-batch, and a loop holds the gradients three
     times. So the sum is an operator of our own, ``gradacc::add``, which Inductor rewrites here:
 
-    - ``add(buffer, a @ b)`` is ``addmm``, which Inductor's own pass makes in place where nothing reads the buffer afterwards;
+    - ``add(buffer, a @ b)`` is ``addmm``, which Inductor's own pass makes in place where nothing reads the buffer afterwards
+      (and is not rewritten where ``a`` or ``b`` is the buffer, or shares its memory);
     - a ``scan`` whose carry is such a sum, and that has no other results, writes to its carry, of which it gets a copy of
       its own. (With other results, aux that is concatenated for instance, it stays as it is.)
 
-    Everywhere else, and if a version of Inductor does not know these names, the operator is an ordinary sum.
+    Everywhere else, and if a version of Inductor does not know these names, the operator is an ordinary sum. Inductor keeps
+    compiled graphs on disk, and knows the rewrites by the operators' names alone: `VERSION` is part of them.
 
 NOTE [the order of writes]
     Inductor's ``while_loop`` (which a ``scan`` becomes) takes the carries that its body writes to in the order of the first
@@ -23,6 +25,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,77 +35,102 @@ if TYPE_CHECKING:
     from torch._inductor.pattern_matcher import Match
     from torch.fx import Graph, Node
 
+VERSION = 1
+"""Of the rewrites: another number with every change of them."""
+
 _MARK = "sum of gradients"
 
-_library: Any = torch.library.Library("gradacc", "DEF")  # type: ignore[no-untyped-call]  # torch's
+_NAMESPACE = f"gradacc_v{VERSION}"
+_library: Any = torch.library.Library(_NAMESPACE, "DEF")  # type: ignore[no-untyped-call]  # torch's
 _library.define("add(Tensor buffer, Tensor gradient) -> Tensor")
 _library.define("addmm(Tensor buffer, Tensor a, Tensor b) -> Tensor")
 _library.define("addmm_(Tensor(a!) buffer, Tensor a, Tensor b) -> Tensor(a!)")
-_library.define("own(Tensor tensor, int number) -> Tensor")
-_ops: Any = torch.ops.gradacc
+_library.define("own(Tensor tensor) -> Tensor")
+_ops: Any = getattr(torch.ops, _NAMESPACE)
 
 
 def add(buffer: Tensor, gradient: Tensor) -> Tensor:
     """``buffer + gradient``, where the buffer is used for nothing else. See NOTE [sums in place]."""
+    if torch.compiler.is_exporting():  # to be run where there is no gradacc
+        return buffer + gradient
     total: Tensor = _ops.add(buffer, gradient)
     return total
 
 
 def _add_fake(buffer: Tensor, gradient: Tensor) -> Tensor:
     if "torch._inductor.compile_fx" in sys.modules:  # Inductor compiles, or has done so: there is somebody to tell
-        with contextlib.suppress(ImportError, AttributeError):
+        with contextlib.suppress(ImportError, AttributeError, LookupError):
             tell()
     return torch.empty_like(buffer)
 
 
 _library.impl("add", torch.add, "CompositeExplicitAutograd")
-torch.library.register_autograd("gradacc::add", lambda _, grad: (grad, grad), lib=_library)
-torch.library.register_fake("gradacc::add", _add_fake, lib=_library)
-torch.library.register_fake("gradacc::addmm", lambda buffer, a, b: torch.empty_like(buffer), lib=_library)
-torch.library.register_fake("gradacc::addmm_", lambda buffer, a, b: buffer, lib=_library)
-torch.library.register_fake("gradacc::own", lambda tensor, number: torch.empty_like(tensor), lib=_library)
+torch.library.register_autograd(f"{_NAMESPACE}::add", lambda _, grad: (grad, grad), lib=_library)
+torch.library.register_fake(f"{_NAMESPACE}::add", _add_fake, lib=_library)
+torch.library.register_fake(f"{_NAMESPACE}::addmm", lambda buffer, a, b: torch.empty_like(buffer), lib=_library)
+torch.library.register_fake(f"{_NAMESPACE}::addmm_", lambda buffer, a, b: buffer, lib=_library)
+torch.library.register_fake(f"{_NAMESPACE}::own", torch.empty_like, lib=_library)
 
 
 @functools.cache
 def tell() -> None:
-    """Once a process: the rewrites, and how to compile what they make."""
+    """Once a process: the rewrites, and how to compile what they make.
+
+    Raises:
+        ImportError, AttributeError, LookupError: this Inductor has other names; it has been told nothing.
+    """
     from torch._inductor import ir, lowering
     from torch._inductor.fx_passes import post_grad, reinplace
+    from torch._inductor.fx_utils import get_node_storage
     from torch._inductor.pattern_matcher import Arg, CallFunction, CallFunctionVarArgs, register_graph_pattern
+    from torch._inductor.virtualized import V
 
+    aten, register = torch.ops.aten, lowering.register_lowering
+    lower_addmm, lower_clone, fallback = (
+        lowering.lowerings[aten.addmm.default],
+        lowering.clone,
+        ir.FallbackKernel.create,
+    )
     patterns: Any = post_grad.pass_patterns[-1]
-    lowerings = lowering.lowerings[torch.ops.aten.addmm.default], lowering.clone
+    in_place: Any = reinplace.InplaceableOp(_ops.addmm_.default, 0)
+    reinplace.inplaceable_ops[_ops.addmm.default] = in_place
 
-    @lowering.register_lowering(_ops.addmm.default, type_promotion_kind=None)
+    @register(_ops.addmm.default, type_promotion_kind=None)
     def addmm(buffer: Any, a: Any, b: Any) -> Any:
-        return lowerings[0](buffer, a, b)
+        return lower_addmm(buffer, a, b)
 
-    @lowering.register_lowering(_ops.addmm_.default, type_promotion_kind=None)
+    @register(_ops.addmm_.default, type_promotion_kind=None)
     def addmm_in_place(buffer: Any, a: Any, b: Any) -> Any:
         buffer.realize()
-        ir.FallbackKernel.create(torch.ops.aten.addmm_.default, buffer, a, b)
+        fallback(aten.addmm_.default, buffer, a, b)
         return buffer
 
-    @lowering.register_lowering(_ops.own.default, type_promotion_kind=None)
-    def own(tensor: Any, number: int) -> Any:
-        copy = lowerings[1](tensor)
+    @register(_ops.own.default, type_promotion_kind=None)
+    def own(tensor: Any) -> Any:
+        source: Any = V.graph.current_node.args[0]
+        if _is_zero(source):  # no kernel to compile
+            val = source.meta["val"]
+            return ir.TensorBox.create(
+                fallback(aten.zeros.default, tensor.get_size(), dtype=val.dtype, device=val.device)
+            )
+        copy = lower_clone(tensor)
         copy.realize()
         return copy
 
-    reinplace.inplaceable_ops[_ops.addmm.default] = reinplace.InplaceableOp(_ops.addmm_.default, 0)
-
     @register_graph_pattern(CallFunction(_ops.add.default, Arg(), Arg()), pass_dict=patterns)
     def sums(match: Match, buffer: Node, gradient: Node) -> None:
-        _rewrite_sum(match.graph, match.output_node(), buffer, gradient)
+        _rewrite_sum(match.graph, match.output_node(), buffer, gradient, get_node_storage)
 
     @register_graph_pattern(CallFunctionVarArgs(torch.ops.higher_order.scan), pass_dict=patterns)
     def loops(match: Match, body: Node, init: list[Node], *_: Any) -> None:
         _rewrite_loop(match.graph, match.output_node(), body, init)
 
 
-def _rewrite_sum(graph: Graph, node: Node, buffer: Node, gradient: Node) -> None:
+def _rewrite_sum(graph: Graph, node: Node, buffer: Node, gradient: Node, storage: Callable[[Node], object]) -> None:
     """``add(buffer, a @ b)`` and ``add(buffer, (a @ b).T)`` as ``addmm``, any other as an ordinary sum."""
     product, transposed = _product(gradient)
+    if product is not None and storage(buffer) in {storage(n) for n in (product, *product.args)}:  # type: ignore[arg-type]
+        product = None
     with graph.inserting_before(node):
         if product is None:
             new = graph.call_function(torch.ops.aten.add.Tensor, (buffer, gradient))
@@ -122,7 +150,8 @@ def _product(gradient: Node) -> tuple[Node | None, bool]:
     transposed = gradient.target is torch.ops.aten.permute.default and len(gradient.users) == 1
     product: Any = gradient.args[0] if transposed else gradient
     alone = product.target is torch.ops.aten.mm.default and len(product.users) == 1
-    return (product if alone else None), transposed
+    swapped = not transposed or [dim % 2 for dim in gradient.args[1]] == [1, 0]  # type: ignore[union-attr,operator]
+    return (product if alone and swapped else None), transposed
 
 
 def _transpose(graph: Graph, node: Any) -> Node:
@@ -133,33 +162,41 @@ def _transpose(graph: Graph, node: Any) -> Node:
 
 def _rewrite_loop(graph: Graph, node: Node, body: Node, init: list[Node]) -> None:
     """Let a scan write to its carries that are sums of gradients."""
-    module: Any = graph.owning_module
-    inner: Graph = getattr(module, str(body.target)).graph
+    parent: Any = graph.owning_module
+    module = getattr(parent, str(body.target))
+    inner: Graph = module.graph
     end = inner.output_node()
     results: list[Any] = list(end.args[0])  # type: ignore[arg-type]  # a graph's results
     carries = inner.find_nodes(op="placeholder")[: len(init)]
-    if len(results) != len(init) or len(graph.find_nodes(op="get_attr", target=body.target)) != 1:
+    shared = len(graph.find_nodes(op="get_attr", target=body.target)) > 1 or len(body.users) > 1
+    if len(results) != len(init) or shared:
         return
     start, first = list(init), _after_placeholders(inner)
     for number, (carry, result) in enumerate(zip(carries, results, strict=True)):
-        if not (_is_sum(result) and result.args[0] is carry and len(carry.users) == len(result.users) == 1):
+        if _is_sum(result) and result.args[0] is carry and len(carry.users) == len(result.users) == 1:
+            with inner.inserting_before(first):  # see NOTE [the order of writes]
+                _copy(inner, carry, carry)
+            if result.target is _ops.addmm.default:
+                result.target = _ops.addmm_.default
+            else:
+                with inner.inserting_before(end):
+                    results[number] = _copy(inner, carry, result)
+        elif not _is_zero(init[number]):
             continue
-        with inner.inserting_before(first):  # see NOTE [the order of writes]
-            _copy(inner, carry, carry)
-        if result.target is _ops.addmm.default:
-            result.target = _ops.addmm_.default
-        else:
-            with inner.inserting_before(end):
-                results[number] = _copy(inner, carry, result)
         with graph.inserting_before(node):
-            start[number] = graph.call_function(_ops.own.default, (init[number], number))
-        start[number].meta.update(init[number].meta)
+            start[number] = graph.call_function(_ops.own.default, (init[number],))
+        start[number].meta["val"] = torch.empty_like(init[number].meta["val"])
     end.args = (tuple(results),)
+    module.recompile()
     node.args = (node.args[0], start, *node.args[2:])
 
 
 def _is_sum(result: Any) -> bool:
     return isinstance(result, torch.fx.Node) and _MARK in result.meta
+
+
+def _is_zero(node: Node) -> bool:
+    return node.target is torch.ops.aten.full.default and bool(node.args[1] == 0)
 
 
 def _after_placeholders(graph: Graph) -> Node:
@@ -169,5 +206,5 @@ def _after_placeholders(graph: Graph) -> Node:
 
 def _copy(graph: Graph, target: Node, source: Node) -> Node:
     node = graph.call_function(torch.ops.aten.copy_.default, (target, source))
-    node.meta.update(target.meta)
+    node.meta["val"] = target.meta["val"]
     return node

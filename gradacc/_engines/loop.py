@@ -9,9 +9,10 @@ the same for every micro-batch of a run: it advances by what the first one added
 
 NOTE [one copy of the loss]
     What the state is (which numbers are tensors, what aux has) only a micro-batch can say, so the first one is traced outside
-    the loop too, and its results are not used: it is removed as dead code, and what is compiled is one copy of the loss.
-    Starting the scan from its results instead saves filling the accumulators with zeros, and doubles the time to compile.
-    (A loss that draws random numbers draws them once more than there are micro-batches: dead draws are not removed.)
+    the loop too, for that and for the unit of the weights. The rest is removed as dead code, and what is compiled is one copy
+    of the loss. Starting the scan from its results instead saves filling the accumulators with zeros, and doubles the time to
+    compile. (A loss that draws random numbers draws them once more for every run of micro-batches of one size: dead draws are
+    not removed. And a weight that comes out of the forward pass keeps the first one's alive.)
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from gradacc._split import Cut, Microbatch, Run
 Step = Callable[[Buffer, _fold.Sums, Microbatch], tuple[Buffer, _fold.Sums]]
 
 UNROLLED = 4
-"""Micro-batches of a run up to which the loop is unrolled: a scan's carry costs a copy of the buffer in every iteration."""
+"""Micro-batches of a run up to which the loop is unrolled: an unrolled one needs no zeros, and fuses across micro-batches."""
 
 
 def fold(step: Step, buffer: Buffer, sums: _fold.Sums, cut: Cut) -> tuple[Buffer, _fold.Sums]:
@@ -71,7 +72,7 @@ def _scan(step: Step, buffer: Buffer, before: _fold.Sums, cut: Cut, run: Run) ->
         for param, dtype, grad in zip(buffer.params, buffer.dtypes, buffer.grads, strict=True)
     ]
     start += [
-        old if isinstance(old, Tensor) else torch.zeros_like(number)
+        old if isinstance(old, Tensor) else _number(number, old)
         for old, number in zip(first, numbers, strict=True)
         if isinstance(number, Tensor)
     ]
@@ -90,3 +91,8 @@ def _scan(step: Step, buffer: Buffer, before: _fold.Sums, cut: Cut, run: Run) ->
         for part, new in zip(sums.aux or (), summed.aux or (), strict=True)
     ]
     return buffer, summed._replace(aux=aux)
+
+
+def _number(like: Tensor, value: float) -> Tensor:
+    zero = torch.zeros_like(like)
+    return (zero + value).to(like.dtype) if value else zero

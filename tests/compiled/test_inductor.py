@@ -49,7 +49,7 @@ def test_a_matrix_is_added_to_where_it_is(steps):
     grad_fn = gradacc.accumulate(loss_fn, steps=steps)
     grads, (code,) = run_and_get_code(compiled(grad_fn), params, x)
     assert_close(grads, grad_fn(params, x))
-    sums = 2 if steps > loop.UNROLLED else 2 * (steps - 1)
+    sums = 2 if steps > loop.UNROLLED else 2 * (steps - 1)  # of a and of b, whose gradient is a transpose
     assert code.count("aten.addmm_.default(") == sums
 
 
@@ -88,3 +88,47 @@ def test_a_loop_that_is_differentiated_or_concatenates_is_left_alone():
     scale = torch.full((), 2.0, requires_grad=True)
     expected = torch.autograd.grad(large_batch(scale), scale)
     assert_close(torch.autograd.grad(compiled(slope)(scale), scale), expected)
+
+
+def identity(w, x):
+    """Its gradient is a permute of a product, and no transpose."""
+    return (x @ w.permute(0, 1)).tanh().square().mean()
+
+
+def weighted(w, x):
+    return gradacc.Mean((x @ w).square().sum(dim=1).mul(x[:, 0] > 0).sum(), (x[:, 0] > 0).sum())
+
+
+@pytest.mark.parametrize(
+    ("loss", "steps"), [(identity, loop.UNROLLED), (identity, LOOPED), (weighted, LOOPED)], ids=lambda value: str(value)
+)
+def test_what_looks_like_another_sum(loss, steps):
+    torch.manual_seed(0)
+    w, x, grad_fn = torch.randn(16, 16), torch.randn(3 * LOOPED, 16), gradacc.accumulate_and_value(loss, steps=steps)
+    grads, value = compiled(grad_fn)(w, x)
+    expected, large = grad_fn(w, x)
+    assert_close(grads, expected)
+    if isinstance(large, gradacc.Mean):
+        assert_close((value.total, value.weight), (large.total, large.weight))
+
+
+def test_a_state_that_is_an_input_stays_as_it_is():
+    """A graph's input as buffer; a state merged with itself; a buffer that is in its own gradient."""
+    torch.manual_seed(0)
+    init, update, merge, finalize = gradacc.accumulator(identity, reduction="sum")
+    other = gradacc.accumulator(lambda w, x, grad: ((w @ grad) * x).sum(), reduction="sum")
+    w, x, y = torch.randn(16, 16), torch.randn(16, 16), torch.randn(16, 16)
+    state = update(init(w), w, x)
+    before = state.grads.clone()
+
+    def many(w, x, y, state):
+        once = update(init(w), w, y)
+        itself = other.update(other.init(w), w, x, y)
+        return (
+            finalize(update(state, w, x)),
+            finalize(merge(once, once)),
+            other.finalize(other.update(itself, w, x, itself.grads)),
+        )
+
+    assert_close(compiled(many)(w, x, y, state), many(w, x, y, state))
+    assert torch.equal(state.grads, before)

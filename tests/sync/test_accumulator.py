@@ -194,7 +194,7 @@ def what_is_no_state(group, params, x):
 def test_what_is_no_state_is_told_at_first_use(pool):
     params, x = make((2,))
     here, there = pool.run(2, what_is_no_state, params, x)
-    assert here.startswith("accumulator: expected a state that init, update or merge returned, got a dict")
+    assert here.startswith("accumulator: state must be a state that init, update or merge returned, got a dict")
     assert "no gradient on rank 1, because the call raised on rank 0" in there
 
 
