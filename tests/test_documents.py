@@ -26,18 +26,22 @@ def test_notebook_runs(path):
     NotebookClient(notebook, timeout=240, kernel_name="python3", resources=resources).execute()
 
 
-def test_the_readme_runs_from_top_to_bottom(capsys):
+def test_the_readme_runs_from_top_to_bottom(capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)  # it saves a checkpoint
     blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
     runnable = [block for block in blocks if "import torch" in block or "check_accumulation" in block]
-    assert len(runnable) == 2
+    assert len(runnable) == 4
     scope: dict = {}
     for block in runnable:
         exec(compile(block, "README.md", "exec"), scope)
     assert "nats a token" in capsys.readouterr().out
     assert scope["report"].exact
+    assert scope["state"].step == 3
     loss_fn, params, batch = (scope[name] for name in ("loss_fn", "params", "batch"))
     expected = torch.func.grad(lambda p, b: loss_fn(p, b).value)(params, batch)
     torch.testing.assert_close(gradacc.accumulate(loss_fn, steps=4)(params, batch), expected)
+    undisturbed = gradacc.accumulate(loss_fn)(scope["state"].params, [batch, batch])
+    torch.testing.assert_close(scope["grads"], undisturbed)
 
 
 def test_the_two_sides_of_the_readmes_comparison_agree():
