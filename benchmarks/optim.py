@@ -1,6 +1,6 @@
 """Time and memory of one optimizer step, eager: gradacc.optim against torch.optim on a model's parameters.
 
-    python -m benchmarks.optim [--rounds 31] [--device cuda] [--workload gpt] [--out optim.json]
+    python -m benchmarks.optim [--rounds 31] [--device cuda] [--workload gpt] [--out benchmarks/results]
 
 Every contestant has its own copies of the parameters, gradients and state of `benchmarks._workloads`' model, and they take
 turns in one process, once a round, in a balanced order (`benchmarks._measure`). What is reported is the median over the
@@ -9,6 +9,8 @@ with the quartiles; AdamW's runs twice a round, under two names: the second row'
 anything is timed, five steps of each are checked against torch's: to the last bit on a CPU, to float32's rounding elsewhere.
 
 *Peak memory* is what a step allocates at its highest point over what was there before, in sizes of the parameters.
+
+Writes `optim.json` (to `--out`) and prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -57,7 +59,7 @@ FUNCTIONAL: dict[str, tuple[Callable[[], optim.Optimizer], bool]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print a Markdown table, and write the figures where asked to."""
+    """Measure, write the figures, and print them as a Markdown table."""
     options = _parse(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -83,8 +85,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             for name, run in runs.items()
         },
     }
-    if options.out is not None:
-        Path(options.out).write_text(json.dumps(results, indent=1))
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "optim.json").write_text(json.dumps(results, indent=1) + "\n")
     print(table(results))
     return 0
 
@@ -164,7 +166,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--workload", choices=sorted(WORKLOADS), default="gpt")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--out", help="where to write the figures as JSON")
+    results = Path(__file__).parent / "results"
+    parser.add_argument("--out", type=Path, default=results, help="folder (benchmarks/results)")
     return parser.parse_args(arguments)
 
 
