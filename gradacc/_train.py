@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _tree
+from gradacc import _dtypes, _tree
 from gradacc._describe import describe
 from gradacc._mean import Mean
 from gradacc.optim._loss_scale import LossScaleState
@@ -99,9 +99,9 @@ def train_step(
         scale = state.opt_state.scale if isinstance(state.opt_state, LossScaleState) else None
         named = {} if scale is None else {"loss_scale": scale}
         grads, value, aux = _parts(grad_fn(state.params, batch, *args, **named, **kwargs))
-        metrics = {"loss": value.value if isinstance(value, Mean) else value, "grad_norm": global_norm(grads)}
+        metrics = {"loss": value.value if isinstance(value, Mean) else value, "grad_norm": global_norm(grads, scale)}
         if scale is not None:
-            metrics = {name: metric / scale.to(metric.device) for name, metric in metrics.items()}
+            metrics["loss"] = metrics["loss"] / scale.to(metrics["loss"].device)
         if isinstance(value, Mean):
             metrics["weight"] = torch.as_tensor(value.weight, device=value.total.device)
         if aux is not None:
@@ -111,16 +111,25 @@ def train_step(
         params, opt_state = optimizer.step(state.params, grads, state.opt_state, donate=donate)
         if scale is not None:
             metrics["skipped"] = opt_state.skipped.clone()
-        return TrainState(params, opt_state, state.step + 1), metrics
+        return TrainState(params, opt_state, state.step + 1), _tree.map_tensors(Tensor.detach, metrics)
 
     return step
 
 
-def global_norm(tree: Any) -> Tensor:
-    """The Euclidean norm of all tensors of a pytree as one vector: 0-dim, at least float32."""
-    leaves = [leaf for leaf in _tree.flatten(tree)[0] if isinstance(leaf, Tensor)]
-    wide = [torch.linalg.vector_norm(leaf, dtype=torch.float32 if leaf.dtype.itemsize < 4 else None) for leaf in leaves]
+def global_norm(tree: Any, scale: Tensor | None = None) -> Tensor:
+    """The Euclidean norm of all tensors of a pytree as one vector: 0-dim, at least float32.
+
+    ``scale`` is taken off first, one tensor after another: squares of scaled gradients may overflow.
+    """
+    wide = [_norm(leaf, scale) for leaf in _tree.flatten(tree)[0] if isinstance(leaf, Tensor)]
     norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(wide[0].device) for norm in wide]))
+    return norm
+
+
+def _norm(leaf: Tensor, scale: Tensor | None) -> Tensor:
+    if scale is not None:
+        leaf = leaf.to(_dtypes.wide(leaf.dtype)) / scale.to(leaf.device)
+    norm: Tensor = torch.linalg.vector_norm(leaf, dtype=torch.float32 if leaf.dtype.itemsize < 4 else None)
     return norm
 
 

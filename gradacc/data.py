@@ -75,6 +75,10 @@ def windows(loader: Iterable[T], steps: Steps, *, group: dist.ProcessGroup | Dev
     be the same function on every rank: then the windows of an update are cut alike. How many windows a rank has is counted
     with its own, so ranks stay together even where it is not.
 
+    ``optax.MultiSteps`` differs in the rest: it carries what is left of an epoch into the next one's first update and its
+    schedule counts the updates of all epochs, where a loop here ends with a shorter window and the next begins at 0; and it
+    averages the micro-batches' averages, where `gradacc.accumulate` weights them by what they hold.
+
     **What crosses.** Without a group, nothing: this process is alone. With one, an all-reduce (MAX) of 24 bytes when a loop
     begins, if every rank's loader has a ``len()``; if one has not, such an all-reduce before each window and one at the end.
     Ranks must begin the same loops in the same order, and leave them after the same window.
@@ -101,10 +105,11 @@ def windows(loader: Iterable[T], steps: Steps, *, group: dist.ProcessGroup | Dev
             schedule) has raised.
 
     What ``steps`` returns is looked at when its window begins; with a group and a ``len()``, before the first one. If the
-    loader or ``steps`` raises, its exception passes through. Other ranks then get a RuntimeError that names this one, if it
-    raised in the first window, or if flags cross before each. Otherwise they go on to the step's all-reduce, which this rank
-    misses: an error there, too, as soon as this process ends, and within the group's timeout if it does not. Do not catch it
-    and go on.
+    loader or ``steps`` raises, its exception passes through, and the micro-batches that were read for that window are lost
+    with it; the state that earlier windows led to stays valid. With a group, other ranks then get a RuntimeError that names
+    this one, if it raised in the first window, or if flags cross before each. Otherwise they go on to the step's all-reduce,
+    which this rank misses: an error there, too, as soon as this process ends, and within the group's timeout if it does not.
+    With a group, do not catch it and go on.
 
     Example:
         >>> import torch, gradacc

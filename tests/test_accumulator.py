@@ -640,3 +640,19 @@ class TestBadInput:
             ValueError, match=r"^accumulator: state.grads\['w'\] is a tensor of shape \(2,\), of a parameter"
         ):
             self.acc.finalize(bad)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("cut", [0, 2, 4])
+def test_states_of_two_checkpoints_are_merged(name, cut, tmp_path):
+    """Each half of a window in a folder of its own; the halves' merge is the window's."""
+    loss, options = LOSSES[name]
+    params, x = params_of(D), windows(D)["several"]
+    acc = gradacc.accumulator(loss, **options)
+    merged = acc.init(params)
+    for folder, part in (("a", x[:cut]), ("b", x[cut:])):
+        gradacc.checkpoint.save(tmp_path / folder, stream(acc, params, part))
+        like = stream(acc, params, [torch.ones(sum(map(len, part)), 3, dtype=D)] if part else [])
+        merged = acc.merge(merged, gradacc.checkpoint.load(tmp_path / folder, like))
+    expected = gradacc.accumulate_and_value(loss, **options)(params, x)
+    assert_trees_close(acc.finalize(merged), expected)

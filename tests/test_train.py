@@ -5,7 +5,9 @@ import torch
 
 import gradacc
 from gradacc import Mean, TrainState, train_step
+from gradacc.data import windows
 from tests.helpers import assert_trees_close, assert_trees_equal, fingerprint
+from tests.test_data import Broken
 
 D = torch.float64
 OPTIMIZER = gradacc.optim.adamw(1e-2)
@@ -61,6 +63,24 @@ def test_metrics_of_a_mean_with_aux(state):
     assert_trees_equal(metrics["aux"]["rows"], batch.sum(1))
 
 
+@pytest.mark.parametrize("has_aux", [False, True])
+def test_metrics_are_detached(has_aux):
+    """Of a grad_fn of torch.func too, whose value has the graph of parameters that require a gradient."""
+
+    def with_graph(params, batch):
+        value = loss(params, batch)
+        return (value, {"twice": 2 * value}) if has_aux else value
+
+    params = {"w": torch.randn(3, dtype=D, requires_grad=True)}
+    optimizer = gradacc.optim.sgd(0.1)
+    (batch, *_) = batches()
+    step = train_step(torch.func.grad_and_value(with_graph, has_aux=has_aux), optimizer)
+    _, metrics = step(TrainState(params, optimizer.init(params)), batch)
+    assert_trees_equal(metrics["loss"], loss(params, batch).detach())
+    found = [metrics["loss"], metrics["grad_norm"], *([metrics["aux"]["twice"]] if has_aux else [])]
+    assert not any(metric.requires_grad for metric in found)
+
+
 def test_the_norm_of_half_precision_does_not_overflow():
     grads = {"a": torch.full((100,), 6e4, dtype=torch.float16), "b": torch.ones(3, dtype=torch.complex64)}
     optimizer = gradacc.optim.sgd(0.0)
@@ -100,6 +120,84 @@ def test_one_graph(state):
         assert compiled(actual[0], batch)[0].step == 2
 
 
+def micro_batches(number):
+    """Of unequal sizes, and `weighted` counts another number of rows in each."""
+    many = [torch.randn(2 + n % 3, 3, dtype=D) for n in range(number)]
+    for n, batch in enumerate(many):
+        batch[:, 0] = batch[:, 0].abs() * torch.tensor([1.0, 1 - 2 * (n % 2), -1.0, 1.0])[: len(batch)]
+    return many
+
+
+RATES = [0.3, 0.2, 0.1]
+
+
+def imperative(params, many, steps):
+    """Torch's loop: a window's rows as one batch, divided by their own number; `LambdaLR` after each update."""
+    w = params["w"].clone().requires_grad_()
+    theirs = torch.optim.SGD([w], lr=1.0, momentum=0.9)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(theirs, [*RATES, 0.0].__getitem__)
+    for begin in range(0, len(many), steps):
+        theirs.zero_grad()
+        weighted({"w": w}, torch.cat(many[begin : begin + steps]))[0].value.backward()
+        theirs.step()
+        scheduler.step()
+        yield {"w": w.detach().clone()}, w.grad.norm()
+
+
+@pytest.mark.parametrize("donate", [False, True])
+def test_an_epoch_of_windows(donate):
+    """10 micro-batches, 4 a step: 3 updates, the last of 2, by its own count; evaluation over the same loader inside."""
+    params, many = {"w": torch.randn(3, dtype=D)}, micro_batches(10)
+    asked = []
+
+    def rate(step):
+        asked.append(int(step))
+        return RATES[step]
+
+    optimizer = gradacc.optim.sgd(rate, momentum=0.9)
+    step = train_step(gradacc.accumulate_and_value(weighted, has_aux=True), optimizer, donate=donate)
+    expected = list(imperative(params, many, 4))
+    state = TrainState({"w": params["w"].clone()}, optimizer.init(params))
+    loader = windows(many, 4)
+    evaluate = gradacc.accumulator(weighted, has_aux=True)
+    sizes, epoch = [], torch.cat(many)
+    for window, (after, norm) in zip(loader, expected, strict=True):
+        state, metrics = step(state, window)
+        assert_trees_close(state.params, after)
+        assert_trees_close(metrics["grad_norm"], norm)
+        assert metrics["weight"] == sum((part[:, 0] > 0).sum() for part in window)
+        sizes.append(len(window))
+        before = fingerprint(state)
+        sums = evaluate.init(state.params)
+        for held_out in loader:
+            for part in held_out:
+                sums = evaluate.update(sums, state.params, part)
+        assert_trees_close(evaluate.finalize(sums)[1][0].value, weighted(state.params, epoch)[0].value)
+        assert fingerprint(state) == before
+    assert sizes == [4, 4, 2]
+    assert (state.step, state.opt_state.step, asked) == (3, 3, [0, 1, 2])
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("read", [4, 5, 7], ids=lambda n: f"{n} read")
+def test_a_state_goes_on_after_a_loader_that_raised(read, donate):
+    """In the second window or just before it: from the first one's state, and the micro-batches after it."""
+    params, many = {"w": torch.randn(3, dtype=D)}, micro_batches(10)
+    optimizer = gradacc.optim.sgd(RATES.__getitem__, momentum=0.9)
+    step = train_step(gradacc.accumulate_and_value(weighted, has_aux=True), optimizer, donate=donate)
+    expected = [after for after, _ in imperative(params, many, 4)]
+    state = TrainState({"w": params["w"].clone()}, optimizer.init(params))
+    loop = iter(windows(Broken(many[:read]), 4))
+    state, _ = step(state, next(loop))
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(loop)
+    assert_trees_close(state.params, expected[0])
+    for window in windows(many[4 * state.step :], 4):
+        state, _ = step(state, window)
+    assert_trees_close(state.params, expected[-1])
+    assert (state.step, state.opt_state.step) == (3, 3)
+
+
 SCALED = gradacc.optim.dynamic_loss_scale(OPTIMIZER, init_scale=3.0, growth_interval=1)
 
 
@@ -124,6 +222,21 @@ def test_metrics_are_without_the_loss_scale(state):
     assert (metrics["loss_scale"], metrics["skipped"], new.opt_state.scale) == (24, 1, 12)
     assert not metrics["grad_norm"].isfinite()
     assert_trees_equal(new.params, scaled.params)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+def test_the_norm_is_finite_where_only_the_scaled_one_overflows(dtype):
+    """2**120 is a number in these dtypes, its square is none."""
+    grads = {"a": torch.tensor([3.0, 4.0]).to(dtype), "b": torch.tensor(12.0).to(dtype)}
+    params = {name: torch.zeros_like(grad) for name, grad in grads.items()}
+    optimizer = gradacc.optim.dynamic_loss_scale(gradacc.optim.sgd(1.0), init_scale=2.0**120)
+
+    def grad_fn(params, batch, loss_scale):
+        return {name: grad * loss_scale.item() for name, grad in grads.items()}, 7 * loss_scale
+
+    new, metrics = train_step(grad_fn, optimizer)(TrainState(params, optimizer.init(params)), None)
+    assert_trees_equal((metrics["grad_norm"], metrics["loss"]), (torch.tensor(13.0), torch.tensor(7.0)))
+    assert_trees_equal(new.params, {name: -grad for name, grad in grads.items()})
 
 
 def test_metrics_are_not_the_states_memory(state):

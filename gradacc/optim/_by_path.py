@@ -48,7 +48,8 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
 
     Raises:
         TypeError: ``default`` is no `Optimizer`, or a rule no such pair; a predicate that returns no bool.
-        ValueError: a rule that takes no parameter. ``step`` also raises what `Optimizer` says.
+        ValueError: a rule that takes no parameter; a `dynamic_loss_scale`, which is outermost. ``step`` also raises what
+            `Optimizer` says.
 
     Example:
         No decay on biases and norms:

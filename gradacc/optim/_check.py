@@ -39,6 +39,12 @@ def asked(optimizer: Optimizer) -> Check | None:
     return check if step is optimizer.step else None  # not where functools.wraps has copied it to another step
 
 
+def outermost(init: Init, step: Step) -> Optimizer:
+    """The optimizer of ``init`` and ``step``, which `optimizer` refuses: its gradients are not those of the loss."""
+    step.outermost = step  # type: ignore[attr-defined]  # a function's own attribute
+    return Optimizer(init, step)
+
+
 def params(name: str, tree: Any) -> tuple[list[Tensor], _tree.TreeDef]:
     """The leaves of the parameters, dense floating or complex tensors, and their structure."""
     leaves, treedef = _tree.flatten(tree)
@@ -108,13 +114,18 @@ def grads(name: str, tree: Any, leaves: Sequence[Tensor], treedef: _tree.TreeDef
 
 
 def optimizer(name: str, given: Any, where: str = "the optimizer") -> None:
-    """What is wrapped is an `Optimizer`."""
+    """What is wrapped is an `Optimizer`, and not an `outermost` one."""
     if not isinstance(given, Optimizer):
         if isinstance(given, torch.optim.Optimizer):
             fix = f"gradacc.optim.from_torch(torch.optim.{type(given).__name__}, **options) makes one"
         else:
             fix = "gradacc.optim.sgd, adam, adamw, from_torch and from_torchopt return one"
         raise TypeError(f"{name}: {where} must be a gradacc.optim.Optimizer, got {describe(given)}; {fix}")
+    if getattr(given.step, "outermost", None) is given.step:
+        raise ValueError(
+            f"{name}: {where} is a dynamic_loss_scale, and what is around one sees gradients times its scale. Leave it out "
+            "here, and put one around the whole: dynamic_loss_scale(clip_by_global_norm(sgd(0.1), 1.0))"
+        )
 
 
 def state(name: str, given: Any, kind: type) -> None:

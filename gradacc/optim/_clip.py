@@ -34,7 +34,8 @@ def clip_by_global_norm(optimizer: Optimizer, max_norm: float | Tensor) -> Optim
 
     Raises:
         TypeError: ``optimizer`` is no `Optimizer`, or ``max_norm`` no number.
-        ValueError: a negative or NaN ``max_norm``. ``step`` also raises what `Optimizer` says.
+        ValueError: a negative or NaN ``max_norm``; ``optimizer`` is a `dynamic_loss_scale`, which is outermost. ``step`` also
+            raises what `Optimizer` says.
 
     Source: Pascanu, Mikolov and Bengio, "On the difficulty of training recurrent neural networks", ICML 2013.
 

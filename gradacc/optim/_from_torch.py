@@ -165,23 +165,19 @@ _PART = 2 * _memory.CHUNK
 """Elements that a ``foreach`` step updates together: more than our own, since it makes more calls each time."""
 
 _LEAVE_GRADIENTS = {
-    *(
-        torch.optim.Adam,
-        torch.optim.AdamW,
-        torch.optim.Adamax,
-        torch.optim.NAdam,
-        torch.optim.RAdam,
-        torch.optim.RMSprop,
-    ),
-    *(
-        torch.optim.SGD,
-        torch.optim.Muon,
-        torch.optim.Rprop,
-        torch.optim.Adagrad,
-        torch.optim.Adadelta,
-        torch.optim.ASGD,
-        torch.optim.Adafactor,
-    ),
+    torch.optim.ASGD,
+    torch.optim.Adadelta,
+    torch.optim.Adafactor,
+    torch.optim.Adagrad,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.Muon,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.SGD,
 }
 """Classes whose step writes to no gradient, so that they need no copy; except SGD's with ``nesterov`` and ``foreach``."""
 

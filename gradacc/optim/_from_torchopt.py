@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from gradacc import _tree
+from gradacc import _engines, _tree
 from gradacc._describe import describe
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _memory
@@ -29,7 +30,7 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
     .. code-block:: python
 
         updates, state = transformation.update(grads, state, params=params, inplace=donate)
-        params = params + updates                # torchopt.apply_updates; None is no update
+        params = params + updates                # torchopt.apply_updates, in their dtypes; None is no update
 
     Its state is the transformation's own, and keeps the structure, shapes and dtypes that ``init`` gives it: a state of others
     is refused. (They are found by an ``init`` of parameters without memory; where that reads values, no state is refused.)
@@ -75,7 +76,7 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
         without = [torch.empty(shape, dtype=dtype, device="meta") for shape, dtype in kinds]
         try:
             return transformation.init(_tree.unflatten(treedef, without))
-        except (RuntimeError, NotImplementedError):  # what torch raises for values of meta tensors
+        except (RuntimeError, TypeError, ValueError):  # which values of meta tensors raise: item(), numpy()
             return _UNKNOWN
 
     def check(params: TensorTree, state: TensorTree) -> None:
@@ -87,8 +88,7 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
     def init(params: TensorTree) -> TensorTree:
         leaves, treedef = _check.params(name, params)
         made = transformation.init(_tree.unflatten(treedef, leaves))
-        given = {id(leaf) for leaf in leaves}
-        return _tree.map_tensors(lambda leaf: leaf.clone() if id(leaf) in given else leaf, made)
+        return _apart(made, leaves)
 
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
@@ -106,11 +106,11 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
             updates, new = transformation.update(grads, state, params=params, inplace=in_place)
             changes = _updates(name, updates, leaves, treedef)
             if not in_place:
-                given = {id(leaf) for leaf in (*_tree.flatten(state)[0], *slopes)}
-                new = _tree.map_tensors(lambda leaf: leaf.clone() if id(leaf) in given else leaf, new)
-                moved = [p.clone() if u is None else p + u for p, u in zip(leaves, changes, strict=True)]
+                new = _apart(new, (*leaves, *slopes, *_tree.flatten(state)[0]))
+                moved = [p.clone() if u is None else (p + u).to(p.dtype) for p, u in zip(leaves, changes, strict=True)]
             else:
-                moved = _memory.owned(leaves, True, _memory.addresses(_tree.flatten(new)[0]))
+                new = _apart(new, leaves)
+                moved = _memory.owned(leaves, True, set())
                 for p, u in zip(moved, changes, strict=True):
                     if u is not None:
                         p.add_(u)
@@ -120,6 +120,17 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
 
 
 _UNKNOWN = object()
+
+
+def _apart(tree: TensorTree, given: Iterable[Any]) -> TensorTree:
+    """The tree, with copies of those of its tensors that are in the memory of one that is given."""
+    places = {_place(leaf) for leaf in given if isinstance(leaf, Tensor)}
+    return _tree.map_tensors(lambda leaf: leaf.clone() if _place(leaf) in places else leaf, tree)
+
+
+def _place(leaf: Tensor) -> int:
+    """Whose memory it is, views included; under a transform, where memory cannot be told, who it is."""
+    return id(leaf) if _engines.transforming() else leaf.untyped_storage().data_ptr() or id(leaf)
 
 
 def _state(name: str, given: TensorTree, expected: TensorTree) -> None:
@@ -146,10 +157,14 @@ def _updates(name: str, updates: Any, leaves: list[Tensor], treedef: _tree.TreeD
     """One update, or None, for each parameter."""
     changes = _tree.broadcast_prefix(updates, _tree.unflatten(treedef, leaves))
     for index, (change, leaf) in enumerate(zip(changes, leaves, strict=True)):
-        if change is not None and not (isinstance(change, Tensor) and change.shape == leaf.shape):
+        if change is not None and not (
+            isinstance(change, Tensor)
+            and change.shape == leaf.shape
+            and (change.dtype == leaf.dtype or torch.can_cast(change.dtype, leaf.dtype))
+        ):
+            of = f" of {change.dtype}" if isinstance(change, Tensor) else ""
             raise ValueError(
-                f"{name}: {_tree.paths(treedef, 'updates')[index]} is {describe(change)}, for a parameter of shape "
-                f"{tuple(leaf.shape)}; the transformation "
-                "must return updates like params"
+                f"{name}: {_tree.paths(treedef, 'updates')[index]} is {describe(change)}{of}, for a parameter of shape "
+                f"{tuple(leaf.shape)}, {leaf.dtype}; the transformation must return updates like params"
             )
     return changes

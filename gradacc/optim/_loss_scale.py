@@ -15,6 +15,7 @@ from gradacc._describe import describe
 from gradacc._mean import Mean
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _memory
+from gradacc.optim._arithmetic import in_place
 from gradacc.optim._optimizer import Optimizer
 from gradacc.optim._skip import count_skipped, if_finite
 
@@ -55,8 +56,8 @@ def dynamic_loss_scale(
     float32's largest number. As there, nothing stops it from backing off to 0 where gradients are never finite: watch
     ``skipped``.) The scale is taken off once, at the boundary, from gradients that have been summed over micro-batches and
     ranks, so an inf on one rank makes all of them skip; and before ``optimizer`` sees them, so that this clips what it seems
-    to: ``dynamic_loss_scale(clip_by_global_norm(adamw(1e-3), 1.0))``. It belongs outermost: what is around it sees scaled
-    gradients, and `gradacc.train_step` looks for a scale there only.
+    to: ``dynamic_loss_scale(clip_by_global_norm(adamw(1e-3), 1.0))``. It is outermost: what is around it would see scaled
+    gradients, and `gradacc.train_step` looks for a scale there only, so other wrappers refuse it.
 
     Eagerly the test is read; under a transform, both outcomes are computed and ``torch.where`` takes one, per member of an
     ensemble, each of which has a scale of its own. With ``donate=True`` the scale is taken off in the memory of the
@@ -77,7 +78,8 @@ def dynamic_loss_scale(
     Raises:
         TypeError: ``optimizer`` is no `Optimizer`; an option of another type; float16 parameters; a state of another
             optimizer.
-        ValueError: an option out of its range. ``step`` also raises what `Optimizer` says.
+        ValueError: an option out of its range; ``optimizer`` has a loss scale already. ``step`` also raises what `Optimizer`
+            says.
 
     Source: Micikevicius et al., "Mixed Precision Training", ICLR 2018; `torch.amp.GradScaler`.
 
@@ -126,28 +128,21 @@ def dynamic_loss_scale(
         slopes = _check.grads(_NAME, grads, leaves, treedef)
         _wide_enough(leaves, treedef)
         scale, tracker, skipped = checked(state)
+        look = None if inner_check is None else functools.partial(inner_check, params, state.inner)
 
         def take(donate: bool) -> tuple[TensorTree, TensorTree]:
             used = None
-            if donate and inner_check is not None:
-                inner_check(params, state.inner)
+            if donate and look is not None:  # see NOTE [Before anything is changed]
+                look()
                 used = _memory.addresses([*leaves, *_tree.flatten(state)[0]])
             unscaled = _unscaled(slopes, scale, used)
             return optimizer.step(params, _tree.unflatten(treedef, unscaled), state.inner, donate=donate)
 
-        new, inner, finite = if_finite(take, slopes, params, state.inner, donate)
+        new, inner, finite = if_finite(take, look, slopes, params, state.inner, donate)
         scale, tracker = _moved(scale, tracker, finite.to(scale.device), growth_factor, backoff_factor, interval)
         return new, LossScaleState(scale, tracker, count_skipped(skipped, finite), inner)
 
-    if inner_check is None:
-        return Optimizer(init, step)
-
-    def check(params: TensorTree, state: TensorTree) -> None:
-        _wide_enough(*_check.params(_NAME, params))
-        checked(state)
-        inner_check(params, state.inner)
-
-    return _check.askable(init, step, check)
+    return _check.outermost(init, step)
 
 
 def scaled_loss(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:
@@ -250,7 +245,7 @@ def _unscaled(slopes: list[Tensor], scale: Tensor, used: set[int] | None) -> lis
             return [slope.detach() * number for slope in slopes]
         ours = _memory.owned(slopes, True, used)
         for chunk in _memory.chunks(ours):
-            torch._foreach_mul_([ours[index] for index in chunk], number)
+            in_place.mul([ours[index] for index in chunk], number)
         return ours
 
 

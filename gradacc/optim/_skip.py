@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -32,14 +33,16 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
         otherwise:             skipped += 1
 
     A skipped update changes neither the parameters nor the inner state, nor does it count as a step of an ``lr`` that is a
-    function of the step. Eagerly the test is read (on an accelerator that waits for the gradients), and a skipped update
-    costs nothing; under a transform, both outcomes are computed and ``torch.where`` takes one, per member of an ensemble.
+    function of the step. Eagerly the test is read (on an accelerator that waits for the gradients), and of a skipped update
+    nothing is computed; under a transform, both outcomes are computed and ``torch.where`` takes one, per member of an ensemble.
 
     Arguments:
         optimizer: an `Optimizer`. It must return a state of the structure that it was given.
 
     Raises:
-        TypeError: ``optimizer`` is no `Optimizer`; a state of another optimizer. ``step`` also raises what `Optimizer` says.
+        TypeError: ``optimizer`` is no `Optimizer`; a state of another optimizer. ``step`` also raises what `Optimizer` says, of
+            an update that is skipped too.
+        ValueError: ``optimizer`` is a `dynamic_loss_scale`, which is outermost (and skips such updates itself).
 
     Example:
         >>> import torch, gradacc
@@ -51,6 +54,7 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
     """
     name = "skip_nonfinite"
     _check.optimizer(name, optimizer)
+    inner_check = _check.asked(optimizer)
 
     def init(params: TensorTree) -> TensorTree:
         return SkipState(torch.zeros((), dtype=torch.int64), optimizer.init(params))
@@ -65,14 +69,14 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
         leaves, treedef = _check.params(name, params)
         slopes = _check.grads(name, grads, leaves, treedef)
         skipped = checked(state)
+        look = None if inner_check is None else functools.partial(inner_check, params, state.inner)
 
         def take(donate: bool) -> tuple[TensorTree, TensorTree]:
             return optimizer.step(params, grads, state.inner, donate=donate)
 
-        new, inner, finite = if_finite(take, slopes, params, state.inner, donate)
+        new, inner, finite = if_finite(take, look, slopes, params, state.inner, donate)
         return new, SkipState(count_skipped(skipped, finite), inner)
 
-    inner_check = _check.asked(optimizer)
     if inner_check is None:
         return Optimizer(init, step)
 
@@ -85,6 +89,7 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
 
 def if_finite(
     take: Callable[[bool], tuple[TensorTree, TensorTree]],
+    look: Callable[[], object] | None,
     slopes: list[Tensor],
     params: TensorTree,
     inner: TensorTree,
@@ -92,7 +97,8 @@ def if_finite(
 ) -> tuple[TensorTree, TensorTree, Tensor]:
     """``take(donate)``, the parameters and state after a step, if all of ``slopes`` is finite; otherwise those before it.
 
-    Third, whether it was: 0-dim, bool. Eagerly the step is taken or not; under a transform ``torch.where`` chooses.
+    Third, whether it was: 0-dim, bool. Eagerly the step is taken or not (then ``look()`` raises what it would have raised,
+    where it can be asked); under a transform ``torch.where`` chooses.
     """
     if _memory.differentiable(None, slopes):
         finite = _finite(slopes, True)
@@ -101,6 +107,8 @@ def if_finite(
     finite = _finite(slopes, False)
     if bool(finite):
         return *take(donate), finite
+    if look is not None:
+        look()
     with torch.no_grad():
         leaves, treedef = _tree.flatten(params)
         kept = _memory.owned(leaves, donate, set())

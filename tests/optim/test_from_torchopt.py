@@ -145,6 +145,60 @@ def test_a_state_that_is_the_parameters_stays_what_it_was(donate):
         assert params["w"].data_ptr() != state["w"].data_ptr()
 
 
+KEPT = {
+    "itself": lambda leaf: leaf,
+    "detached": torch.Tensor.detach,
+    "in another shape": lambda leaf: leaf.view(2, 1),
+    "a part": lambda leaf: leaf[1:],
+}
+
+
+@pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
+@pytest.mark.parametrize("kept", KEPT.values(), ids=KEPT)
+def test_a_state_that_is_what_was_given_gets_memory_of_its_own(kept, donate):
+    """The last parameters (as one may look ahead from), the last gradients, the last state."""
+
+    class Last(Momentum):
+        def init(self, params):
+            return [kept(params["w"])] * 3
+
+        def update(self, updates, state, *, params=None, inplace=True):
+            return {"w": -1 * updates["w"]}, [kept(params["w"]), kept(updates["w"]), state[2].view_as(state[2])]
+
+    optimizer = optim.from_torchopt(Last())
+    params, grads = {"w": torch.tensor([1.0, 2.0])}, {"w": torch.tensor([5.0, 7.0])}
+    state = optimizer.init(params)
+    given = leaves_of((params, grads, state))
+    new, moved = optimizer.step(params, grads, state, donate=donate)
+    assert new["w"].tolist() == [-4, -5]
+    expected = [torch.tensor([1.0, 2.0]), torch.tensor([5.0, 7.0]), torch.tensor([1.0, 2.0])]
+    assert_same([moved], [list(map(kept, expected))])
+    places = {leaf.untyped_storage().data_ptr() for leaf in leaves_of((new, *([] if donate else given)))}
+    assert not places & {leaf.untyped_storage().data_ptr() for leaf in moved}
+
+
+@pytest.mark.parametrize("change", [torch.float64, torch.float32, torch.bfloat16, torch.int64], ids=str)
+@pytest.mark.parametrize("own", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_parameters_keep_their_dtype(own, change):
+    """Updates of another one are added in the wider one, donated or not."""
+
+    class Constant(Momentum):
+        def update(self, updates, state, *, params=None, inplace=True):
+            return {"w": torch.tensor([0.1, -3.7]).to(change), "n": torch.tensor(1.3).to(change)}, state
+
+    optimizer = optim.from_torchopt(Constant())
+    results = []
+    for donate in (False, True):
+        params = {"w": torch.tensor([1.01, 2.7]).to(own), "n": torch.ones((), dtype=own)}
+        grads = {name: torch.zeros_like(leaf) for name, leaf in params.items()}
+        results.append(leaves_of(optimizer.step(params, grads, optimizer.init(params), donate=donate)[0]))
+    wide = {"w": torch.tensor([1.01, 2.7]).to(own), "n": torch.ones((), dtype=own)}
+    updates, _ = Constant().update(None, None)
+    expected = [(wide[name].double() + updates[name].double()).to(own) for name in ("n", "w")]
+    assert_same(results[:1], results[1:])
+    assert_same(results[:1], [expected], rtol=1e-6 if own != torch.bfloat16 else 2.0**-7)
+
+
 class Reading(Momentum):
     """Its state depends on a value."""
 
@@ -155,8 +209,21 @@ class Reading(Momentum):
         return updates, state
 
 
-def test_a_state_that_depends_on_values_is_not_looked_at():
-    optimizer = optim.from_torchopt(Reading())
+class ByNumpy(Reading):
+    def init(self, params):
+        return [torch.from_numpy(params["w"].numpy().copy())]
+
+
+class Demanding(Reading):
+    def init(self, params):
+        if params["w"].device.type != "cpu":
+            raise ValueError("on a CPU only")
+        return [torch.zeros(3)]
+
+
+@pytest.mark.parametrize("transformation", [Reading(), ByNumpy(), Demanding()], ids=lambda t: type(t).__name__)
+def test_a_state_that_depends_on_values_is_not_looked_at(transformation):
+    optimizer = optim.from_torchopt(transformation)
     params = {"w": torch.ones(2)}
     new, _ = optimizer.step(params, params, optimizer.init({"w": torch.ones(5)}))
     assert new["w"].tolist() == [2, 2]
@@ -200,8 +267,18 @@ def test_what_is_no_transformation_is_refused():
         def update(self, updates, state, *, params=None, inplace=True):
             return {"w": torch.ones(7)}, state
 
+    class Complex(Momentum):
+        def update(self, updates, state, *, params=None, inplace=True):
+            return {"w": torch.ones(2, dtype=torch.complex64)}, state
+
+    optimizer = optim.from_torchopt(Complex())
+    for donate in (False, True):
+        params = {"w": torch.ones(2)}
+        with pytest.raises(ValueError, match=r"updates\['w'\] is a .* of torch.complex64, for a .* torch.float32; "):
+            optimizer.step(params, {"w": torch.ones(2)}, optimizer.init(params), donate=donate)
+
     optimizer = optim.from_torchopt(Wrong())
     with pytest.raises(
-        ValueError, match=r"updates\['w'\] is a tensor of shape \(7,\), for a parameter of shape \(2,\)"
+        ValueError, match=r"updates\['w'\] is a tensor of shape \(7,\) of .*, for a parameter of shape \(2,\)"
     ):
         optimizer.step({"w": torch.ones(2)}, {"w": torch.ones(2)}, optimizer.init({"w": torch.ones(2)}))

@@ -1,5 +1,6 @@
 """dynamic_loss_scale and scaled_loss, against torch.amp.GradScaler."""
 
+import functools
 import math
 
 import pytest
@@ -98,12 +99,13 @@ def test_it_is_gradscaler_to_the_last_bit(inner, donate, values, scaling):
     assert skipped == sum(value is not None for value in values)
 
 
+@pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_dtypes_are_gradscalers(dtype):
+def test_other_dtypes_are_gradscalers(dtype, donate):
     params = parameters(dtype)
     many = [_broken(params, value) for value in (None, INF, None)]
     expected = _gradscaler(torch.optim.SGD, {"lr": 0.1}, None, params, many, init_scale=0.3)
-    out, _ = _ours(optim.dynamic_loss_scale(optim.sgd(0.1), init_scale=0.3), params, many)
+    out, _ = _ours(optim.dynamic_loss_scale(optim.sgd(0.1), init_scale=0.3), params, many, donate=donate)
     for mine, theirs in zip(out, expected, strict=True):
         assert_same([mine[0]], [theirs[0]])
 
@@ -169,20 +171,37 @@ def test_gradients_are_unscaled_in_place_for_who_has_looked_at_its_state(around,
     assert_trees_equal(grads["w"], torch.full((3,), left))
 
 
-def test_it_is_asked_by_what_is_around_it():
-    """by_path looks at all states before the first optimizer begins."""
-    params = {"w": torch.ones(2), "b": torch.ones(1)}
-    grads = {"w": torch.ones(2), "b": torch.ones(1)}
-    optimizer = optim.by_path(
-        optim.sgd(0.1), (lambda path, _: path == "params['w']", optim.dynamic_loss_scale(optim.adam()))
-    )
-    state = optimizer.init(params)
-    (plain, scaled) = state.inner
-    for wrong in (scaled._replace(skipped=1), scaled._replace(inner=())):
-        before = fingerprint((params, grads))
-        with pytest.raises(TypeError, match="state"):
-            optimizer.step(params, grads, state._replace(inner=(plain, wrong)), donate=True)
-        assert fingerprint((params, grads)) == before
+SCALED = {
+    "ours": lambda: optim.dynamic_loss_scale(optim.sgd(0.1)),
+    "around the caller's": lambda: optim.dynamic_loss_scale(OWN["the caller's"][0]()),
+}
+AROUND = {
+    "clip": ("clip_by_global_norm: the optimizer", lambda scaled: optim.clip_by_global_norm(scaled, 1.0)),
+    "skip": ("skip_nonfinite: the optimizer", optim.skip_nonfinite),
+    "by_path": ("by_path: the optimizer", optim.by_path),
+    "a rule": (r"by_path: rules\[0\]\[1\]", lambda scaled: optim.by_path(optim.sgd(1), (lambda *_: True, scaled))),
+    "another": ("dynamic_loss_scale: the optimizer", optim.dynamic_loss_scale),
+}
+
+
+@pytest.mark.parametrize("scaled", SCALED.values(), ids=SCALED)
+@pytest.mark.parametrize(("who", "around"), AROUND.values(), ids=AROUND)
+def test_it_is_outermost(who, around, scaled):
+    """Around it, gradients are times the scale: a norm to clip at would be another, and `train_step` would find no scale."""
+    with pytest.raises(ValueError, match=f"^{who} is a dynamic_loss_scale, .*put one around the whole"):
+        around(scaled())
+
+
+def test_a_step_of_ones_own_around_it_is_ones_own():
+    scaled = optim.dynamic_loss_scale(optim.sgd(0.5), init_scale=4.0)
+
+    @functools.wraps(scaled.step)
+    def step(params, grads, state, *, donate=False):
+        return scaled.step(params, 4 * grads, state, donate=donate)
+
+    optimizer = optim.clip_by_global_norm(optim.Optimizer(scaled.init, step), 1.0)
+    new, _ = optimizer.step(torch.zeros(1), torch.tensor([30.0]), optimizer.init(torch.zeros(1)))
+    assert_trees_close(new, torch.tensor([-0.5]), rtol=1e-6)
 
 
 def test_under_vmap_each_member_has_its_own_scale():
@@ -469,6 +488,23 @@ def test_bad_gradients_and_states(grads, state, error, message, donate):
     before = fingerprint((params, grads, state))
     with pytest.raises(error, match=message):
         optim.dynamic_loss_scale(optim.adam(0.1)).step(params, grads, state, donate=donate)
+    assert fingerprint((params, grads, state)) == before
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize(
+    "wrong",
+    [(), optim.sgd(0.1).init(torch.ones(2)), optim.adam().init(torch.ones(3))],
+    ids=["nothing", "another rule's", "of other shapes"],
+)
+def test_the_inner_state_of_a_step_that_is_skipped(wrong, donate):
+    """Seen now, not when the first step is taken."""
+    optimizer = optim.dynamic_loss_scale(optim.adam(0.1))
+    params, grads = torch.ones(2), torch.tensor([1.0, INF])
+    state = optimizer.init(params)._replace(inner=wrong)
+    before = fingerprint((params, grads, state))
+    with pytest.raises((TypeError, ValueError), match="adam: state"):
+        optimizer.step(params, grads, state, donate=donate)
     assert fingerprint((params, grads, state)) == before
 
 

@@ -116,6 +116,36 @@ def test_a_skipped_step_returns_memory_of_its_own():
     assert fingerprint((params, state)) == before
 
 
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize(
+    "wrong",
+    [(), optim.sgd(0.1).init(torch.ones(2)), optim.adam().init(torch.ones(3))],
+    ids=["nothing", "another rule's", "of other shapes"],
+)
+def test_the_inner_state_of_a_step_that_is_skipped(wrong, donate):
+    """Seen now, not when the first step is taken."""
+    optimizer = optim.skip_nonfinite(optim.adam(0.1))
+    params, grads = torch.ones(2), torch.tensor([1.0, math.inf])
+    state = optimizer.init(params)._replace(inner=wrong)
+    before = fingerprint((params, grads, state))
+    with pytest.raises((TypeError, ValueError), match="adam: state"):
+        optimizer.step(params, grads, state, donate=donate)
+    assert fingerprint((params, grads, state)) == before
+
+
+def test_all_states_are_looked_at_before_the_first_optimizer_begins():
+    params = {"w": torch.ones(2), "b": torch.ones(1)}
+    grads = {"w": torch.ones(2), "b": torch.ones(1)}
+    optimizer = optim.by_path(optim.sgd(0.1), (lambda path, _: path == "params['w']", _chain()))
+    state = optimizer.init(params)
+    (plain, chain) = state.inner
+    for wrong in (chain._replace(skipped=1), chain._replace(inner=())):
+        before = fingerprint((params, grads))
+        with pytest.raises(TypeError, match="state"):
+            optimizer.step(params, grads, state._replace(inner=(plain, wrong)), donate=True)
+        assert fingerprint((params, grads)) == before
+
+
 def test_under_vmap_each_member_skips_and_clips_for_itself():
     rates = torch.tensor([0.1, 0.2, 0.3])
     params = torch.randn(3, 4)

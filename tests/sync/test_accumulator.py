@@ -1,5 +1,6 @@
 """States across ranks: `finalize` is of the union, in one collective, with the same bits everywhere."""
 
+import functools
 from typing import Any
 
 import pytest
@@ -226,3 +227,27 @@ def test_compiled(pool):
         assert_trees_close(
             (traced[1][1]["average"], traced[1][1]["each"]), (plain[1][1]["average"], plain[1][1]["each"])
         )
+
+
+def state_of_a_rank(group, name, params, window):
+    """No rank talks to another: the state itself is sent, pickled, as the return value."""
+    loss, options = LOSSES[name]
+    return stream(gradacc.accumulator(loss, **options), params, window)
+
+
+@pytest.mark.parametrize("sizes", [[(3, 1), (2,)], [(5,), (0, 1), ()], [(), (4, 2)]], ids=str)
+@pytest.mark.parametrize("name", LOSSES)
+def test_states_from_other_processes_are_merged_here(pool, name, sizes):
+    loss, options = LOSSES[name]
+    params, x = make([n for share in sizes for n in share])
+    left = iter(x.split([n for share in sizes for n in share]))
+    shares = [[next(left) for _ in share] for share in sizes]
+    states = pool.run_each(len(sizes), state_of_a_rank, [(name, params, share) for share in shares])
+    acc = gradacc.accumulator(loss, **options)
+    expected = gradacc.accumulate_and_value(loss, steps=1, **options)(params, x)
+    for ordered in (states, states[1:] + states[:1]):  # another order is another order of what is concatenated
+        result = acc.finalize(functools.reduce(acc.merge, ordered))
+        assert_trees_close(common(result, options), common(expected, options))
+    if options.get("has_aux"):
+        each = acc.finalize(functools.reduce(acc.merge, states))[1][1]["each"]
+        assert_trees_close(each, loss(params, x)[1]["each"])
