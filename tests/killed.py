@@ -2,7 +2,8 @@
 
 ``python -m tests.killed everywhere FOLDER`` kills one process before each thing that `save` does to the folder, in turn;
 ``python -m tests.killed ranks FOLDER`` the same with each of two ranks, of which the other one must raise;
-``python -m tests.killed anytime FOLDER ROUNDS`` kills processes that save without end, at random moments. After each death
+``python -m tests.killed anytime FOLDER ROUNDS`` kills processes that save without end, at random moments after
+each one's first save. After each death
 the folder must hold the last checkpoint that was complete, or the one after it.
 
 ``python -m tests.killed window FOLDER`` kills processes that train, and save after every micro-batch, until one comes to the
@@ -148,11 +149,12 @@ def anytime(folder: Path, rounds: int) -> int:
             for following in itertools.count(number + 1):
                 save(folder, tree(following % 256))
                 os.write(writing, bytes([following % 256]))
+        os.close(writing)
+        first = os.read(reading, 1)
         time.sleep(chance.uniform(0, 0.12))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        os.close(writing)
-        done = number
+        done = number + len(first)
         with os.fdopen(reading, "rb") as stream:
             done += len(stream.read())
         found = read(folder)

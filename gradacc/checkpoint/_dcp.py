@@ -8,6 +8,7 @@ ranks is up to ``_save.py``, and what the files hold is known from JSON.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -92,9 +93,13 @@ def finish(folder: Path, metadata: Metadata, results: list[list[WriteResult]]) -
     """The last step, on rank 0: DCP's own description of the folder."""
     from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
-    writer = FileSystemWriter(folder, sync_files=True)
+    writer = FileSystemWriter(
+        folder, sync_files=False
+    )  # it would be synced before its last bytes leave Python's buffer
     writer.set_up_storage_writer(True, rank=0)
     writer.finish(metadata, results)
+    with (folder / METADATA).open("r+b") as stream:
+        os.fsync(stream.fileno())
     length = (folder / METADATA).stat().st_size
     return Place(METADATA, 0, length, sha256(folder / METADATA, 0, length))
 

@@ -2,14 +2,16 @@
 
 NOTE [atomic]
 A checkpoint is ``checkpoint.json``, which names its data folder. `save` writes all data into a new folder beside the old
-one, waits (fsync) until they are on the disk, and then puts the new ``checkpoint.json`` in the place of the old one with
-`os.replace`, which is atomic. Until that call the folder is the old checkpoint, from then on the new one, wherever a
-process is killed. What is left over (a data folder that no ``checkpoint.json`` names) the next `save` removes.
+one, waits (fsync) until they are on the disk, with the names of all files and folders on the way to them, and then puts the
+new ``checkpoint.json`` in the place of the old one with `os.replace`, which is atomic. Until that call the folder is the old
+checkpoint, from then on the new one, wherever a process is killed. Only when that, too, is on the disk the old data are
+removed. What is left over (a data folder that no ``checkpoint.json`` names) the next `save` removes.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -27,6 +29,8 @@ VERSION = 1
 _FORMAT = "gradacc.checkpoint"
 _UNFINISHED = MANIFEST + ".tmp"
 _DATA = re.compile(r"data-[0-9a-f]{32}")
+_FILE = re.compile(r"[0-9A-Za-z_.]+")
+_CANNOT_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EACCES}
 
 
 def named(name: str, path: str | os.PathLike[str]) -> Path:
@@ -44,7 +48,10 @@ def begin(name: str, folder: Path) -> str:
     """
     with contextlib.suppress(FileNotFoundError):
         read(name, folder)
+    new = [above for above in (folder, *folder.parents) if not above.exists()]
     folder.mkdir(parents=True, exist_ok=True)
+    for made in new:
+        _sync(made.parent)
     remove_unused(folder)
     data = f"data-{uuid.uuid4().hex}"
     (folder / data).mkdir()
@@ -52,17 +59,21 @@ def begin(name: str, folder: Path) -> str:
 
 
 def publish(folder: Path, body: dict[str, Any]) -> None:
-    """Make ``body``, and the data that it names, the checkpoint. See NOTE [atomic]."""
+    """Make ``body``, and the data that it names, the checkpoint. See NOTE [atomic].
+
+    Raises:
+        OSError: it is not known to be on the disk: `read` may find it, or the one before.
+    """
     text = json.dumps(body, separators=(",", ":")).encode()
     header = {"format": _FORMAT, "version": VERSION, "sha256": hashlib.sha256(text).hexdigest()}
     with (folder / _UNFINISHED).open("wb") as stream:
         stream.write(json.dumps(header).encode() + b"\n" + text)
         stream.flush()
         os.fsync(stream.fileno())
-    _sync(folder / body["data"])
+    for names in (folder / body["data"], folder, folder.parent):
+        _sync(names)
     os.replace(folder / _UNFINISHED, folder / MANIFEST)
     _sync(folder)
-    _sync(folder.parent)
 
 
 def read(name: str, folder: Path) -> dict[str, Any]:
@@ -103,8 +114,14 @@ def read(name: str, folder: Path) -> dict[str, Any]:
         )
     if hashlib.sha256(text).hexdigest() != digest:
         raise ValueError(f"{name}: {folder / MANIFEST} is damaged (truncated or changed). {fix}")
-    body: dict[str, Any] = json.loads(text)
-    return body
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError):
+        body = None
+    if not _is_body(body):
+        raise ValueError(f"{name}: {folder / MANIFEST} was not written by gradacc, though it says so. {fix}")
+    found: dict[str, Any] = body
+    return found
 
 
 def remove_unused(folder: Path) -> None:
@@ -120,6 +137,41 @@ def remove_unused(folder: Path) -> None:
             shutil.rmtree(entry, ignore_errors=True)
 
 
+def discard(folder: Path, data: str) -> None:
+    """Remove the data of a `save` that has failed, unless they are the checkpoint already."""
+    try:
+        used = read("save", folder)["data"]
+    except FileNotFoundError:
+        used = None
+    if used != data:
+        (folder / _UNFINISHED).unlink(missing_ok=True)
+        shutil.rmtree(folder / data, ignore_errors=True)
+
+
+def _is_body(body: Any) -> bool:
+    """Whether this is what `publish` is given, and names no file outside the data folder."""
+    if not isinstance(body, dict):
+        return False
+    leaves, values, places = (body.get(name) for name in ("leaves", "values", "places"))
+    return (
+        isinstance(body.get("data"), str)
+        and _DATA.fullmatch(body["data"]) is not None
+        and isinstance(leaves, dict)
+        and isinstance(values, dict)
+        and isinstance(places, dict)
+        and leaves.keys() == values.keys() | places.keys()
+        and all(isinstance(title, str) for title in leaves.values())
+        and all(type(value).__name__ == leaves[key] for key, value in values.items())
+        and all(_is_place(place) for place in (body.get("metadata"), *places.values()))
+    )
+
+
+def _is_place(place: Any) -> bool:
+    if not isinstance(place, list) or [type(item) for item in place] != [str, int, int, str]:
+        return False
+    return _FILE.fullmatch(place[0]) is not None and min(place[1:3]) >= 0
+
+
 def _others(folder: Path) -> list[str]:
     """What does not come from `save`."""
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
@@ -127,10 +179,17 @@ def _others(folder: Path) -> list[str]:
 
 
 def _sync(folder: Path) -> None:
-    """Put a folder's names on the disk, where the system can do that for folders."""
-    with contextlib.suppress(OSError):
+    """Put a folder's names on the disk, where the system can do that for folders.
+
+    Raises:
+        OSError: it can, but failed.
+    """
+    try:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT_SYNC:
+            raise

@@ -39,7 +39,16 @@ def check(name: str, path: str, leaf: Any) -> Leaf:
 
     Raises:
         TypeError: it cannot.
+        ValueError: it is an int of more digits than Python writes.
     """
+    if type(leaf) is int:
+        try:
+            str(leaf)
+        except ValueError:
+            raise ValueError(
+                f"{name}: {path} is an int of {leaf.bit_length()} bits, more than Python writes as digits; pass hex() of it, "
+                "or see sys.set_int_max_str_digits"
+            ) from None
     if type(leaf) in _VALUES:
         value: Leaf = leaf
         return value

@@ -25,6 +25,9 @@ def load(path: str | os.PathLike[str], like: Any) -> Any:
 
     Ranks load by themselves: nothing crosses, and each gets what it asks for, whichever rank has saved it.
 
+    Beside a process that saves, this starts anew with the next checkpoint where the one that it reads is replaced: as often
+    as that happens, so saves must come less often than a load takes.
+
     Arguments:
         path: the folder.
         like: a tree of the structure, shapes, dtypes and Python types of what was saved; it is not changed. Tensors come
@@ -60,7 +63,7 @@ def load(path: str | os.PathLike[str], like: Any) -> Any:
         try:
             return _tree.unflatten(treedef, _read(folder, body, keys, leaves))
         except (OSError, ValueError):
-            if body == _folder.read(_NAME, folder):
+            if body["data"] == _folder.read(_NAME, folder)["data"]:
                 raise
         # Another process has saved the next one, and removed this one, in the meantime.
 

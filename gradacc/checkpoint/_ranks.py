@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
@@ -12,6 +13,10 @@ from gradacc._sync import group as groups
 
 Mine = TypeVar("Mine")
 Shared = TypeVar("Shared")
+
+
+class ElsewhereError(RuntimeError):
+    """Another rank has raised; what this one did went well."""
 
 
 def world(name: str) -> dist.ProcessGroup | None:
@@ -30,7 +35,12 @@ def world(name: str) -> dist.ProcessGroup | None:
 def together(
     name: str, group: dist.ProcessGroup | None, call: Callable[[], tuple[Mine, Shared]]
 ) -> tuple[Mine, list[Shared]]:
-    """``call()`` on every rank: what it keeps, and what each has to share. Where it raises on one rank, all raise."""
+    """``call()`` on every rank: what it keeps, and what each has to share. Where it raises on one rank, all raise.
+
+    Raises:
+        ElsewhereError: it raised on another rank.
+        RuntimeError: another rank has ended. Where ``call()`` raised on this rank, its own exception is raised instead.
+    """
     if group is None:
         mine, shared = call()
         return mine, [shared]
@@ -43,13 +53,13 @@ def together(
         error = raised
         answer = None, f"{type(raised).__name__}: {raised}"
     answers: list[Any] = [None] * group.size()
-    with groups.speaking(name, group):
+    with groups.speaking(name, group) if error is None else contextlib.suppress(Exception):
         dist.all_gather_object(answers, answer, group=group)
     if error is not None:
         raise error
     for rank, (_, problem) in enumerate(answers):
         if problem:
-            raise RuntimeError(f"{name}: nothing was saved, because of rank {rank}: {problem}")
+            raise ElsewhereError(f"{name}: failed because of rank {rank}: {problem}")
     return mine, [shared for shared, _ in answers]
 
 

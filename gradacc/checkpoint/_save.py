@@ -20,13 +20,12 @@ _NAME = "save"
 
 
 class _Part(NamedTuple):
-    """What one rank brings: its leaves' titles and values, their fingerprints, DCP's plan, a name for the data."""
+    """What one rank brings: its leaves' titles and values, their fingerprints, DCP's plan."""
 
     titles: dict[str, str]
     values: dict[str, _leaves.Value]
     fingerprints: dict[str, tuple[str, str]]
     plan: SavePlan
-    data: str
 
 
 def save(path: str | os.PathLike[str], tree: Any) -> None:
@@ -61,10 +60,12 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
 
     Raises:
         TypeError: another leaf, or a path that is none; before anything is written, as is ``ValueError``.
-        ValueError: ``path`` holds other things; ranks differ in what they have under one path.
+        ValueError: ``path`` holds other things, or is not the same folder for all ranks; ranks differ in what they have
+            under one path; an int has more digits than Python writes.
         RuntimeError: another rank has raised, or has ended; or ``WORLD_SIZE`` says that there are other ranks, but no
             process group has been initialised.
-        OSError: the disk is full, for instance. The checkpoint that was there is still there.
+        OSError: the disk is full, for instance. After it, or a ``RuntimeError``, the checkpoint that was there is still
+            there, or (where the last step was cut short) the new one is, complete.
 
     Example:
         >>> import tempfile, torch, gradacc
@@ -82,37 +83,38 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     """
     group = _ranks.world(_NAME)
     rank = 0 if group is None else group.rank()
-    folder = _folder.named(_NAME, path)
+    (folder, planned), parts = _ranks.together(_NAME, group, lambda: _prepare(path, tree, rank, group is not None))
+    _ranks.check_alike(_NAME, [part.fingerprints for part in parts])
+    _, (data, *_) = _ranks.together(_NAME, group, lambda: (None, _folder.begin(_NAME, folder) if rank == 0 else ""))
+    body: dict[str, Any] = {
+        "data": data,
+        "leaves": {key: title for part in parts for key, title in part.titles.items()},
+        "values": {key: value for part in parts for key, value in part.values.items()},
+    }
+    plans = [part.plan for part in parts]
     try:
-        planned, parts = _ranks.together(_NAME, group, lambda: _prepare(folder, tree, rank, group is not None))
-        _ranks.check_alike(_NAME, [part.fingerprints for part in parts])
-        body: dict[str, Any] = {
-            "data": parts[0].data,
-            "ranks": len(parts),
-            "leaves": {key: title for part in parts for key, title in part.titles.items()},
-            "values": {key: value for part in parts for key, value in part.values.items()},
-        }
-        plans = [part.plan for part in parts]
-        metadata, written = _ranks.together(_NAME, group, lambda: _write(folder / body["data"], planned, plans, rank))
+        metadata, written = _ranks.together(_NAME, group, lambda: _write(folder / data, planned, plans, rank))
         _ranks.together(_NAME, group, lambda: _publish(folder, body, metadata, written, rank))
     except Exception:
         if rank == 0:
             with contextlib.suppress(OSError, ValueError):
-                _folder.remove_unused(folder)
+                _folder.discard(folder, data)
         raise
 
 
-def _prepare(folder: Path, tree: Any, rank: int, several: bool) -> tuple[_dcp.Planned, _Part]:
+def _prepare(
+    path: str | os.PathLike[str], tree: Any, rank: int, several: bool
+) -> tuple[tuple[Path, _dcp.Planned], _Part]:
     """On each rank, before anything is written."""
+    folder = _folder.named(_NAME, path)
     keys, leaves, _ = _leaves.flatten(_NAME, tree, "tree")
     found = {key: _leaves.check(_NAME, f"tree{key}", leaf) for key, leaf in zip(keys, leaves, strict=True)}
     planned = _dcp.plan({key: leaf for key, leaf in found.items() if isinstance(leaf, Tensor)}, rank)
-    return planned, _Part(
+    return (folder, planned), _Part(
         titles={key: _leaves.title(leaf) for key, leaf in found.items()},
         values={key: leaf for key, leaf in found.items() if not isinstance(leaf, Tensor)},
         fingerprints={key: _leaves.fingerprint(leaf) for key, leaf in found.items()} if several else {},
         plan=planned.plan,
-        data=_folder.begin(_NAME, folder) if rank == 0 else "",
     )
 
 
@@ -143,5 +145,6 @@ def _publish(
     body["metadata"] = _dcp.finish(data, metadata, [results for results, _ in written])
     body["places"] = {key: place for _, places in written for key, place in places.items()}
     _folder.publish(folder, body)
-    _folder.remove_unused(folder)
+    with contextlib.suppress(OSError):  # it is saved; the next call tries again
+        _folder.remove_unused(folder)
     return None, None

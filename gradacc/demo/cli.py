@@ -145,7 +145,8 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         "--resume",
         action="store_true",
         help="go on from FOLDER/checkpoint as if the run had never ended, to the same last bit; without one, start anew. "
-        "The time before counts for the time limit",
+        "The time before counts for the time limit. With torchrun's --max-restarts on several machines, set "
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
     )
     options = vars(parser.parse_args(arguments))
     del options["command"]

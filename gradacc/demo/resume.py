@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 import torch
 
 from gradacc import checkpoint
+from gradacc.checkpoint._ranks import ElsewhereError
 from gradacc.demo.corpus import Corpus
 from gradacc.demo.proof import Measured, Proof, Row
-from gradacc.demo.ranks import Ranks, exchange, find_device, together
+from gradacc.demo.ranks import EndedError, Ranks, exchange, find_device, together
 from gradacc.demo.record import Record
 from gradacc.demo.settings import DemoError, Settings
 from gradacc.demo.train import Metrics, State
@@ -54,21 +55,20 @@ def keep(
     """Save the run, on all ranks; ``record`` and ``progress`` are rank 0's.
 
     Raises:
-        DemoError: it cannot be written. (On another rank than 0, `EndedError`.)
+        DemoError: it cannot be written, on this rank or another one. (On another rank than 0, `EndedError`.)
+        RuntimeError: another rank has ended, by a second Ctrl-C for instance.
     """
     tree = {
         "run": run,
         "record": _to_json(record, progress) if record and progress else None,
         "state": _tree(state, ranks),
     }
-
-    def save() -> None:
-        try:
-            checkpoint.save(folder(settings), tree)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise DemoError(f"{folder(settings)} cannot be written: {error}") from error
-
-    together(ranks, save)
+    try:
+        checkpoint.save(folder(settings), tree)  # fails on all ranks, or on none
+    except (OSError, ValueError, ElsewhereError) as error:
+        if not ranks.first:
+            raise EndedError from error
+        raise DemoError(f"{folder(settings)} cannot be written: {error}") from error
 
 
 def resume(settings: Settings, ranks: Ranks, run: str, state: State, record: Record) -> tuple[State, Progress | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 import os
@@ -82,8 +81,8 @@ def run(settings: Settings, interrupted: Interrupted) -> int:
 
 def _check_alike(settings: Settings, corpus: Corpus, ranks: Ranks) -> None:
     """All ranks must draw the same batches."""
-    pieces = hashlib.sha256(b"".join(b"%d %b" % (len(piece), piece) for piece in corpus.train)).hexdigest()
-    alike = exchange(ranks, (settings._replace(data=None, out=Path()), pieces)) if ranks.world > 1 else []
+    mine = settings._replace(data=None, out=Path()), identity(settings, corpus, ranks)
+    alike = exchange(ranks, mine) if ranks.world > 1 else []
     for rank, (options, text) in enumerate(alike):
         if options != alike[0][0]:
             raise DemoError(f"rank {rank} was given other options than rank 0: {options}, {alike[0][0]}")
@@ -209,7 +208,10 @@ def _train(job: Job, state: State, record: Record, file: FileIO) -> int:
             _write(file, _json_line(metrics))
             bar.set_postfix_str(f"loss {metrics.loss:.3f}, {metrics.tokens_per_second:,.0f} tokens/s", refresh=False)
             bar.update()
-            return _verdict(job, state, record)
+            code = _verdict(job, state, record)
+            if saves(code):
+                _flush(file)
+            return code
 
         def saves(code: int | None) -> bool:
             done = len(record.history)
@@ -220,7 +222,6 @@ def _train(job: Job, state: State, record: Record, file: FileIO) -> int:
         for now, metrics in train(settings, job.model.loss_fn, state, job.corpus.train, job.device, job.ranks):
             code = decide(job.ranks, functools.partial(observe, metrics), saves)
             if saves(code):
-                os.fsync(file.fileno())
                 progress = Progress(time.monotonic() - job.start, file.tell())
                 keep(settings, job.ranks, job.identity, now, record, progress)
             if code is not None:
@@ -295,6 +296,14 @@ def _write(file: FileIO, text: str) -> None:
     try:
         while content:
             content = content[file.write(content) :]
+    except OSError as error:
+        raise DemoError(f"{file.name} cannot be written: {error.strerror}") from error
+
+
+def _flush(file: FileIO) -> None:
+    """Wait until what was written is on the disk."""
+    try:
+        os.fsync(file.fileno())
     except OSError as error:
         raise DemoError(f"{file.name} cannot be written: {error.strerror}") from error
 

@@ -1,7 +1,8 @@
 """One process of a run that is killed again and again: started by torchrun, for ``test_resume.py``.
 
 ``torchrun ... -m tests.demo.killed DATA OUT KILLS``: in each of its first ``KILLS`` lives the run loses one of its processes by
-SIGKILL, at a moment drawn anew, wherever it is then: in its first second, or some milliseconds after some iterations.
+SIGKILL, at a moment drawn anew, wherever it is then: in its first second, or some milliseconds after some iterations. Before
+that, "killed in life ...;" comes on stderr.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def doomed(life: int) -> None:
 
     @functools.cache
     def kill() -> None:
-        subprocess.Popen(["sh", "-c", f"sleep {seconds}; kill -KILL {os.getpid()}"])
+        told = f"killed in life {life};"
+        subprocess.Popen(["sh", "-c", f"sleep {seconds}; echo '{told}' >&2; kill -KILL {os.getpid()}"])
 
     def train(*arguments: Any) -> Iterator[Any]:
         for number, found in enumerate(ordinary(*arguments)):
