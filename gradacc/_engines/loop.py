@@ -68,7 +68,7 @@ def _scan(step: Step, buffer: Buffer, before: _fold.Sums, cut: Cut, run: Run) ->
 
     first = [*_fold.numbers(before), before.weight] if before.kind is not None else [0] * len(numbers)
     start = [
-        torch.zeros_like(param, dtype=dtype) if grad is None else grad
+        torch.zeros_like(param, dtype=dtype) if grad is None else grad.clone()  # dense: a sum's gradient is expanded
         for param, dtype, grad in zip(buffer.params, buffer.dtypes, buffer.grads, strict=True)
     ]
     start += [

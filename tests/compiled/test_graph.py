@@ -347,3 +347,12 @@ def refused(group, window, compress):
 def test_what_a_graph_cannot_do(pool, window, compress, message):
     with pytest.raises(Failed, match=message):
         pool.run(2, refused, window, compress)
+
+
+@pytest.mark.parametrize("total", [9, 13, 16])
+def test_gradients_that_are_expanded_go_on_in_a_loop(total):
+    """A sum's gradient is one number, expanded; the first run is unrolled, or a loop, and the second goes on from it."""
+    w, x = torch.randn(3, 5, dtype=D), torch.randn(total, 3, dtype=D)
+    grad_fn = gradacc.accumulate(lambda w, x: w.sum() * x.mean(), steps=8)
+    actual = torch.compile(grad_fn, fullgraph=True, backend="aot_eager", dynamic=False)(w, x)
+    assert_trees_close(actual, grad_fn(w, x))
