@@ -1,8 +1,6 @@
 """``python -m gradacc`` is the ``gradacc`` command."""
 
-import sys
-
-from gradacc.demo import main
+from gradacc.demo.cli import leave, main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -48,6 +48,19 @@ def conduct(settings: Settings) -> int:
     return _exit_code(lambda: _run(settings))
 
 
+def leave(code: int) -> NoReturn:
+    """End this process.
+
+    One of several ranks ends at once: while Python takes itself apart, a thread of the process group that still asks for it is
+    ended, and takes the process down ("terminate called without an active exception"), and torchrun the others.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
 def _run(settings: Settings) -> int:
     with interrupts() as interrupted:
         return _import_run()(settings, interrupted)

@@ -72,4 +72,4 @@ if __name__ == "__main__":
     life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
     if life < int(kills):
         doomed(life)
-    sys.exit(cli.conduct(settings(Path(data), Path(out))))
+    cli.leave(cli.conduct(settings(Path(data), Path(out))))
