@@ -129,7 +129,8 @@ def tell() -> None:
 def _rewrite_sum(graph: Graph, node: Node, buffer: Node, gradient: Node, storage: Callable[[Node], object]) -> None:
     """``add(buffer, a @ b)`` and ``add(buffer, (a @ b).T)`` as ``addmm``, any other as an ordinary sum."""
     product, transposed = _product(gradient)
-    if product is not None and storage(buffer) in {storage(n) for n in (product, *product.args)}:  # type: ignore[arg-type]
+    memory: list[Any] = [] if product is None else [product, *product.args]
+    if storage(buffer) in {storage(node) for node in memory}:
         product = None
     with graph.inserting_before(node):
         if product is None:
@@ -150,7 +151,8 @@ def _product(gradient: Node) -> tuple[Node | None, bool]:
     transposed = gradient.target is torch.ops.aten.permute.default and len(gradient.users) == 1
     product: Any = gradient.args[0] if transposed else gradient
     alone = product.target is torch.ops.aten.mm.default and len(product.users) == 1
-    swapped = not transposed or [dim % 2 for dim in gradient.args[1]] == [1, 0]  # type: ignore[union-attr,operator]
+    dims: Any = gradient.args[1] if transposed else (1, 0)
+    swapped = [dim % 2 for dim in dims] == [1, 0]
     return (product if alone and swapped else None), transposed
 
 

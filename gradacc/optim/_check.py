@@ -160,10 +160,15 @@ def slot(name: str, where: str, tree: Any, leaves: Sequence[Tensor], treedef: _t
 
 def counter(name: str, where: str, value: Any) -> Tensor:
     """A number of steps: a 0-dim integer tensor."""
-    if not isinstance(value, Tensor) or value.ndim != 0 or value.dtype != torch.int64:
+    return scalar(name, where, value, torch.int64)
+
+
+def scalar(name: str, where: str, value: Any, dtype: torch.dtype) -> Tensor:
+    """A number in a state: a 0-dim tensor of ``dtype``."""
+    if not isinstance(value, Tensor) or value.ndim != 0 or value.dtype != dtype:
         got = f"{value.dtype}, {describe(value)}" if isinstance(value, Tensor) else describe(value)
         raise TypeError(
-            f"{name}: {where} must be a 0-dim tensor of dtype torch.int64, got {got}; pass the state that init(params) "
+            f"{name}: {where} must be a 0-dim tensor of dtype {dtype}, got {got}; pass the state that init(params) "
             "or the last step returned, or torch.vmap the step over a state that is batched"
         )
     return value

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from gradacc import _dtypes, _options, _tree, _validate
-from gradacc._describe import describe
 from gradacc._mean import Mean
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _memory
@@ -116,7 +115,7 @@ def dynamic_loss_scale(
         """The scale and the two counts of a state."""
         _check.state(_NAME, state, LossScaleState)
         return (
-            _scale(state.scale),
+            _check.scalar(_NAME, "state.scale", state.scale, torch.float32),
             _check.counter(_NAME, "state.growth_tracker", state.growth_tracker),
             _check.counter(_NAME, "state.skipped", state.skipped),
         )
@@ -222,16 +221,6 @@ def _wide_enough(leaves: list[Tensor], treedef: _tree.TreeDef) -> None:
             "as the scale is taken off. Keep params in float32, and compute in float16 with "
             "torch.autocast(device_type, dtype=torch.float16) inside loss_fn"
         )
-
-
-def _scale(value: Any) -> Tensor:
-    if not isinstance(value, Tensor) or value.ndim != 0 or value.dtype != torch.float32:
-        got = f"{value.dtype}, {describe(value)}" if isinstance(value, Tensor) else describe(value)
-        raise TypeError(
-            f"{_NAME}: state.scale must be a 0-dim tensor of dtype torch.float32, got {got}; pass the state that "
-            "init(params) or the last step returned, or torch.vmap the step over a state that is batched"
-        )
-    return value
 
 
 def _unscaled(slopes: list[Tensor], scale: Tensor, used: set[int] | None) -> list[Tensor]:
