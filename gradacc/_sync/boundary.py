@@ -112,13 +112,17 @@ class Link:
                 slots.view(self.group.size(), -1)[self.group.rank()].copy_(mine)
             self._launch(flat)
 
-    def receive(self) -> list[Tensor]:
-        """The sums, one tensor a bucket."""
-        with groups.speaking(self.options.name, self.group):
-            for work in self._works:
+    def receive(self, plan: wire.Plan) -> tuple[list[Tensor], list[Tensor]]:
+        """The sums, one tensor a bucket; and their gradients in the accumulators' dtype, made while later buckets cross."""
+        flats, wide = [], []
+        for bucket, flat, work in zip(plan.buckets, self._flats, self._works, strict=True):
+            with groups.speaking(self.options.name, self.group):
                 work.wait()
-        flats, self._flats, self._works = self._flats, [], []
-        return [flat for flat in flats if flat is not None]
+            assert flat is not None
+            flats.append(flat)
+            wide.append(wire.widen(bucket, flat))
+        self._flats, self._works = [], []
+        return flats, wide
 
     def _open(self, plan: wire.Plan) -> None:
         self._flats, self._missing = [None] * len(plan.buckets), [len(bucket.indices) for bucket in plan.buckets]
@@ -198,7 +202,7 @@ def _cross(
     mine = [sums.differentiated, arrived, float(sums.weight), float(sums.unit or 0.0)] if kept else [0, 0, 0.0, 0.0]
     record = wire.record(plan, [status, *mine], values, plan.buckets[plan.header].device)
     link.send(plan, grads if kept else [None] * len(grads), values, record)
-    flats = link.receive()
+    flats, wide = link.receive(plan)
     header = flats[plan.header]
     coded = header[len(header) - link.group.size() * wire.digits(wire.columns(plan, _FIXED), header.dtype) :]
     table = wire.decode(coded.view(link.group.size(), -1).cpu(), wire.columns(plan, _FIXED))
@@ -222,7 +226,7 @@ def _cross(
         unit=agreement.scale,
         differentiated=bool(table[:, _DIFFERENTIATED].any()),
     )
-    return wire.unpack(plan, flats, link.params), whole, bool(table[:, _ARRIVED].any())
+    return wire.unpack(plan, wide, link.params), whole, bool(table[:, _ARRIVED].any())
 
 
 def _restored(value: Tensor, spec: layouts.Spec, device: torch.device) -> Any:

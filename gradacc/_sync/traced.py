@@ -73,6 +73,7 @@ class Traced:
             flat = torch.cat(parts)
             dist.all_reduce(flat, group=self.group)
             flats.append(flat)
+        wide = [wire.widen(bucket, flat) for bucket, flat in zip(plan.buckets, flats, strict=True)]
         header, digits = flats[plan.header], wire.digits(len(record), plan.buckets[plan.header].wire)
         table = wire.decode(header[len(header) - self.group.size() * digits :].view(self.group.size(), -1), len(record))
         floats = table.view(torch.float64)
@@ -85,7 +86,7 @@ class Traced:
             for number, spec in zip(summed, plan.specs, strict=True)
         ]
         whole = _fold.with_numbers(sums, restored)._replace(weight=floats[:, 0].sum(), unit=1.0, differentiated=True)
-        return wire.unpack(plan, flats, self.params), whole, arrived or not sums.differentiated
+        return wire.unpack(plan, wide, self.params), whole, arrived or not sums.differentiated
 
     def fail(self, sums: _fold.Sums) -> None:
         """Nothing can be told from inside a graph."""

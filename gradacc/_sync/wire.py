@@ -11,9 +11,13 @@ from torch import Tensor
 from gradacc import _dtypes
 from gradacc._sync.layout import Spec
 
-FIRST, LATER, PARTS = 1 << 20, 25 << 20, 5
-"""Bytes from which the first bucket, which is to leave early, and the later ones are full, where there is overlap; of a
-small model, the later ones at a fifth of all its gradients, so that the backward pass fills more than the first one."""
+SMALL, LARGE, PARTS = 1 << 20, 25 << 20, 5
+"""Where there is overlap, bytes from which a bucket is full: of a small model a fifth of all its gradients, so that the
+backward pass fills several. And not the first two, which are to leave early:"""
+
+EARLY = (1 / 16, 1 / 4)
+"""the part of that at which they are full. A network is slower than a backward pass, or overlap would not pay: while it
+carries one bucket, one of four times its size fills, and it is never idle."""
 
 _BYTES = {torch.float64: 6, torch.float32: 3, torch.float16: 1, torch.bfloat16: 1}
 """Whole bytes that a float of this dtype holds exactly."""
@@ -67,7 +71,8 @@ def plan(
     places: dict[int, Place] = {}
     current: dict[tuple[torch.dtype, torch.device], int] = {}
     whole = sum(shape.numel() * (compress or dtype).itemsize for shape, dtype in zip(shapes, dtypes, strict=True))
-    later = max(FIRST, min(LATER, whole // PARTS))
+    full = max(SMALL, min(LARGE, whole // PARTS))
+    first = [int(part * full) for part in EARLY]
 
     def another(dtype: torch.dtype, device: torch.device) -> int:
         filled.append((dtype, device, []))
@@ -82,7 +87,7 @@ def plan(
         places[i] = Place(at, numels[at], numel)
         filled[at][2].append(i)
         numels[at] += numel
-        if order is not None and numels[at] * (compress or dtype).itemsize >= (later if at else FIRST):
+        if order is not None and numels[at] * (compress or dtype).itemsize >= (first[at] if at < len(first) else full):
             del current[dtype, devices[i]]
     header = len(filled) - 1
     # Metrics are not rounded, and do not hold up a bucket that could leave early.
@@ -219,9 +224,13 @@ def _shifts(width: int, device: torch.device) -> Tensor:
     return torch.arange(0, 8 * width, 8, device=device)
 
 
-def unpack(plan: Plan, flats: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients, views of one tensor a bucket in the accumulators' dtype."""
-    wide = [flat[: bucket.numel].to(bucket.dtype) for bucket, flat in zip(plan.buckets, flats, strict=True)]
+def widen(bucket: Bucket, flat: Tensor) -> Tensor:
+    """A bucket's gradients in the accumulators' dtype."""
+    return flat[: bucket.numel].to(bucket.dtype)
+
+
+def unpack(plan: Plan, wide: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor | None]:
+    """The gradients, views of the buckets' (`widen`)."""
     parts = [wide[place.bucket].narrow(0, place.offset, place.numel) for place in plan.places]
     return [
         torch.view_as_complex(part.view(*param.shape, 2)) if param.is_complex() else part.view(param.shape)

@@ -260,18 +260,20 @@ def test_records_survive_a_sum_of_floats(dtype):
 
 
 def test_buckets():
-    """In the order of a backward pass: a small one first, each full when it has reached its size."""
+    """In the order of a backward pass: two small ones first, each full when it has reached its size."""
     sizes = [torch.Size([n]) for n in (10, 1 << 20, 7 << 20, 1 << 20, 100, 200)]
     kind, where, order = [torch.float32] * 6, [torch.device("cpu")] * 6, (4, 5, 3, 1, 2, 0)
     whole = wire.plan(sizes, kind, where, (), None, None)
     assert [bucket.indices for bucket in whole.buckets] == [(0, 1, 2, 3, 4, 5)]
     cut = wire.plan(sizes, kind, where, (), None, order)
-    assert [bucket.indices for bucket in cut.buckets] == [(4, 5, 3), (1, 2), (0,)]
+    assert [bucket.indices for bucket in cut.buckets] == [(4, 5, 3), (1,), (2,), (0,)]
     large = wire.plan([torch.Size([4 << 20])] * 8, kind + kind[:2], where + where[:2], (), None, range(8))
-    assert [bucket.indices for bucket in large.buckets] == [(0,), (1, 2), (3, 4), (5, 6), (7,)]
+    assert [bucket.indices for bucket in large.buckets] == [(0,), (1,), (2, 3), (4, 5), (6, 7)]
+    equal = wire.plan([torch.Size([1 << 16])] * 32, [torch.float32] * 32, [where[0]] * 32, (), None, range(32))
+    assert [len(bucket.indices) for bucket in equal.buckets] == [1, 2, 7, 7, 7, 7, 1]
     half = wire.plan(sizes, kind, where, (Spec(torch.int64, (3,), False),), torch.bfloat16, order)
-    assert [bucket.indices for bucket in half.buckets] == [(4, 5, 3), (1, 2), (0,), ()]
-    assert [bucket.wire for bucket in half.buckets] == [torch.bfloat16] * 3 + [torch.int64]
+    assert [bucket.indices for bucket in half.buckets] == [(4, 5, 3), (1,), (2,), (0,), ()]
+    assert [bucket.wire for bucket in half.buckets] == [torch.bfloat16] * 4 + [torch.int64]
     vector = wire.plan(sizes, kind, where, (Spec(torch.float32, (3,), False),), None, None)
     assert vector.vectors == ((0,),)
     assert wire.plan(sizes, kind, where, (Spec(torch.float32, (3,), False),), None, order).vectors[-1] == (0,)
@@ -450,7 +452,7 @@ def big(group, overlap):
         return x.square().mean() * scale
 
     grad_fn = gradacc.accumulate_and_value(loss, steps=4, sync=gradacc.all_reduce(group, overlap=overlap))
-    with mock.patch.object(wire, "LATER", 1 << 20):
+    with mock.patch.object(wire, "LARGE", 1 << 20):
         answers = [grad_fn(params, x) for _ in range(3)]
     with CommDebugMode() as counter:
         grad_fn(params, x)
@@ -494,7 +496,7 @@ def early(group):
         return x.square().mean()
 
     grad_fn = gradacc.accumulate(loss, steps=2, sync=gradacc.all_reduce(group, overlap=True))
-    with mock.patch.object(wire, "LATER", 1 << 20):
+    with mock.patch.object(wire, "LARGE", 1 << 20):
         grad_fn(params, torch.randn(4, 600))
     launches.clear()
     original = dist.all_reduce
