@@ -134,7 +134,9 @@ def accumulate_and_value(
     *Alone*: the composition itself. *In a transform*: in one more of torch.func's (``vmap``, ``grad``, ``jvp``). *Compiled*:
     inside ``torch.compile(..., fullgraph=True)``. *No*: an error that says so. Torch's own limits: [1] ``vmap`` and ``grad``;
     an error in forward mode. [2] ``vmap``; and derivatives where the batch is an iterable of micro-batches; an error where
-    they are views that were made in the transform (``steps``, ``microbatch_size``).
+    they are views that were made in the transform (``steps``, ``microbatch_size``). Compiled, more than four micro-batches of a
+    size are one loop of the graph; where the loss cannot be the body of a loop (it has side effects, or tensors that it uses
+    share memory), they are unrolled, with a warning.
 
     Arguments:
         loss_fn: ``loss_fn(params, batch, *args, **kwargs)``, of the table above; with ``has_aux``, it returns
@@ -251,7 +253,7 @@ def _run(
         sums = sums._replace(known=divided.examples)
         empty = divided.whole if divided.examples == 0 else None
         if divided.cut is not None and loops():
-            buffer, sums = loop.fold(step, buffer, sums, divided.cut)
+            buffer, sums = loop.fold(options.name, step, buffer, sums, divided.cut)
         else:
             sender = link if isinstance(link, _sync.Link) and link.overlaps else None
             for microbatch, last in _with_last(divided.parts, ahead=sender is not None):

@@ -9,7 +9,8 @@ the same for every micro-batch of a run: it advances by what the first one added
 
 NOTE [one copy of the loss]
     What the state is (which numbers are tensors, what aux has) only a micro-batch can say, so the first one is traced outside
-    the loop too, for that and for the unit of the weights. The rest is removed as dead code, and what is compiled is one copy
+    the loop too, for that and for the unit of the weights. (Where there can be no loop, the others follow it: NOTE [what cannot
+    be a loop].) The rest is removed as dead code, and what is compiled is one copy
     of the loss. Starting the scan from its results instead saves filling the accumulators with zeros, and doubles the time to
     compile. (A loss that draws random numbers draws them once more for every run of micro-batches of one size: dead draws are
     not removed. And a weight that comes out of the forward pass keeps the first one's alive.)
@@ -17,6 +18,7 @@ NOTE [one copy of the loss]
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 
 from gradacc import _fold
+from gradacc._engines.attempt import attempt
 from gradacc._engines.functional import Buffer
 from gradacc._split import Cut, Microbatch, Run
 
@@ -33,21 +36,40 @@ UNROLLED = 4
 """Micro-batches of a run up to which the loop is unrolled: an unrolled one needs no zeros, and fuses across micro-batches."""
 
 
-def fold(step: Step, buffer: Buffer, sums: _fold.Sums, cut: Cut) -> tuple[Buffer, _fold.Sums]:
+def fold(name: str, step: Step, buffer: Buffer, sums: _fold.Sums, cut: Cut) -> tuple[Buffer, _fold.Sums]:
     """``for microbatch in cut: buffer, sums = step(buffer, sums, microbatch)``."""
+    loops = True
     for run in cut.runs:
-        if run.repeats <= UNROLLED:
-            for i in range(run.repeats):
-                buffer, sums = step(buffer, sums, cut.at(run.offset + i * run.size, run.size))
+        start = buffer, sums
+        buffer, sums = step(*start, cut.at(run.offset, run.size))
+        rest = functools.partial(_unrolled, step, buffer, sums, cut, run)
+        if run.repeats <= UNROLLED or not loops:
+            buffer, sums = rest()
         else:
-            buffer, sums = _scan(step, buffer, sums, cut, run)
+            whole = functools.partial(_scan, step, *start, buffer, sums, cut, run)
+            (buffer, sums), loops = attempt(whole, rest, f"{name}: {_UNROLLING}")
     return buffer, sums
 
 
-def _scan(step: Step, buffer: Buffer, before: _fold.Sums, cut: Cut, run: Run) -> tuple[Buffer, _fold.Sums]:
+_UNROLLING = (
+    "the loss cannot be traced as the body of a loop, so the compiled graph holds every micro-batch, and the time to compile "
+    "it grows with their number"
+)
+
+
+def _unrolled(step: Step, buffer: Buffer, sums: _fold.Sums, cut: Cut, run: Run) -> tuple[Buffer, _fold.Sums]:
+    """The run's micro-batches after the first one."""
+    for i in range(1, run.repeats):
+        buffer, sums = step(buffer, sums, cut.at(run.offset + i * run.size, run.size))
+    return buffer, sums
+
+
+def _scan(
+    step: Step, buffer: Buffer, before: _fold.Sums, seen: Buffer, sums: _fold.Sums, cut: Cut, run: Run
+) -> tuple[Buffer, _fold.Sums]:
+    """The whole run, from ``buffer`` and ``before``; ``seen`` and ``sums``: after its first micro-batch."""
     from torch._higher_order_ops.scan import scan
 
-    seen, sums = step(buffer, before, cut.at(run.offset, run.size))  # see NOTE [one copy of the loss]
     tail: list[Any] = [part if not isinstance(part, list) else [] for part in sums.aux or ()]
     template = sums._replace(aux=tail)
     numbers = [*_fold.numbers(sums), sums.weight]

@@ -1,6 +1,7 @@
 """``torch.compile(accumulate(f), fullgraph=True)``: the plain results, one graph, which does not grow and is not made again."""
 
 import dataclasses
+import re
 from typing import Any, NamedTuple
 
 import optree
@@ -12,6 +13,7 @@ from torch.fx import GraphModule
 
 import gradacc
 from gradacc import Mean
+from gradacc._engines import attempt
 from tests.helpers import assert_trees_close
 from tests.workers import Failed
 
@@ -275,9 +277,96 @@ ODD = {
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo itself, of a Function
 @pytest.mark.parametrize("name", ODD)
 def test_losses_that_might_not_trace(name):
-    """Whatever the unrolled loop traces, the scan traces; so there is no fallback."""
+    """Some of them in more than a body of plain arithmetic."""
     options = {"reduction": "sum"} if "rows" in name else {}
     check(Case(ODD[name], (PARAMS, data(16)), {"steps": 8, **options}), "eager")
+
+
+CALLS: list[str] = []
+FLAT = torch.linspace(-1, 1, 8, dtype=D)
+VIEWS = {"w": FLAT[:6].view(3, 2), "b": FLAT[6:]}
+SCALES = FLAT.chunk(4)
+
+
+class Counter:
+    """What a loss may count with."""
+
+    calls = 0
+
+
+COUNTER = Counter()
+
+
+def appends(params, batch):
+    CALLS.append("called")
+    return weighted(params, batch)
+
+
+def counts(params, batch):
+    COUNTER.calls += 1
+    return with_aux(params, batch)
+
+
+def closes_over_views(params, batch):
+    return (residual(params, batch) * SCALES[0] + SCALES[1]).square().mean()
+
+
+UNROLLED = {
+    "appends": (
+        Case(appends, (PARAMS, data(21)), {"steps": 8}),
+        "Attempted to mutate ListVariable.*test_graph.py, line",
+    ),
+    "counts": (Case(counts, (PARAMS, data(16)), {"steps": 8, "has_aux": True}), "'calls' was not restored"),
+    "parameters that are views": (
+        Case(plain, (VIEWS, data(21)), {"steps": 8}),
+        "aliasing detected at nodes l_args_0_b_ and l_args_0_w_",
+    ),
+    "closed-over views": (Case(closes_over_views, (PARAMS, data(16)), {"microbatch_size": 2}), "aliasing detected"),
+    "two runs of more than four": (Case(appends, (PARAMS, data(42)), {"steps": 16}), "Attempted to mutate"),
+}
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("name", UNROLLED)
+def test_what_cannot_be_a_loop_is_unrolled_with_one_warning(name, backend):
+    """Also where a batch is two runs of more than four micro-batches; side effects happen as often as in eager code."""
+    case, message = UNROLLED[name]
+    torch._dynamo.reset()
+    CALLS.clear()
+    COUNTER.calls = 0
+    grad_fn = gradacc.accumulate_and_value(case.loss, **case.options)
+    expected = grad_fn(*case.args)
+    effects = len(CALLS), COUNTER.calls
+    graphs = Counting(backend)
+    with pytest.warns(UserWarning, match="compiled graph holds every micro-batch") as caught:
+        actual = torch.compile(grad_fn, fullgraph=True, backend=graphs)(*case.args)
+    assert len(caught) == 1
+    assert re.search(message, str(caught[0].message)), caught[0].message
+    assert str(caught[0].message).startswith("accumulate_and_value: ")
+    assert len(graphs.graphs) == 1
+    assert not any("scan" in str(node.target) for node in graphs.graphs[0].graph.nodes)
+    assert_trees_close(_numbers(actual), _numbers(expected))
+    assert (len(CALLS), COUNTER.calls) == (2 * effects[0], 2 * effects[1])
+
+
+def test_a_loss_that_traces_in_no_way_raises_its_own_error():
+    """And nothing is left behind: the next compilation is a loop."""
+    torch._dynamo.reset()
+
+    def loss(params, batch):
+        print("called")
+        return plain(params, batch)
+
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="print"):
+        torch.compile(gradacc.accumulate(loss, steps=8), fullgraph=True, backend="eager")(PARAMS, data(16))
+    check(CASES["plain"], "eager")
+
+
+def test_an_attempt_that_dynamo_does_not_know_is_made_as_it_is(monkeypatch):
+    from torch._dynamo.variables import higher_order_ops
+
+    monkeypatch.delattr(higher_order_ops, "_hop_name_to_variable_class")
+    assert attempt._tell() is False
 
 
 def test_dropout_draws_anew_in_every_micro_batch():

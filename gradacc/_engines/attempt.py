@@ -1,0 +1,99 @@
+"""While Dynamo traces: one way to write a part of the graph and, where it cannot be traced, another.
+
+NOTE [what cannot be a loop]
+    The body of a ``scan`` is a graph of its own, of which Dynamo asks more than of straight code: a loss must not append to a
+    list or count its calls, and the tensors that it closes over must not share memory (parameters that are views of one flat
+    tensor do). Such a loss traces where the loop is unrolled. What Dynamo raises about a body ends the compilation: no ``try``
+    in traced code sees it. So an attempt is an operator, traced by a class of our own: there it can be caught, and what it left
+    behind be taken back (what was noted of side effects, the modes and functorch levels that it had entered). This uses
+    Dynamo's internals; where a version has other names, the attempt is made, and its error raised.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch._ops import HigherOrderOperator
+
+T = TypeVar("T")
+
+_NAME = "gradacc_attempt"
+
+
+def attempt(first: Callable[[], T], second: Callable[[], T], otherwise: str) -> tuple[T, bool]:
+    """``first(), True``; where Dynamo cannot trace that ``second(), False``, and a warning: ``otherwise``, and why."""
+    if not torch.compiler.is_dynamo_compiling() or not _tell():
+        return first(), True
+    result: tuple[T, bool] = _attempt(lambda: (first(), True), lambda: (second(), False), otherwise)
+    return result
+
+
+class _Attempt(HigherOrderOperator):
+    def __init__(self) -> None:
+        super().__init__(_NAME)  # type: ignore[no-untyped-call]  # torch's
+
+    def __call__(self, *_: Any) -> Any:
+        raise AssertionError("only Dynamo meets it")
+
+
+_attempt = _Attempt()
+
+
+def _tell() -> bool:
+    """Whether Dynamo knows of attempts; it runs this when it traces one, and takes the result for a constant."""
+    try:
+        from torch._dynamo.exc import TorchRuntimeError, UncapturedHigherOrderOpError, Unsupported
+        from torch._dynamo.variables import higher_order_ops
+
+        known: Any = higher_order_ops._hop_name_to_variable_class
+        base: Any = higher_order_ops.TorchHigherOrderOperatorVariable
+    except (ImportError, AttributeError):
+        return False
+    if _NAME in known:
+        return True
+
+    class AttemptVariable(base):  # type: ignore[misc]  # of a class that is looked up
+        _HOP_NAME = _NAME
+
+        def _call_function(self, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
+            first, second, otherwise = args
+            output = tx.output
+            effects, entered = output.side_effects, len(output.cleanup_hooks)
+            before = effects.clone()  # of its tables; the object itself goes on
+            try:
+                return first.call_function(tx, [], {})
+            except (Unsupported, UncapturedHigherOrderOpError, TorchRuntimeError) as error:
+                why = _summary(error)
+            while len(output.cleanup_hooks) > entered:
+                output.cleanup_hooks.pop()()
+            for table in ("id_to_variable", "store_attr_mutations", "attr_mutation_kinds", "keepalive"):
+                setattr(effects, table, getattr(before, table))
+            output.side_effects = effects
+            result = second.call_function(tx, [], {})
+            warnings.warn(f"{otherwise.as_python_constant()}. torch says: {why}", stacklevel=2)
+            return result
+
+    known[_NAME] = AttemptVariable
+    return True
+
+
+_tell._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result imports Dynamo
+
+
+def _summary(error: Any) -> str:
+    """Of Dynamo's page of text: what is wrong, with what, and the line of the loss, where it is one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    said = [line for line in lines if not line.startswith("This higher order operator")] or [type(error).__name__]
+    label = "Developer debug context:"
+    parts = [
+        said[0],
+        *(line.removeprefix(label).strip().removesuffix(" in") for line in said if line.startswith(label)),
+    ]
+    frames = list(getattr(error, "real_stack", None) or ())
+    inside = not frames or frames[-1].filename.startswith(os.path.dirname(torch.__file__))
+    place = "" if inside else f" ({frames[-1].filename}, line {frames[-1].lineno})"
+    return ": ".join(part.rstrip(".:") for part in parts[:2]) + place
