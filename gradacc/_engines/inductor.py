@@ -14,6 +14,10 @@ NOTE [sums in place]
     Everywhere else, and if a version of Inductor does not know these names, the operator is an ordinary sum. Inductor keeps
     compiled graphs on disk, and knows the rewrites by the operators' names alone: `VERSION` is part of them.
 
+NOTE [what a loop compiles]
+    The first call is mostly C++ that Inductor writes and compiles, a file a kernel. A loop's counter would be three of them,
+    and a zero for each shape of accumulator one: these are calls of ATen instead (in torch's words, they "fall back").
+
 NOTE [the order of writes]
     Inductor's ``while_loop`` (which a ``scan`` becomes) takes the carries that its body writes to in the order of the first
     write, and needs that of the carries. So the body begins with a write of each to itself, in that order, which compiles
@@ -35,7 +39,7 @@ if TYPE_CHECKING:
     from torch._inductor.pattern_matcher import Match
     from torch.fx import Graph, Node
 
-VERSION = 1
+VERSION = 2
 """Of the rewrites: another number with every change of them."""
 
 _MARK = "sum of gradients"
@@ -85,13 +89,14 @@ def tell() -> None:
     from torch._inductor.pattern_matcher import Arg, CallFunction, CallFunctionVarArgs, register_graph_pattern
     from torch._inductor.virtualized import V
 
-    aten, register = torch.ops.aten, lowering.register_lowering
+    aten, hop, register = torch.ops.aten, torch.ops.higher_order, lowering.register_lowering
     lower_addmm, lower_clone, fallback = (
         lowering.lowerings[aten.addmm.default],
         lowering.clone,
         ir.FallbackKernel.create,
     )
     patterns: Any = post_grad.pass_patterns[-1]
+    decompose = post_grad.decompose_scan_to_while_loop
     in_place: Any = reinplace.InplaceableOp(_ops.addmm_.default, 0)
     reinplace.inplaceable_ops[_ops.addmm.default] = in_place
 
@@ -108,7 +113,7 @@ def tell() -> None:
     @register(_ops.own.default, type_promotion_kind=None)
     def own(tensor: Any) -> Any:
         source: Any = V.graph.current_node.args[0]
-        if _is_zero(source):  # no kernel to compile
+        if _is_zero(source):  # NOTE [what a loop compiles]
             val = source.meta["val"]
             return ir.TensorBox.create(
                 fallback(aten.zeros.default, tensor.get_size(), dtype=val.dtype, device=val.device)
@@ -121,9 +126,16 @@ def tell() -> None:
     def sums(match: Match, buffer: Node, gradient: Node) -> None:
         _rewrite_sum(match.graph, match.output_node(), buffer, gradient, get_node_storage)
 
-    @register_graph_pattern(CallFunctionVarArgs(torch.ops.higher_order.scan), pass_dict=patterns)
-    def loops(match: Match, body: Node, init: list[Node], *_: Any) -> None:
-        _rewrite_loop(match.graph, match.output_node(), body, init)
+    @register_graph_pattern(CallFunctionVarArgs(hop.scan), pass_dict=patterns)
+    def loops(match: Match, *_: Any) -> None:
+        graph: Any = match.graph
+        changed = [_rewrite_loop(graph, node) for node in graph.find_nodes(op="call_function", target=hop.scan)]
+        if any(changed):
+            others = graph.find_nodes(op="call_function", target=hop.while_loop)
+            decompose(graph.owning_module)  # as Inductor does later; all scans, which are then not matched any more
+            for node in graph.find_nodes(op="call_function", target=hop.while_loop):
+                if node not in others:
+                    _simplify_counter(graph, node)
 
 
 def _rewrite_sum(graph: Graph, node: Node, buffer: Node, gradient: Node, storage: Callable[[Node], object]) -> None:
@@ -162,8 +174,10 @@ def _transpose(graph: Graph, node: Any) -> Node:
     return new
 
 
-def _rewrite_loop(graph: Graph, node: Node, body: Node, init: list[Node]) -> None:
-    """Let a scan write to its carries that are sums of gradients."""
+def _rewrite_loop(graph: Graph, node: Node) -> bool:
+    """Let a scan write to its carries that are sums of gradients; whether it has any."""
+    body: Any = node.args[0]
+    init: Any = node.args[1]
     parent: Any = graph.owning_module
     module = getattr(parent, str(body.target))
     inner: Graph = module.graph
@@ -172,10 +186,11 @@ def _rewrite_loop(graph: Graph, node: Node, body: Node, init: list[Node]) -> Non
     carries = inner.find_nodes(op="placeholder")[: len(init)]
     shared = len(graph.find_nodes(op="get_attr", target=body.target)) > 1 or len(body.users) > 1
     if len(results) != len(init) or shared:
-        return
-    start, first = list(init), _after_placeholders(inner)
+        return False
+    start, first, changed = list(init), _after_placeholders(inner), False
     for number, (carry, result) in enumerate(zip(carries, results, strict=True)):
         if _is_sum(result) and result.args[0] is carry and len(carry.users) == len(result.users) == 1:
+            changed = True
             with inner.inserting_before(first):  # see NOTE [the order of writes]
                 _copy(inner, carry, carry)
             if result.target is _ops.addmm.default:
@@ -191,6 +206,17 @@ def _rewrite_loop(graph: Graph, node: Node, body: Node, init: list[Node]) -> Non
     end.args = (tuple(results),)
     module.recompile()
     node.args = (node.args[0], start, *node.args[2:])
+    return changed
+
+
+def _simplify_counter(graph: Graph, node: Node) -> None:
+    """Let ATen count a loop's iterations, ``0``, ``i < n`` and ``i + 1``; NOTE [what a loop compiles]."""
+    cond, body = (getattr(graph.owning_module, str(arg.target)).graph for arg in node.args[:2])  # type: ignore[union-attr]
+    counter: Any = node.args[2][0]  # type: ignore[index]
+    for scalar in (counter, cond.output_node().args[0], body.output_node().args[0][0]):
+        while isinstance(scalar, (tuple, list)):
+            (scalar,) = scalar
+        scalar.meta["should_fallback"] = True
 
 
 def _is_sum(result: Any) -> bool:

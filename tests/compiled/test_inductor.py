@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch._functorch.config
 import torch._inductor.config
+from torch._higher_order_ops.scan import scan
 from torch.testing import assert_close
 
 import gradacc
@@ -51,10 +52,13 @@ def test_a_matrix_is_added_to_where_it_is(steps):
     assert_close(grads, grad_fn(params, x))
     sums = 2 if steps > loop.UNROLLED else 2 * (steps - 1)  # of a and of b, whose gradient is a transpose
     assert code.count("aten.addmm_.default(") == sums
+    if steps > loop.UNROLLED:
+        assert code.count("aten.lt.Scalar(") == code.count("aten.add.Tensor(") == 1  # the loop's counter is no kernel
+        assert "cpp_fused_lt" not in code
 
 
 def test_a_loop_writes_to_nothing_but_its_own():
-    """Zeros of the same shape in the same graph, two leaves that are one tensor, and a second run that goes on."""
+    """Zeros of the same shape in the same graph, two leaves that are one tensor, a second run that goes on, another's scan."""
     params, x = (
         weights(),
         torch.randn(2 * LOOPED * 3 + LOOPED, 16),
@@ -65,7 +69,8 @@ def test_a_loop_writes_to_nothing_but_its_own():
     def step(params, x):
         before = {name: torch.zeros_like(p) for name, p in params.items()}
         grads, value = grad_fn(params, x)
-        return grads, value, {name: 2 * before[name] + grad for name, grad in grads.items()}, before
+        sums = scan(lambda sofar, row: (sofar + row, sofar * row), before["bias"], x)
+        return grads, value, {name: 2 * before[name] + grad for name, grad in grads.items()}, before, sums
 
     assert_close(compiled(step)(params, x), step(params, x))
 
