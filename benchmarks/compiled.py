@@ -14,7 +14,8 @@ of a time is the other's doing.
 **Compile time.** Each in a fresh process, without any of Inductor's caches: *start-up* is the first compilation of
 next to nothing (imports, the compiler's precompiled headers), *first call* what the gradient's first call takes after
 that, compilation and one run. The one-graph variant also at 2 and at 32 steps of one batch (of 32 micro-batches of the
-workload's size), with a *later call* beside it: the difference is compilation. And its graph's nodes at 8 and at 64 steps.
+workload's size), in turns, with a *later call* beside it: the difference is compilation; what is reported is the median of the
+ratios of a pair. And its graph's nodes at 8 and at 64 steps.
 
 **Memory.** The peak of a call after the first over what was there before it. *resident*: what the kernel saw, in a fresh
 process; *allocated*: PyTorch's tensors, exact.
@@ -71,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "parameter_bytes": work.parameter_bytes,
             **_run("time", options, workload),
             "cold": {name: _run("cold", options, workload, name, work.steps) for name in names},
-            "growth": {str(steps): _run("growth", options, workload, ONE_GRAPH, steps) for steps in COMPILE_STEPS},
+            "growth": _growth(options, workload),
             "nodes": {str(steps): _run("nodes", options, workload, ONE_GRAPH, steps) for steps in NODE_STEPS},
         }
     options.out.mkdir(parents=True, exist_ok=True)
@@ -131,6 +132,15 @@ def growth_task(options: argparse.Namespace) -> dict[str, Any]:
     return _cold(options, _resized(options, max(COMPILE_STEPS)))
 
 
+def _growth(options: argparse.Namespace, workload: str) -> dict[str, list[Any]]:
+    """At each number of steps, what as many fresh processes found, which took turns."""
+    found: dict[str, list[Any]] = {str(steps): [] for steps in COMPILE_STEPS}
+    for _ in range(options.pairs):
+        for steps in COMPILE_STEPS:
+            found[str(steps)].append(_run("growth", options, workload, ONE_GRAPH, steps))
+    return found
+
+
 def _cold(options: argparse.Namespace, work: Workload) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ.update(TORCHINDUCTOR_CACHE_DIR=folder, TORCHINDUCTOR_FORCE_DISABLE_CACHES="1")
@@ -186,6 +196,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=31, help="timed rounds (31)")
     parser.add_argument("--warmup", type=int, default=3, help="rounds before them that are dropped (3)")
+    parser.add_argument("--pairs", type=int, default=5, help="first calls at few and at many steps (5)")
     parser.add_argument("--threads", type=int, help="of PyTorch's CPU kernels and of JAX's (PyTorch's default)")
     results = Path(__file__).parent / "results"
     parser.add_argument("--out", type=Path, default=results, help="folder (benchmarks/results)")
@@ -197,7 +208,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.quick:
-        options.rounds, options.warmup = 3, 1
+        options.rounds, options.warmup, options.pairs = 3, 1, 1
     return options
 
 
