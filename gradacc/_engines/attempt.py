@@ -25,8 +25,11 @@ _NAME = "gradacc_attempt"
 
 
 def attempt(first: Callable[[], T], second: Callable[[], T], otherwise: str) -> tuple[T, bool]:
-    """``first(), True``; where Dynamo cannot trace that ``second(), False``, and a warning: ``otherwise``, and why."""
-    if not torch.compiler.is_dynamo_compiling() or not _tell():
+    """``first(), True``; where Dynamo cannot trace that ``second(), False``, and a warning: ``otherwise``, and why.
+
+    Where warnings are errors, what Dynamo said of the first is raised.
+    """
+    if not _tell():
         return first(), True
     result: tuple[T, bool] = _attempt(lambda: (first(), True), lambda: (second(), False), otherwise)
     return result
@@ -61,20 +64,18 @@ def _tell() -> bool:
 
         def _call_function(self, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
             first, second, otherwise = args
-            output = tx.output
-            effects, entered = output.side_effects, len(output.cleanup_hooks)
-            before = effects.clone()  # of its tables; the object itself goes on
+            restore = _saved(tx)
             try:
                 return first.call_function(tx, [], {})
             except (Unsupported, UncapturedHigherOrderOpError, TorchRuntimeError) as error:
-                why = _summary(error)
-            while len(output.cleanup_hooks) > entered:
-                output.cleanup_hooks.pop()()
-            for table in ("id_to_variable", "store_attr_mutations", "attr_mutation_kinds", "keepalive"):
-                setattr(effects, table, getattr(before, table))
-            output.side_effects = effects
+                failed = error
+            with higher_order_ops.discard_graph_changes(tx):  # leaving a mode is a node, too
+                restore()
             result = second.call_function(tx, [], {})
-            warnings.warn(f"{otherwise.as_python_constant()}. torch says: {why}", stacklevel=2)
+            try:
+                warnings.warn(f"{otherwise.as_python_constant()}. torch says: {_summary(failed)}", stacklevel=2)
+            except UserWarning as warning:
+                raise failed from warning
             return result
 
     known[_NAME] = AttemptVariable
@@ -82,6 +83,31 @@ def _tell() -> bool:
 
 
 _tell._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result imports Dynamo
+
+
+def _saved(tx: Any) -> Callable[[], None]:
+    """What Dynamo and torch know where an attempt begins, as a function that takes them back there."""
+    output, modes, entered = tx.output, tx.symbolic_torch_function_state, len(tx.output.cleanup_hooks)
+    effects = output.side_effects
+    tables = effects.clone()  # the object itself goes on: others hold it
+    switches = {name: value for name, value in vars(modes).items() if name != "mode_stack"}
+    stack = list(modes.mode_stack)
+    state: dict[str, tuple[Callable[[Any], object], Any]] = {}
+    output.save_global_state(state)
+
+    def restore() -> None:
+        while len(output.cleanup_hooks) > entered:
+            output.cleanup_hooks.pop()()
+        for setter, value in state.values():
+            setter(value)
+        vars(modes).update(switches)
+        modes.mode_stack.clear()
+        modes.mode_stack.extend(stack)
+        for table in ("id_to_variable", "store_attr_mutations", "attr_mutation_kinds", "keepalive"):
+            setattr(effects, table, getattr(tables, table))
+        output.side_effects = effects
+
+    return restore
 
 
 def _summary(error: Any) -> str:

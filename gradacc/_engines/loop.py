@@ -38,7 +38,9 @@ UNROLLED = 4
 
 def fold(name: str, step: Step, buffer: Buffer, sums: _fold.Sums, cut: Cut) -> tuple[Buffer, _fold.Sums]:
     """``for microbatch in cut: buffer, sums = step(buffer, sums, microbatch)``."""
-    loops = True
+    loops = (
+        torch.compiler.is_dynamo_compiling()
+    )  # not so in torch.export(strict=False), where scan cannot trace its body
     for run in cut.runs:
         start = buffer, sums
         buffer, sums = step(*start, cut.at(run.offset, run.size))

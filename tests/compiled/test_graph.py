@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import optree
@@ -346,6 +347,55 @@ def test_what_cannot_be_a_loop_is_unrolled_with_one_warning(name):
     assert not any("scan" in str(node.target) for node in graphs.graphs[0].graph.nodes)
     assert_trees_close(_numbers(actual), _numbers(expected))
     assert (len(CALLS), COUNTER.calls) == (2 * effects[0], 2 * effects[1])
+
+
+class Mode(torch.overrides.TorchFunctionMode):
+    """One of the user's."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("inside", [nullcontext, torch.no_grad, Mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+def test_what_a_failed_attempt_had_entered_is_left(inside):
+    """Modes inside the loss, and a caller's own: neither the values nor what is in force afterwards show anything of it."""
+
+    def loss(params, batch):
+        with inside():
+            CALLS.append("called")
+        with torch.enable_grad():  # a gradient of a gradient
+            slope = torch.func.grad(lambda w: torch.tanh(batch["x"] @ w).sum())(params["w"])
+        return plain(params, batch) * slope.square().sum()
+
+    torch._dynamo.reset()
+    grad_fn = gradacc.accumulate(loss, steps=8)
+    compiled = torch.compile(grad_fn, fullgraph=True, backend="eager")
+    for caller in (nullcontext, torch.no_grad):
+        with caller():
+            before = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch._C._len_torch_function_stack()
+            with pytest.warns(UserWarning, match="Attempted to mutate ListVariable"):
+                actual = compiled(PARAMS, data(16))
+            now = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch._C._len_torch_function_stack()
+            assert now == before
+            assert torch._C._functorch.maybe_current_level() is None
+            assert_trees_close(actual, grad_fn(PARAMS, data(16)))
+
+
+def test_where_warnings_are_errors_what_torch_said_is_raised():
+    torch._dynamo.reset()
+    grad_fn = gradacc.accumulate(appends, steps=8)
+    with pytest.raises(torch._dynamo.exc.UncapturedHigherOrderOpError, match="Attempted to mutate ListVariable"):
+        torch.compile(grad_fn, fullgraph=True, backend="eager")(PARAMS, data(16))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # torch.export itself looks at it
+def test_export_without_dynamo_unrolls():
+    class Module(nn.Module):
+        def forward(self, params, batch):
+            return gradacc.accumulate(plain, steps=8)(params, batch)
+
+    program = torch.export.export(Module(), (PARAMS, data(16)), strict=False)
+    assert not any("scan" in str(node.target) for node in program.graph.nodes)
 
 
 def test_a_loss_that_traces_in_no_way_raises_its_own_error():
