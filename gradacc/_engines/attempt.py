@@ -53,6 +53,7 @@ def _tell() -> bool:
         from torch._dynamo.variables import higher_order_ops
 
         known: Any = higher_order_ops._hop_name_to_variable_class
+        discarding = higher_order_ops.discard_graph_changes
         base: Any = higher_order_ops.TorchHigherOrderOperatorVariable
     except (ImportError, AttributeError):
         return False
@@ -60,16 +61,19 @@ def _tell() -> bool:
         return True
 
     class AttemptVariable(base):  # type: ignore[misc]  # of a class that is looked up
-        _HOP_NAME = _NAME
+        _HOP_NAME = "gradacc's loop over micro-batches"
 
         def _call_function(self, tx: Any, args: list[Any], kwargs: dict[str, Any]) -> Any:
             first, second, otherwise = args
-            restore = _saved(tx)
+            try:
+                restore = _saved(tx)
+            except (AttributeError, TypeError):  # other names
+                return first.call_function(tx, [], {})
             try:
                 return first.call_function(tx, [], {})
             except (Unsupported, UncapturedHigherOrderOpError, TorchRuntimeError) as error:
                 failed = error
-            with higher_order_ops.discard_graph_changes(tx):  # leaving a mode is a node, too
+            with discarding(tx):  # leaving a mode is a node, too
                 restore()
             result = second.call_function(tx, [], {})
             try:
@@ -103,8 +107,11 @@ def _saved(tx: Any) -> Callable[[], None]:
         vars(modes).update(switches)
         modes.mode_stack.clear()
         modes.mode_stack.extend(stack)
-        for table in ("id_to_variable", "store_attr_mutations", "attr_mutation_kinds", "keepalive"):
-            setattr(effects, table, getattr(tables, table))
+        # not what it knows of objects that the attempt met first: their trackers are kept elsewhere, and met again
+        effects.store_attr_mutations, effects.attr_mutation_kinds = (
+            tables.store_attr_mutations,
+            tables.attr_mutation_kinds,
+        )
         output.side_effects = effects
 
     return restore

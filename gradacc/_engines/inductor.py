@@ -211,12 +211,13 @@ def _rewrite_loop(graph: Graph, node: Node) -> bool:
 
 def _simplify_counter(graph: Graph, node: Node) -> None:
     """Let ATen count a loop's iterations, ``0``, ``i < n`` and ``i + 1``; NOTE [what a loop compiles]."""
+    aten = torch.ops.aten
     cond, body = (getattr(graph.owning_module, str(arg.target)).graph for arg in node.args[:2])  # type: ignore[union-attr]
-    counter: Any = node.args[2][0]  # type: ignore[index]
-    for scalar in (counter, cond.output_node().args[0], body.output_node().args[0][0]):
-        while isinstance(scalar, (tuple, list)):
-            (scalar,) = scalar
-        scalar.meta["should_fallback"] = True
+    start, test, step = node.args[2], cond.output_node().args[0], body.output_node().args[0]
+    scalars: list[Any] = [part[0] if isinstance(part, (tuple, list)) else part for part in (start, test, step)]
+    if [scalar.target for scalar in scalars] == [aten.full.default, aten.lt.Scalar, aten.add.Tensor]:
+        for scalar in scalars:
+            scalar.meta["should_fallback"] = True
 
 
 def _is_sum(result: Any) -> bool:

@@ -114,14 +114,14 @@ class Link:
 
     def receive(self, plan: wire.Plan) -> tuple[list[Tensor], list[Tensor]]:
         """The sums, one tensor a bucket; and their gradients in the accumulators' dtype, made while later buckets cross."""
+        sent, self._flats, self._works = list(zip(plan.buckets, self._flats, self._works, strict=True)), [], []
         flats, wide = [], []
-        for bucket, flat, work in zip(plan.buckets, self._flats, self._works, strict=True):
+        for bucket, flat, work in sent:
             with groups.speaking(self.options.name, self.group):
                 work.wait()
             assert flat is not None
             flats.append(flat)
             wide.append(wire.widen(bucket, flat))
-        self._flats, self._works = [], []
         return flats, wide
 
     def _open(self, plan: wire.Plan) -> None:

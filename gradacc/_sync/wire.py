@@ -13,11 +13,12 @@ from gradacc._sync.layout import Spec
 
 SMALL, LARGE, PARTS = 1 << 20, 25 << 20, 5
 """Where there is overlap, bytes from which a bucket is full: of a small model a fifth of all its gradients, so that the
-backward pass fills several. And not the first two, which are to leave early:"""
+backward pass fills several, but not less than `SMALL`. And not the first two of a dtype, which are to leave early:"""
 
 EARLY = (1 / 16, 1 / 4)
-"""the part of that at which they are full. A network is slower than a backward pass, or overlap would not pay: while it
-carries one bucket, one of four times its size fills, and it is never idle."""
+"""the parts of that at which they are full: a backward pass that makes bytes four times as fast as the network carries them
+fills the next one while the network carries one, which is then never idle (measured so on the slow link of
+``benchmarks/boundary.py``)."""
 
 _BYTES = {torch.float64: 6, torch.float32: 3, torch.float16: 1, torch.bfloat16: 1}
 """Whole bytes that a float of this dtype holds exactly."""
@@ -70,7 +71,8 @@ def plan(
     numels: list[int] = []
     places: dict[int, Place] = {}
     current: dict[tuple[torch.dtype, torch.device], int] = {}
-    whole = sum(shape.numel() * (compress or dtype).itemsize for shape, dtype in zip(shapes, dtypes, strict=True))
+    left: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    whole = sum(shape.numel() * _itemsize(dtype, compress) for shape, dtype in zip(shapes, dtypes, strict=True))
     full = max(SMALL, min(LARGE, whole // PARTS))
     first = [int(part * full) for part in EARLY]
 
@@ -87,8 +89,10 @@ def plan(
         places[i] = Place(at, numels[at], numel)
         filled[at][2].append(i)
         numels[at] += numel
-        if order is not None and numels[at] * (compress or dtype).itemsize >= (first[at] if at < len(first) else full):
+        sizes = left.setdefault((dtype, devices[i]), [*first, full])
+        if order is not None and numels[at] * (compress or dtype).itemsize >= sizes[0]:
             del current[dtype, devices[i]]
+            sizes[:] = sizes[1:] or sizes
     header = len(filled) - 1
     # Metrics are not rounded, and do not hold up a bucket that could leave early.
     last = {} if compress or order is not None else {dtype: at for (dtype, _), at in current.items()}
@@ -110,6 +114,10 @@ def plan(
         tuple(specs),
         header,
     )
+
+
+def _itemsize(dtype: torch.dtype, compress: torch.dtype | None) -> int:
+    return dtype.itemsize if compress is None else compress.itemsize * (2 if dtype.is_complex else 1)
 
 
 def size(plan: Plan, at: int, world: int, columns: int) -> int:

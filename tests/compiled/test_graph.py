@@ -312,7 +312,16 @@ def closes_over_views(params, batch):
     return (residual(params, batch) * SCALES[0] + SCALES[1]).square().mean()
 
 
+def appends_later(params, batch):
+    """Objects that the first micro-batch, which is traced outside of a loop, does not meet."""
+    COUNTER.calls += 1
+    if COUNTER.calls % 8 > 1:
+        CALLS.append("called")
+    return plain(params, batch)
+
+
 UNROLLED = {
+    "appends later": (Case(appends_later, (PARAMS, data(16)), {"steps": 8}), "Attempted to mutate ListVariable"),
     "appends": (
         Case(appends, (PARAMS, data(21)), {"steps": 8}),
         "Attempted to mutate ListVariable.*test_graph.py, line",
@@ -399,15 +408,20 @@ def test_export_without_dynamo_unrolls():
 
 
 def test_a_loss_that_traces_in_no_way_raises_its_own_error():
-    """And nothing is left behind: the next compilation is a loop."""
+    """Here the third micro-batch, after an attempt that failed. And nothing is left behind: the next compilation is a loop."""
     torch._dynamo.reset()
+    COUNTER.calls = 0
 
     def loss(params, batch):
-        print("called")
+        COUNTER.calls += 1
+        if COUNTER.calls > 2:
+            print("called")
         return plain(params, batch)
 
     with pytest.raises(torch._dynamo.exc.Unsupported, match="print"):
         torch.compile(gradacc.accumulate(loss, steps=8), fullgraph=True, backend="eager")(PARAMS, data(16))
+    assert torch._C._functorch.maybe_current_level() is None
+    assert torch.is_grad_enabled()
     check(CASES["plain"], "eager")
 
 

@@ -271,6 +271,8 @@ def test_buckets():
     assert [bucket.indices for bucket in large.buckets] == [(0,), (1,), (2, 3), (4, 5), (6, 7)]
     equal = wire.plan([torch.Size([1 << 16])] * 32, [torch.float32] * 32, [where[0]] * 32, (), None, range(32))
     assert [len(bucket.indices) for bucket in equal.buckets] == [1, 2, 7, 7, 7, 7, 1]
+    two = wire.plan([torch.Size([1 << 16])] * 8, [torch.float64, torch.float32] * 4, [where[0]] * 8, (), None, range(8))
+    assert [bucket.indices for bucket in two.buckets] == [(0,), (1,), (2,), (3,), (4, 6), (5, 7)]  # of each dtype
     half = wire.plan(sizes, kind, where, (Spec(torch.int64, (3,), False),), torch.bfloat16, order)
     assert [bucket.indices for bucket in half.buckets] == [(4, 5, 3), (1,), (2,), (0,), ()]
     assert [bucket.wire for bucket in half.buckets] == [torch.bfloat16] * 4 + [torch.int64]
