@@ -63,10 +63,11 @@ def all_reduce(
             partial sums. float16 overflows where an element of the mean gradient (with ``reduction="sum"``, of the sum)
             exceeds 65504, or where the total weight has grown that much since the call before.
         overlap: send buckets of about 25 MB (of a fifth of all gradients, but at least 1 MB, where that is less; the first
-            one of a dtype a sixteenth of that, the second a quarter) while the last micro-batch's backward pass still runs, on every rank in the order in
-            which gradients were final in the first call, which does not overlap. As many all-reduces as there are buckets;
-            the same bits for two ranks, for more the sums are associated differently. An iterable of micro-batches is read
-            one ahead. It pays where the network takes longer than packing (``benchmarks/boundary.py``).
+            one of a dtype a sixteenth of that, the second a quarter) while the last micro-batch's backward pass still runs,
+            on every rank in the order in which gradients were final in the first call, which does not overlap. As many
+            all-reduces as there are buckets; the same bits for two ranks, for more the sums are associated differently. An
+            iterable of micro-batches is read one ahead. It pays where the network takes longer than packing
+            (``benchmarks/boundary.py``).
 
     Raises (when ``grad_fn`` is called):
         RuntimeError: the environment says WORLD_SIZE > 1 and no process group was initialised.
