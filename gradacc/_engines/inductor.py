@@ -212,7 +212,7 @@ def _rewrite_loop(graph: Graph, node: Node) -> bool:
 def _simplify_counter(graph: Graph, node: Node) -> None:
     """Let ATen count a loop's iterations, ``0``, ``i < n`` and ``i + 1``; NOTE [what a loop compiles]."""
     aten = torch.ops.aten
-    cond, body = (getattr(graph.owning_module, str(arg.target)).graph for arg in node.args[:2])  # type: ignore[union-attr]
+    cond, body = (getattr(graph.owning_module, str(arg.target)).graph for arg in node.args[:2])  # type: ignore[union-attr]  # nodes
     start, test, step = node.args[2], cond.output_node().args[0], body.output_node().args[0]
     scalars: list[Any] = [part[0] if isinstance(part, (tuple, list)) else part for part in (start, test, step)]
     if [scalar.target for scalar in scalars] == [aten.full.default, aten.lt.Scalar, aten.add.Tensor]:
