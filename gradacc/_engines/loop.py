@@ -10,10 +10,10 @@ the same for every micro-batch of a run: it advances by what the first one added
 NOTE [one copy of the loss]
     What the state is (which numbers are tensors, what aux has) only a micro-batch can say, so the first one is traced outside
     the loop too, for that and for the unit of the weights. (Where there can be no loop, the others follow it: NOTE [what cannot
-    be a loop].) The rest is removed as dead code, and what is compiled is one copy
-    of the loss. Starting the scan from its results instead saves filling the accumulators with zeros, and doubles the time to
-    compile. (A loss that draws random numbers draws them once more for every run of micro-batches of one size: dead draws are
-    not removed. And a weight that comes out of the forward pass keeps the first one's alive.)
+    be a loop].) The rest is removed as dead code, and what is compiled is one copy of the loss. Starting the scan from its
+    results instead saves filling the accumulators with zeros, and doubles the time to compile. (A loss that draws random
+    numbers draws them once more for every run of micro-batches of one size: dead draws are not removed. And a weight that
+    comes out of the forward pass keeps the first one's alive.)
 """
 
 from __future__ import annotations

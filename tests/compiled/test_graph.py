@@ -278,7 +278,7 @@ ODD = {
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # Dynamo itself, of a Function
 @pytest.mark.parametrize("name", ODD)
 def test_losses_that_might_not_trace(name):
-    """Some of them in more than a body of plain arithmetic."""
+    """Each is a loop: an unrolled one would warn, which is an error here."""
     options = {"reduction": "sum"} if "rows" in name else {}
     check(Case(ODD[name], (PARAMS, data(16)), {"steps": 8, **options}), "eager")
 
@@ -425,9 +425,20 @@ def test_a_loss_that_traces_in_no_way_raises_its_own_error():
     check(CASES["plain"], "eager")
 
 
+def unknown():
+    return False
+
+
 def test_an_attempt_that_dynamo_does_not_know_is_made_as_it_is(monkeypatch):
     from torch._dynamo.variables import higher_order_ops
 
+    assert attempt._tell() is True
+    monkeypatch.setattr(attempt, "_tell", unknown)  # as where a name is missing
+    check(CASES["plain"], "eager")
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.UncapturedHigherOrderOpError, match="Attempted to mutate ListVariable"):
+        torch.compile(gradacc.accumulate(appends, steps=8), fullgraph=True, backend="eager")(PARAMS, data(16))
+    monkeypatch.undo()
     monkeypatch.delattr(higher_order_ops, "_hop_name_to_variable_class")
     assert attempt._tell() is False
 
