@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -207,7 +206,7 @@ def accumulate_and_value(
 
 def _grad_and_value(name: str, loss_fn: Callable[..., Any], given: _options.Given) -> Callable[..., Any]:
     options = _options.options(name, loss_fn, given)
-    agreed = _sync.Agreed() if options.sync is not None else None
+    agreed = _sync.Agreed(name, loss_fn) if options.sync is not None else None
 
     @functools.wraps(loss_fn, updated=())  # the __dict__ of a compiled loss holds Dynamo's marks, which are not ours
     def grad_fn(*args: Any, **kwargs: Any) -> Any:
@@ -233,43 +232,43 @@ def _run(
     kwargs: dict[str, Any],
 ) -> Any:
     """One call of ``grad_fn``: ``finalize . sync . fold(update) . init``."""
+    link = _sync.connect(options, agreed)
     try:
         differentiated, batch = _validate.positions(options, args)
         params, treedef = _step.parameters(options, args, differentiated)
-    except (TypeError, ValueError):
-        _sync.give_up(options, agreed)
-        raise
-    fold = _step.start(options, params, treedef)
-    engine = fold.engine
-    link = _sync.connect(options, agreed, params, treedef, fold.accumulated)
-    evaluate = _step.evaluator(fold, loss_fn, differentiated, kwargs)
-    step = _step.stepper(fold, evaluate)
-
-    with engine.guard():
-        buffer: Any = engine.init(params, fold.accumulated)
-    sums = _fold.Sums()
-    try:
-        divided = _split.microbatches(options, args, differentiated, batch)
-        sums = sums._replace(known=divided.examples)
-        empty = divided.whole if divided.examples == 0 else None
-        if divided.cut is not None and loops():
-            buffer, sums = loop.fold(options.name, step, buffer, sums, divided.cut)
-        else:
-            sender = link if isinstance(link, _sync.Link) and link.overlaps else None
-            for microbatch, last in _with_last(divided.parts, ahead=sender is not None):
-                # the caller's iterator runs in the caller's modes, not under the guard
-                if microbatch.empty:
-                    empty = empty or microbatch
-                    continue
-                with engine.guard():
-                    buffer, sums = step(buffer, sums, microbatch, sender if last else None)
-        if not isinstance(link, _sync.Link):
-            sums = _step.with_types(fold, evaluate, sums, empty)
-    except Exception as error:
+        fold = _step.start(options, params, treedef)
+        engine = fold.engine
         if link is not None:
-            with contextlib.suppress(Exception), engine.guard():  # this rank's own error is the one to see
-                link.fail(sums)
-        _validate.note_unsplit(error, options, args)
+            link.bind(params, treedef, fold.accumulated)
+        evaluate = _step.evaluator(fold, loss_fn, differentiated, kwargs)
+        step = _step.stepper(fold, evaluate)
+
+        with engine.guard():
+            buffer: Any = engine.init(params, fold.accumulated)
+        sums = _fold.Sums()
+        try:
+            divided = _split.microbatches(options, args, differentiated, batch)
+            sums = sums._replace(known=divided.examples)
+            empty = divided.whole if divided.examples == 0 else None
+            if divided.cut is not None and loops():
+                buffer, sums = loop.fold(options.name, step, buffer, sums, divided.cut)
+            else:
+                sender = link if isinstance(link, _sync.Link) and link.overlaps else None
+                for microbatch, last in _with_last(divided.parts, ahead=sender is not None):
+                    # the caller's iterator runs in the caller's modes, not under the guard
+                    if microbatch.empty:
+                        empty = empty or microbatch
+                        continue
+                    with engine.guard():
+                        buffer, sums = step(buffer, sums, microbatch, sender if last else None)
+            if not isinstance(link, _sync.Link):
+                sums = _step.with_types(fold, evaluate, sums, empty)
+        except Exception as error:
+            _validate.note_unsplit(error, options, args)
+            raise
+    except BaseException as error:
+        if link is not None:
+            link.fail(error)
         raise
     return _step.finish(fold, link, buffer, sums, lambda sums: _step.with_types(fold, evaluate, sums, empty))
 

@@ -162,7 +162,7 @@ def accumulator(
         raise TypeError(f"accumulator: donate must be True or False, got {describe(donate)}")
     if options.sync is not None:
         options = options._replace(sync=AllReduce(options.sync.group, options.sync.compress, overlap=False))
-    agreed = _sync.Agreed() if options.sync is not None else None
+    agreed = _sync.Agreed(options.name, loss_fn) if options.sync is not None else None
 
     def init(params: Any) -> State:
         """Nothing accumulated."""
@@ -264,27 +264,30 @@ def _counts(state: State) -> bool:
 
 
 def _finalize(options: Options, agreed: _sync.Agreed | None, donate: bool, state: Any) -> Any:
+    link = _sync.connect(options, agreed)
     try:
         state = _state.check(options, state, "finalize(state)")
-    except (TypeError, ValueError):
-        _sync.give_up(options, agreed)
+        engine = _step.engine()
+        with engine.guard():
+            params, treedef = _state.like_params(state)
+            fold = _step.start(options, params, treedef)
+            if link is not None:
+                link.bind(params, treedef, fold.accumulated)
+            grads, _, sums = _state.unpack(state, engine is eager)
+            if not donate:  # nothing that is returned, or changed on the way, is the state's
+                if sums.kind is not None:
+                    sums = _fold.with_numbers(sums, [_copy(number) for number in _fold.numbers(sums)])
+                if link is None:  # what crosses is packed, and comes back in new memory
+                    grads = [_copy(grad) for grad in grads]
+            buffer = engine.resume(params, fold.accumulated, grads, state.facts.arrived, donated=True)
+            del grads  # each buffer is to die when its result exists
+        typed = sums
+        if state.facts.empty and isinstance(link, _sync.Link):
+            sums = _fold.Sums()
+    except BaseException as error:
+        if link is not None:
+            link.fail(error)
         raise
-    engine = _step.engine()
-    with engine.guard():
-        params, treedef = _state.like_params(state)
-        fold = _step.start(options, params, treedef)
-        link = _sync.connect(options, agreed, params, treedef, fold.accumulated)
-        grads, _, sums = _state.unpack(state, engine is eager)
-        if not donate:  # nothing that is returned, or changed on the way, is the state's
-            if sums.kind is not None:
-                sums = _fold.with_numbers(sums, [_copy(number) for number in _fold.numbers(sums)])
-            if link is None:  # what crosses is packed, and comes back in new memory
-                grads = [_copy(grad) for grad in grads]
-        buffer = engine.resume(params, fold.accumulated, grads, state.facts.arrived, donated=True)
-        del grads  # each buffer is to die when its result exists
-    typed = sums
-    if state.facts.empty and isinstance(link, _sync.Link):
-        sums = _fold.Sums()
     return _step.finish(fold, link, buffer, sums, lambda sums: typed if sums.kind is None else sums)
 
 

@@ -26,7 +26,7 @@ class AllReduce:
 def all_reduce(
     group: ProcessGroup | DeviceMesh | None = None, *, compress: torch.dtype | None = None, overlap: bool = False
 ) -> AllReduce:
-    """For ``sync=``: "one large batch" is then the union of the batches of all ranks.
+    r"""For ``sync=``: "one large batch" is then the union of the batches of all ranks.
 
     .. code-block:: text
 
@@ -45,14 +45,26 @@ def all_reduce(
     is not 0-dim crosses in its own dtype, in a call of its own where no gradient has that dtype. At first use one exchange
     more, of descriptions: ranks whose parameters differ in structure, shape or dtype all get the same error.
 
-    **Failure.** If the call raises on one rank, that rank raises its error, and every other one a RuntimeError that names
-    it; nobody hangs, and the next call works (not so after a KeyboardInterrupt, which the others are not told). If a rank is
-    killed or does not come, the others raise a RuntimeError that names the group, at the latest after the process group's
-    timeout (``init_process_group(timeout=...)``). A NaN on one rank is a NaN on all.
+    **Failure.** If the call raises on one rank, wherever it does (parameters of a wrong kind, the loss, the loader, aux that
+    cannot be packed), that rank raises its error, and every other one a RuntimeError that names it; nobody hangs, and the next
+    call is exact on all ranks. A rank that is interrupted (KeyboardInterrupt) tells the others in its next call. If it raised
+    when the others already had their results (no memory for its own), the next call is an error on every rank that says so, as
+    their parameters may differ: load a checkpoint, and go on. If a rank is killed or does not come, the others raise a
+    RuntimeError that names the group, at the latest after the process group's timeout
+    (``init_process_group(timeout=...)``). A NaN on one rank is a NaN on all.
 
-    Ranks must make the same calls in the same order. What is returned for one call are views of one tensor for each dtype:
-    keeping one gradient keeps all. Compiled (`torch.compile(grad_fn)`), the all-reduce is a node of the graph: nothing is
-    compared or told then, ``overlap`` is left out, and a rank needs at least an empty batch of the right shape.
+    **Order.** Ranks must make the same calls in the same order. The n-th call of a rank in a group meets the n-th call of the
+    others, and each says what it is (of which ``grad_fn``, and its number); where that differs, every rank gets the same
+    RuntimeError, which names all the calls, and nothing is returned. Catch it on every rank and go on from the same place on
+    all of them: the numbers are the same again from the next call on. Several ``grad_fn`` are told apart by where their
+    losses are written, at first use, and by their first calls later; so of two that one piece of code makes (closures) the
+    first calls must come in the same order. A call that a rank leaves out is not noticed: its next one, with its next window,
+    takes its place, and the others wait for its last one. Where calls of several, of different sizes, come in a new order, one
+    all-reduce more crosses, of the size of the one that was expected.
+
+    What is returned for one call are views of one tensor for each dtype: keeping one gradient keeps all. Compiled
+    (`torch.compile(grad_fn)`), the all-reduce is a node of the graph: nothing is compared or told then, ``overlap`` is left
+    out, and a rank needs at least an empty batch of the right shape.
 
     Arguments:
         group: a ProcessGroup, a one-dimensional DeviceMesh or one dimension of a mesh (``mesh["dp"]``); by default the
@@ -60,8 +72,11 @@ def all_reduce(
         compress: gradients cross in this dtype, `torch.bfloat16` or `torch.float16`, half the bytes; weights, values
             and metrics stay exact. With W ranks and the dtype's unit roundoff u (2**-8, 2**-11), an element's error is at
             most about ``W u sum_r |c_r|``, ``c_r = sum_i w_ri g_ri / sum w``: each contribution is rounded once, then the
-            partial sums. float16 overflows where an element of the mean gradient (with ``reduction="sum"``, of the sum)
-            exceeds 65504, or where the total weight has grown that much since the call before.
+            partial sums. float16 is for mean gradients whose elements are larger than about 1e-3 where they count: below
+            2**-12 they lose digits, and below 2**-23 they are 0 (with ``reduction="sum"``, where nothing says what they could
+            be divided by, it is the elements of the sums). That holds for any weights: where the total weight is not within a
+            factor of 4 (or so) of that of the call before, or where a sum is not finite, gradients cross once more, not
+            compressed, so that nothing overflows which would not in the accumulators' dtype. They are kept until then.
         overlap: send buckets of about 25 MB (of a fifth of all gradients, but at least 1 MB, where that is less; the first
             one of a dtype a sixteenth of that, the second a quarter) while the last micro-batch's backward pass still runs,
             on every rank in the order in which gradients were final in the first call, which does not overlap. As many
@@ -71,7 +86,8 @@ def all_reduce(
 
     Raises (when ``grad_fn`` is called):
         RuntimeError: the environment says WORLD_SIZE > 1 and no process group was initialised.
-        ValueError: this process is not in ``group``; a mesh of several dimensions; ranks that differ.
+        RuntimeError: on another rank the call has raised, or it made another call.
+        ValueError: this process is not in ``group``; a mesh of several dimensions; parameters, options or losses that differ.
 
     Example:
         >>> import torch, gradacc

@@ -119,13 +119,15 @@ def finish(
         value, aux = _fold.finalize(options, sums, fold.params[0])
         results = engine.finalize(buffer, fold.returned, _fold.gradient_factor(options, sums))
         grads = _tree.unflatten(fold.treedef, results)
+    if link is not None:
+        link.done()
     return grads, ((value, aux) if options.has_aux else value)
 
 
 def _contribution(options: Options, sums: _fold.Sums, link: _sync.Link | None, outcome: Outcome) -> Contribution | None:
     """What a micro-batch counts for; where its gradients are sent as they come, the link learns their unit first."""
     if link is not None:
-        link.set_unit(_fold.unit(sums, outcome))
+        link.set_unit(_fold.unit(sums, outcome), sums.weight + (outcome.weight or 0.0))
     return _fold.contribution(options, sums, outcome)
 
 

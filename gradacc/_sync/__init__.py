@@ -5,8 +5,10 @@
 .. code-block:: text
 
     link = connect(...)                     # None: there is nobody to talk to
-    buffer, sums = fold(...)                # on each rank by itself; link.fail() where it raises
+    link.bind(params, ...)
+    buffer, sums = fold(...)                # on each rank by itself; link.fail(error) where it raises
     grads, sums = link.cross(buffer, sums)  # the union's
+    link.done()                             # it was divided, and is returned
 
 NOTE [one collective]
     Gradients, and beside them a *record* of everything that is not one (weight, value, scalar metrics, whether this rank
@@ -17,11 +19,14 @@ NOTE [one collective]
 NOTE [agreement]
     To pack alike, ranks must know alike what there is to pack; a rank without a micro-batch has not even seen what the loss
     returns. So at first use (of a ``grad_fn``, with parameters of this structure, in this group) they exchange descriptions,
-    and compare them. Later calls rely on it. Ranks must therefore make the same calls in the same order.
+    and compare them. Later calls rely on it. Ranks must therefore make the same calls in the same order; what happens where
+    they do not is told in ``channel.py``, NOTE [turns].
 
 NOTE [failing together]
-    A rank whose loss raises takes part in the collective all the same, with a record that says so, and then raises its own
-    error; the others raise one that names it. Nobody waits, and nobody is a collective ahead of the others afterwards.
+    A rank that raises takes part in the collective all the same, with a record that says so, and then raises its own error;
+    the others raise one that names it. Nobody waits, and nobody is a collective ahead of the others afterwards. Where it
+    cannot wait for them (a KeyboardInterrupt), it does so at the beginning of its next call. What later calls rely on (the
+    channel, agreements, scales) changes only by what all ranks have read in the same records, when all of them went through.
 """
 
 from __future__ import annotations
@@ -29,5 +34,4 @@ from __future__ import annotations
 from gradacc._sync.agreement import Agreed as Agreed
 from gradacc._sync.boundary import Link as Link
 from gradacc._sync.boundary import connect as connect
-from gradacc._sync.boundary import give_up as give_up
 from gradacc._sync.traced import Traced as Traced

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import contextlib
+import functools
+import inspect
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,129 +17,229 @@ from torch import Tensor
 
 from gradacc import _tree
 from gradacc._options import Options
+from gradacc._sync import channel as channels
 from gradacc._sync import group as groups
 from gradacc._sync import layout as layouts
+from gradacc._sync import scale as scales
 from gradacc._sync import wire
-from gradacc._sync.layout import Layout
-
-FINE, RAISED, CHANGED = 0, 1, 2
-"""How a rank's call went: RAISED, and CHANGED where it returned another kind than was agreed on."""
+from gradacc._sync.channel import Channel
+from gradacc._sync.layout import Layout, Spec
 
 
 class Agreement(NamedTuple):
     """What later calls rely on."""
 
+    identity: int
+    """How many were agreed on in this group before: the same on every rank."""
     layout: Layout
-    scale: float
-    """A power of two near the total weight of the last call: gradients cross in units of it, in the range of a mean."""
     plan: wire.Plan
+    shape: wire.Shape
+    scale: float
+    """NOTE [scales]"""
 
 
-Agreed = WeakKeyDictionary[Any, dict[Any, Agreement]]
-"""Of one ``grad_fn``: by process group and by the parameters' structure. It saves an exchange, and changes no result."""
+class Agreed:
+    """What one ``grad_fn`` has agreed on: by process group and by the parameters' structure."""
+
+    def __init__(self, name: str, loss_fn: Callable[..., Any]) -> None:
+        self.title = f"{name}({_place(loss_fn)})"
+        """What ranks call it among themselves. Two losses that one piece of code makes (closures) have the same."""
+        self.groups: WeakKeyDictionary[Any, dict[Any, Agreement]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
-class _Description:
-    """What a rank says of itself."""
+class Description:
+    """What a rank says of itself; of plain types, so that every rank can read it."""
 
-    params: tuple[tuple[str, tuple[int, ...], torch.dtype], ...] = ()
-    options: tuple[Any, ...] = ()
-    layout: Layout | None = None
-    weight: float = 0.0
-    order: tuple[int, ...] = ()
+    params: tuple[tuple[str, tuple[int, ...], torch.dtype], ...]
+    options: tuple[Any, ...]
+    specs: tuple[Spec, ...]
+    layout: bytes | None
+    """A pickled `Layout`, in which a class may be that only one rank can import."""
+    weight: float
+    order: tuple[int, ...]
     """Of the parameters, as their gradients were final in the last micro-batch's backward pass."""
-    raised: bool = False
 
 
-def agree(
+def describe(
     options: Options,
-    group: dist.ProcessGroup,
     params: Sequence[Tensor],
     treedef: _tree.TreeDef,
-    dtypes: Sequence[torch.dtype],
     layout: Layout | None,
     weight: float,
     order: Sequence[int],
-    raised: bool,
-) -> tuple[Agreement | None, bool]:
-    """Exchange descriptions; None where there is nothing to sum yet, or this rank is about to raise.
-
-    And whether later calls may rely on it: not where no rank had anything that counts.
-    """
-    assert options.sync is not None
-    unknown = None
+) -> Description:
+    """What this rank says of itself."""
+    sync = options.sync
+    assert sync is not None
     try:
-        pickle.dumps(layout)
+        coded = None if layout is None else pickle.dumps(layout)
     except Exception as error:  # whatever a user's class raises
-        layout, raised, unknown = None, True, error
+        raise TypeError(
+            f"{options.name}: with sync, ranks tell each other the structure of aux, which cannot be pickled: {error}. "
+            "Return it in containers of module-level classes"
+        ) from error
     paths = _tree.paths(treedef, "params")
-    mine = _Description(
+    return Description(
         tuple((path, tuple(p.shape), p.dtype) for path, p in zip(paths, params, strict=True)),
         (
             ("reduction", options.reduction),
             ("dtype", options.dtype),
             ("has_aux", options.has_aux),
-            ("compress", options.sync.compress),
-            ("overlap", options.sync.overlap),
+            ("compress", sync.compress),
+            ("overlap", sync.overlap),
         ),
-        layout,
+        () if layout is None else tuple(layout.specs()),
+        coded,
         weight,
         tuple(order),
-        raised,
     )
-    everyone: list[Any] = [None] * group.size()
-    with groups.speaking(options.name, group):
-        dist.all_gather_object(everyone, mine, group=group)
-    if unknown is not None:
-        raise TypeError(
-            f"{options.name}: with sync, ranks tell each other the structure of aux, which cannot be pickled: {unknown}. "
-            "Return it in containers of module-level classes"
-        ) from unknown
-    check_statuses(options.name, group, [RAISED if each.raised else FINE for each in everyone], raised)
-    if raised:
-        return None, False
+
+
+class Found(NamedTuple):
+    """What all ranks' descriptions say together."""
+
+    shape: wire.Shape | None
+    """Of the all-reduce that follows; None: there is nothing to sum yet. The same on every rank."""
+    agreement: Agreement | None = None
+    """None where this rank has a problem."""
+    lasting: bool = False
+    """Whether later calls may rely on it: not where no rank had anything that counts."""
+    problem: Exception | None = None
+    """What this rank has to say against it: it takes part in the all-reduce with a record that it has raised."""
+
+
+def agree(
+    options: Options,
+    group: dist.ProcessGroup,
+    channel: Channel,
+    number: int,
+    title: str,
+    params: Sequence[Tensor],
+    dtypes: Sequence[torch.dtype],
+    mine: Description,
+    layout: Layout | None,
+) -> Found:
+    """Exchange descriptions. An error that is raised here is raised on every rank."""
+    name = options.name
+    answers = _exchange(name, group, (number, title, mine))
+    channel.number = max(number for number, _, _ in answers)
+    problem = of_statuses(name, group, [each is None for _, _, each in answers])
+    if problem is not None:
+        raise problem
+    if len({answer[:2] for answer in answers}) > 1:
+        raise _of_calls(name, group, answers)
+    everyone: list[Description] = [each for _, _, each in answers]
+    _check_alike(name, group, everyone)
     ranks = dist.get_process_group_ranks(group)
-    _check_alike(options.name, group, everyone)
-    known = [(rank, each.layout) for rank, each in zip(ranks, everyone, strict=True) if each.layout is not None]
-    for rank, other in known[1:]:
-        problem = layouts.difference(known[0][1], other)
-        if problem is not None:
-            raise ValueError(f"{options.name}: ranks {known[0][0]} and {rank} differ: {problem}; {groups.title(group)}")
+    known = [(rank, each) for rank, each in zip(ranks, everyone, strict=True) if each.layout is not None]
     if not known:
-        return None, False
-    total = sum(each.weight for each in everyone)
+        return Found(None)
+    assert options.sync is not None
     plan = wire.plan(
         [p.shape for p in params],
         dtypes,
         [p.device for p in params],
-        known[0][1].specs(),
+        known[0][1].specs,
         options.sync.compress,
         _whole(max((each.order for each in everyone), key=len), len(params)) if options.sync.overlap else None,
     )
-    return Agreement(known[0][1], scale(total), plan), bool(total) or options.reduction == "sum"
+    shape = wire.shape(plan, group.size(), channels.COLUMNS)
+    try:
+        layout = _common(name, group, known, layout)
+    except Exception as error:  # ranks that differ; a class that cannot be imported here
+        return Found(shape, problem=error)
+    total = sum(each.weight for each in everyone)
+    agreement = Agreement(channel.agreements, layout, plan, shape, scales.scale(total))
+    return Found(shape, agreement, bool(total) or options.reduction == "sum")
 
 
-def tell(group: dist.ProcessGroup) -> None:
-    """Take part in the exchange of a rank that raises before it knows anything."""
-    everyone: list[Any] = [None] * group.size()
-    dist.all_gather_object(everyone, _Description(raised=True), group=group)
+def tell(name: str, group: dist.ProcessGroup, number: int, title: str) -> None:
+    """Take part in the exchange of descriptions, on a rank whose call has raised."""
+    _exchange(name, group, (number, title, None))
 
 
-def scale(weight: float) -> float:
-    """The power of two that is nearest."""
-    return 2.0 ** round(math.log2(weight)) if weight else 1.0
+def raise_for_calls(name: str, group: dist.ProcessGroup, number: int, title: str) -> NoReturn:
+    """Ranks make different calls: an error, the same on every rank, that names them all."""
+    raise _of_calls(name, group, _exchange(name, group, (number, title, None)))
 
 
-def check_statuses(name: str, group: dist.ProcessGroup, statuses: Sequence[int], raised: bool) -> None:
-    """An error that names the ranks whose calls raised, where this one's did not."""
+def of_statuses(name: str, group: dist.ProcessGroup, raised: Sequence[bool]) -> Exception | None:
+    """An error that names the ranks whose calls raised."""
+    if not any(raised):
+        return None
+    return RuntimeError(
+        f"{name}: no gradient on rank {dist.get_rank()}, because the call raised on {_named(group, raised)} of "
+        f"{groups.title(group)}; see the error there"
+    )
+
+
+def of_apart(name: str, group: dist.ProcessGroup, apart: Sequence[bool]) -> Exception:
+    """An error that names the ranks that have missed a result."""
+    return RuntimeError(
+        f"{name}: on {_named(group, apart)} of {groups.title(group)} the call before this one raised when the others already "
+        "had its result, so parameters may differ between ranks now. Nothing was returned. Load a checkpoint, or send the "
+        "parameters and the optimizer's state of one rank to all; the next call goes on"
+    )
+
+
+def _named(group: dist.ProcessGroup, flags: Sequence[bool]) -> str:
+    found = [str(rank) for rank, flag in zip(dist.get_process_group_ranks(group), flags, strict=True) if flag]
+    return f"rank{'s' if len(found) > 1 else ''} {', '.join(found)}"
+
+
+def _of_calls(name: str, group: dist.ProcessGroup, answers: Sequence[tuple[int, str, Any]]) -> Exception:
     ranks = dist.get_process_group_ranks(group)
-    failed = [rank for rank, status in zip(ranks, statuses, strict=True) if status != FINE]
-    if failed and not raised:
-        raise RuntimeError(
-            f"{name}: no gradient on rank {dist.get_rank()}, because the call raised on rank"
-            f"{'s' if len(failed) > 1 else ''} {', '.join(map(str, failed))} of {groups.title(group)}; see the error there"
-        )
+    each = "; ".join(
+        f"rank {rank}: {title}, call {number}" for rank, (number, title, _) in zip(ranks, answers, strict=True)
+    )
+    return RuntimeError(
+        f"{name}: ranks of {groups.title(group)} made different calls, and nothing was returned. {each} in this group. Every "
+        "rank must make the same calls in the same order, and one that catches an error must not go on by itself. Catch this "
+        "one on every rank, and let all of them go on from the same place (a step, a checkpoint): their next calls have the "
+        "same number again"
+    )
+
+
+def _exchange(name: str, group: dist.ProcessGroup, mine: tuple[int, str, Any]) -> list[tuple[int, str, Any]]:
+    everyone: list[Any] = [None] * group.size()
+    with groups.speaking(name, group):
+        dist.all_gather_object(everyone, mine, group=group)
+    return everyone
+
+
+def _common(
+    name: str, group: dist.ProcessGroup, known: Sequence[tuple[int, Description]], own: Layout | None
+) -> Layout:
+    """The layout that all ranks have that have seen a micro-batch."""
+    found: list[Layout] = []
+    for rank, each in known:
+        try:
+            assert each.layout is not None
+            found.append(own if rank == dist.get_rank() and own is not None else pickle.loads(each.layout))
+        except Exception as error:  # whatever a class does that is not the same here
+            raise TypeError(
+                f"{name}: with sync, ranks tell each other the structure of aux, and that of rank {rank} cannot be read on "
+                f"rank {dist.get_rank()}: {error}. Return it in containers of classes that every rank can import"
+            ) from error
+    for (rank, _), other in zip(known[1:], found[1:], strict=True):
+        problem = layouts.difference(found[0], other)
+        if problem is not None:
+            raise ValueError(f"{name}: ranks {known[0][0]} and {rank} differ: {problem}; {groups.title(group)}")
+    return found[0]
+
+
+def _place(loss_fn: Any) -> str:
+    """Where the code of a loss stands: module, name and line, without what differs between machines."""
+    while isinstance(loss_fn, functools.partial):
+        loss_fn = loss_fn.func
+    with contextlib.suppress(ValueError):
+        loss_fn = inspect.unwrap(loss_fn)
+    if not hasattr(loss_fn, "__qualname__"):
+        loss_fn = type(loss_fn)
+    code = getattr(loss_fn, "__code__", None)
+    line = "" if code is None else f":{code.co_firstlineno}"
+    return f"{loss_fn.__module__}.{loss_fn.__qualname__}{line}"
 
 
 def _whole(order: Sequence[int], number: int) -> list[int]:
@@ -146,7 +248,7 @@ def _whole(order: Sequence[int], number: int) -> list[int]:
     return [*order, *(i for i in reversed(range(number)) if i not in reached)]
 
 
-def _check_alike(name: str, group: dist.ProcessGroup, everyone: Sequence[_Description]) -> None:
+def _check_alike(name: str, group: dist.ProcessGroup, everyone: Sequence[Description]) -> None:
     """The same error on every rank, naming the first difference from the group's first rank."""
     ranks, first = dist.get_process_group_ranks(group), everyone[0]
     for rank, each in zip(ranks[1:], everyone[1:], strict=True):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradacc import _fold
+from gradacc import _fold, _tree
 from gradacc._options import Options
 from gradacc._sync import layout as layouts
 from gradacc._sync import wire
@@ -22,10 +22,12 @@ from gradacc._sync import wire
 class Traced:
     """As `gradacc._sync.boundary.Link`, for one graph."""
 
-    def __init__(
-        self, options: Options, group: dist.ProcessGroup, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]
-    ) -> None:
-        self.options, self.group, self.params, self.dtypes = options, group, params, dtypes
+    def __init__(self, options: Options, group: dist.ProcessGroup) -> None:
+        self.options, self.group = options, group
+
+    def bind(self, params: Sequence[Tensor], treedef: _tree.TreeDef, dtypes: Sequence[torch.dtype]) -> None:
+        """Say what is differentiated, as soon as it is known."""
+        self.params, self.dtypes = params, dtypes
 
     def cross(
         self, grads: list[Tensor | None], sums: _fold.Sums, arrived: bool
@@ -88,5 +90,8 @@ class Traced:
         whole = _fold.with_numbers(sums, restored)._replace(weight=floats[:, 0].sum(), unit=1.0, differentiated=True)
         return wire.unpack(plan, wide, self.params), whole, arrived or not sums.differentiated
 
-    def fail(self, sums: _fold.Sums) -> None:
+    def fail(self, error: BaseException) -> None:
         """Nothing can be told from inside a graph."""
+
+    def done(self) -> None:
+        """Nor that all is well."""

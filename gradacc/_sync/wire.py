@@ -56,6 +56,21 @@ class Plan(NamedTuple):
     """Of everything that is not a gradient."""
     header: int
     """The bucket at whose end the records ride."""
+    narrow: bool
+    """Whether gradients cross in float16."""
+    limit: float
+    """How far from 1 a gradient's factor may be where they do not: NOTE [scales]."""
+
+
+class Shape(NamedTuple):
+    """What all-reduces look like from outside: ranks whose calls have the same shape meet in them."""
+
+    flats: tuple[tuple[int, torch.dtype, torch.device], ...]
+    """Of each, its elements (riders and records included), dtype and device."""
+    header: int
+    """The one at whose end the records ride."""
+    columns: int
+    """Of a record."""
 
 
 def plan(
@@ -104,15 +119,19 @@ def plan(
             if dtype not in last:
                 last[dtype] = another(dtype, devices[0])
             riders.setdefault(last[dtype], []).append(n)
+    buckets = tuple(
+        Bucket(dtype, compress or dtype if indices else dtype, device, tuple(indices), numel)
+        for (dtype, device, indices), numel in zip(filled, numels, strict=True)
+    )
+    wires = {bucket.wire for bucket in buckets if bucket.indices}
     return Plan(
-        tuple(
-            Bucket(dtype, compress or dtype if indices else dtype, device, tuple(indices), numel)
-            for (dtype, device, indices), numel in zip(filled, numels, strict=True)
-        ),
+        buckets,
         tuple(places[i] for i in range(len(shapes))),
         tuple(tuple(riders.get(at, ())) for at in range(len(filled))),
         tuple(specs),
         header,
+        torch.float16 in wires,
+        2.0**256 if wires == {torch.float64} else 2.0**32,
     )
 
 
@@ -120,10 +139,20 @@ def _itemsize(dtype: torch.dtype, compress: torch.dtype | None) -> int:
     return dtype.itemsize if compress is None else compress.itemsize * (2 if dtype.is_complex else 1)
 
 
-def size(plan: Plan, at: int, world: int, columns: int) -> int:
-    """Elements of a bucket, riders and records included."""
-    numel = plan.buckets[at].numel + sum(_numel(plan.specs[n]) for n in plan.vectors[at])
-    return numel + (world * digits(columns, plan.buckets[at].wire) if at == plan.header else 0)
+def shape(plan: Plan, world: int, fixed: int) -> Shape:
+    """Of a plan, for so many ranks, with records that begin with so many columns."""
+    columns = fixed + sum(_width(spec) for spec in plan.specs if not spec.shape)
+    flats = []
+    for at, bucket in enumerate(plan.buckets):
+        numel = bucket.numel + sum(_numel(plan.specs[n]) for n in plan.vectors[at])
+        if at == plan.header:
+            numel += world * digits(columns, bucket.wire)
+        flats.append((numel, bucket.wire, bucket.device))
+    return Shape(tuple(flats), plan.header, columns)
+
+
+def _width(spec: Spec) -> int:
+    return 2 if spec.dtype is not None and spec.dtype.is_complex else 1
 
 
 def _numel(spec: Spec) -> int:
@@ -205,12 +234,6 @@ def summed(plan: Plan, fixed: int, table: Tensor, shares: Tensor) -> list[Any]:
             sums.append(table[:, column].sum())
             column += 1
     return sums
-
-
-def columns(plan: Plan, fixed: int) -> int:
-    """Of a record."""
-    scalars = [spec for spec in plan.specs if not spec.shape]
-    return fixed + sum(2 if spec.dtype is not None and spec.dtype.is_complex else 1 for spec in scalars)
 
 
 def encode(record: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,7 @@
-"""Law 4: any layout over ranks equals one process with the union. Law 7: exactly one collective a call."""
+"""Law 4: any layout over ranks equals one process with the union. Law 7: exactly one collective a call.
+
+And after any failed call, on any ranks, at any place, the next one is exact, and has the same bits on all ranks.
+"""
 
 from typing import Any
 
@@ -11,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import gradacc
 from tests.helpers import assert_trees_close, assert_trees_equal, value_of
 from tests.laws.losses import CASES
+from tests.sync import fuzz
 
 few = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -100,3 +104,45 @@ def _common(result: Any) -> Any:
 
 def _weightless(value: Any) -> bool:
     return isinstance(value, gradacc.Mean) and not value.weight
+
+
+@st.composite
+def failures(draw):
+    """Three calls of one function, and one of another, of which the second fails on some ranks, at one place."""
+    world = draw(st.integers(1, 4))
+    accumulate = draw(st.booleans())
+    mode = fuzz.Mode(
+        "accumulate" if accumulate else "accumulator",
+        draw(st.sampled_from(("mean", "sum", "Mean"))),
+        draw(st.sampled_from((torch.float32, torch.float64))),
+        True,
+        draw(st.sampled_from((None, torch.bfloat16, torch.float16))),
+        draw(st.booleans()),
+    )
+    places = (*fuzz.CALLS, *fuzz.AUX) if accumulate else (*fuzz.OURS, "state")
+    place = draw(st.sampled_from((*places, fuzz.AFTER)))
+    failing = draw(st.sets(st.integers(0, world - 1), min_size=1))
+    seeds = st.integers(0, 2**16)
+
+    def call(which: int, rank: int, weight: float, fault: str | None) -> fuzz.Call:
+        sizes = tuple(draw(st.lists(st.integers(1, 3), min_size=1 if fault or not rank else 0, max_size=2)))
+        return fuzz.Call(which, sizes, weight, draw(seeds), fault)
+
+    weights = draw(st.lists(st.sampled_from((1.0, 1e3, 1e30, 1e-30)), min_size=5, max_size=5))
+    return fuzz.Program(
+        (mode, mode),
+        tuple(
+            tuple(
+                call(int(n == 3), rank, weight, place if n == 1 and rank in failing else None)
+                for n, weight in enumerate(weights)
+            )
+            for rank in range(world)
+        ),
+    )
+
+
+@few
+@given(program=failures())
+def test_after_any_failed_call_the_next_one_is_exact(pool, program):
+    answers = pool.run(len(program.calls), fuzz.play, [program])
+    assert fuzz.check(str(program), program, [answer for (answer,) in answers]) == []

@@ -1,0 +1,145 @@
+"""What the calls of one process have in common in a process group: their numbers, and what the next one looks like.
+
+NOTE [turns]
+    All-reduces of different sizes do not meet: gloo aborts a process, NCCL waits. So that ranks which make different calls
+    find out, the first thing that crosses in a call has a shape that every rank knows before it knows anything of its own
+    call: that which followed, the last time, on calls like the latest ones. Whoever makes a call of another shape (of another
+    ``grad_fn``, or the first one) sends zeros in the expected one, with a record that says so, and goes on if all ranks do
+    the same. Where one ``grad_fn`` is called again and again, or several in turns, every shape is as expected, and nothing
+    more crosses than there has to. A rank that raises before it knows what it would have sent takes part likewise.
+
+    What is expected is derived from records, which all ranks have alike, and from nothing else.
+
+NOTE [what a record says of its call]
+    Which ``grad_fn`` it is of (how many this group had agreed on before), and the number of the call in this group, which is
+    counted when a call begins, before anything can raise. Where ranks differ, all of them tell each other what they were about
+    to call, and raise an error that names it. Then they have the same number again (the largest), and go on together.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+from weakref import WeakKeyDictionary
+
+import torch.distributed as dist
+from torch import Tensor
+
+from gradacc._sync import group as groups
+from gradacc._sync.wire import Shape
+
+FINE, RAISED, SWITCHING = 0, 1, 2
+"""How a rank's call goes; SWITCHING: it is of another shape than was expected."""
+
+DIFFERENTIATED, ARRIVED, WITHHELD, APART = 4, 8, 16, 32
+"""Bits beside it: of `_fold.Sums`; whether a loss reached the parameters; whether gradients are still to come (NOTE [scales]);
+and whether the call before this one raised on this rank when the others had their results."""
+
+FIRST = -1
+"""In the place of the number of a ``grad_fn`` that has none yet."""
+
+NUMBER, IDENTITY, WEIGHT, UNIT, COLUMNS = range(1, 6)
+"""Columns of every record, behind the status and its bits; weight and unit are floats."""
+
+_MAGIC = 0x67726164 << 16
+
+
+class Unfinished(Protocol):
+    """A call that has not told the others all that they wait for."""
+
+    def abandon(self) -> None:
+        """Tell them that it has raised."""
+
+
+class Row(NamedTuple):
+    """What a rank's record says of its call."""
+
+    bits: int
+    number: int
+    identity: int
+
+    @property
+    def status(self) -> int:
+        """One of the three."""
+        return self.bits & 3
+
+
+class Channel:
+    """Of a group. Its number, agreements and what is expected are the same on all ranks, between calls."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        """Of the latest call."""
+        self.agreements = 0
+        self.expected: Shape | None = None
+        """None before the first call has gone through: then an exchange of descriptions is the first thing that crosses."""
+        self.unfinished: list[Unfinished] = []
+        """Calls that were left while others wait for them: by a KeyboardInterrupt, or without the memory to tell them."""
+        self.broken = False
+        """Whether it was left where nothing can be told any more."""
+        self.apart = False
+        """Whether the others may have a result of the latest call, and this rank has not."""
+        self._latest: deque[tuple[int, Shape]] = deque(maxlen=32)
+        """Of the latest calls that went through: which ``grad_fn``, and the shape."""
+
+    def begin(self) -> int:
+        """The number of a new call."""
+        self.number += 1
+        return self.number
+
+    def settle(self, name: str, group: dist.ProcessGroup) -> None:
+        """Bring to its end what earlier calls have left."""
+        if self.broken:
+            raise RuntimeError(
+                f"{name}: an earlier call on this rank was interrupted while the ranks of {groups.title(group)} agreed; "
+                "this group cannot be used any more. Make a new one"
+            )
+        while self.unfinished:
+            self.unfinished[0].abandon()
+
+    def crossed(self, identity: int, shape: Shape) -> None:
+        """A call of this ``grad_fn`` has gone through."""
+        self._latest.append((identity, shape))
+        again = all(each == identity for each, _ in self._latest)
+        self.expected = shape if again else _following(list(self._latest))
+
+
+_channels: WeakKeyDictionary[Any, Channel] = WeakKeyDictionary()
+"""By process group. It belongs to no ``grad_fn``: several of them, and different ones, speak in a group."""
+
+
+def of(group: dist.ProcessGroup) -> Channel:
+    """The channel of a group."""
+    found = _channels.get(group)
+    if found is None:
+        found = _channels[group] = Channel()
+    return found
+
+
+def bits(status: int, *flags: int) -> int:
+    """A record's first column."""
+    return _MAGIC | status | sum(flags)
+
+
+def rows(name: str, group: dist.ProcessGroup, table: Tensor) -> list[Row]:
+    """What the records of all ranks say of their calls."""
+    found = [Row(*row) for row in table[:, :WEIGHT].tolist()]
+    if any(row.bits & ~0xFFFF != _MAGIC for row in found):
+        raise RuntimeError(
+            f"{name}: what came through {groups.title(group)} is no record of a call: another collective of this group was "
+            "mixed up with this call's. Nothing was returned. Every rank must make the same calls in the same order"
+        )
+    return found
+
+
+def _following(latest: Sequence[tuple[int, Shape]]) -> Shape:
+    """What followed at that earlier place before which most of the latest calls came in the same order."""
+    found, length = latest[-1][1], 0
+    for end in range(len(latest) - 1, 0, -1):
+        same = 0
+        while same < end and latest[end - 1 - same][0] == latest[-1 - same][0]:
+            same += 1
+        if same > length:
+            found, length = latest[end][1], same
+    return found

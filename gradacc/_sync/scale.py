@@ -1,0 +1,43 @@
+"""The unit in which gradients cross. NOTE [scales]
+
+NOTE [scales]
+    On the wire a gradient is ``sum_i w_i g_i / scale``, with a power of two for the ``scale``, so that it has the range of a
+    mean (a sum over a million tokens would overflow float16) and no bit of it depends on the scale. The right one is near the
+    total weight, which a rank learns with the others' records, too late: so it is the total weight of the ``grad_fn``'s last
+    call that went through, a number from records that all ranks have.
+
+    Where that is wrong for this call, gradients cross once more, in the right scale. With numbers of 32 bits or more it takes
+    weights that change by a factor of 2**32 (in float64 2**256): a rank whose own weight is that far from the scale sends zeros
+    at first, and says so in its record; what the others have sent counts. With float16, whose range is small, everything
+    crosses again, not compressed, where the total weight is more than `NARROW` times, or less than 1 / `NARROW` of, the
+    scale, and where a sum is not finite: which is NaN or inf in the end only if it is without float16 too. Its gradients are
+    therefore kept until the records have come.
+
+    With ``reduction="sum"`` there are no weights: gradients cross as they are.
+"""
+
+from __future__ import annotations
+
+import math
+
+from gradacc._sync.wire import Plan
+
+NARROW = 4.0
+"""How far the total weight may be from the scale in float16."""
+
+
+def scale(weight: float) -> float:
+    """The power of two that is nearest."""
+    if not weight or not math.isfinite(weight):
+        return 1.0
+    return 2.0 ** max(-1000, min(1000, round(math.log2(weight))))
+
+
+def is_far(weight: float, one: float, plan: Plan) -> bool:
+    """Whether gradients of so much weight would lose digits in this scale, whatever the others send."""
+    return bool(weight) and not plan.narrow and not 1.0 / plan.limit <= weight / one <= plan.limit
+
+
+def is_wrong(weight: float, one: float) -> bool:
+    """Whether this is no scale for float16."""
+    return bool(weight) and not 1.0 / NARROW <= weight / one <= NARROW

@@ -1,0 +1,101 @@
+"""The unit in which gradients cross is that of the call before: any sequence of weights is right all the same."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor.debug import CommDebugMode
+
+import gradacc
+
+HALF, SHORT = torch.float16, torch.bfloat16
+
+
+def sequence(group, weights, gradient, dtype, options):
+    """``weights[call][rank]``; the gradient of each rank is ``gradient`` times its number from 1."""
+    rank, current = dist.get_rank(group), [0.0]
+
+    def loss(w, x):
+        return gradacc.Mean((w.sum() * gradient * (1 + rank) * x).sum() * current[0], current[0])
+
+    grad_fn = gradacc.accumulate(loss, steps=1, sync=gradacc.all_reduce(group, **options))
+    answers = []
+    for call in weights:
+        current[0] = call[rank]
+        with CommDebugMode() as counter:
+            (grad,) = grad_fn(torch.ones(1, dtype=dtype), torch.ones(1, dtype=dtype))
+        answers.append((grad.item(), counter.get_total_counts()))
+    return answers
+
+
+def check(pool, weights, gradient, dtype, options, rtol):
+    answers = pool.run(2, sequence, weights, gradient, dtype, options)
+    assert answers[0] == answers[1]
+    for (found, _), (one, other) in zip(answers[0], weights, strict=True):
+        assert found == pytest.approx(gradient * (one + 2 * other) / (one + other), rel=rtol)
+    return [count for _, count in answers[0]]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize(
+    ("weights", "again"),
+    [
+        ((1e6, 1e6, 8.0, 8.0), (1, 2, 1)),
+        ((1.0, 1e3, 1e6, 1e6), (2, 2, 1)),
+        ((8.0, 10.0, 7.0, 16.0, 4.0), (1, 1, 1, 1)),
+        ((1e-30, 1e30, 1e30, 1e-30), (2, 1, 2)),
+    ],
+    ids=str,
+)
+def test_float16_in_any_sequence(pool, weights, again, overlap):
+    """Where the total weight has changed too much, gradients cross once more; not where it has changed a little."""
+    options = {"compress": HALF, "overlap": overlap}
+    counts = check(pool, [(w, w) for w in weights], 1.0, torch.float32, options, 2.0**-9)
+    assert tuple(counts[1:]) == again
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("compress", [None, SHORT])
+def test_extreme_weights(pool, dtype, compress, overlap):
+    """On all ranks, on one of them, growing and falling."""
+    weights = [(1.0, 1.0), (1e30, 1e30), (1e-30, 1e-30), (1e-30, 1e30), (1e30, 1e-30), (1e-30, 1e-30), (2e-30, 1e-30)]
+    options = {"compress": compress, "overlap": overlap}
+    counts = check(pool, weights, 1.0, dtype, options, 2.0**-7 if compress else 1e-6)
+    assert counts[-1] == 1
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_float16_that_overflows(pool, reduction, overlap):
+    """A gradient beyond 65504, on the wire or only in the sum, is not inf; a true inf or NaN is."""
+    for gradient in (1e5, 5e4, 3e4):
+        for answers in pool.run(2, overflowing, gradient, reduction, overlap):
+            factor = 2.0 if reduction == "sum" else 1.0
+            assert answers[0] == pytest.approx([gradient * factor] * 2, rel=2.0**-9)
+            assert answers[1] == [float("inf"), pytest.approx(gradient * factor, rel=2.0**-9)]
+            assert answers[2] == pytest.approx([gradient * factor] * 2, rel=2.0**-9)
+
+
+def overflowing(group, gradient, reduction, overlap):
+    current = [gradient]
+
+    def loss(w, x):
+        return (w * torch.tensor([current[0], gradient])).sum() * x.mean()
+
+    grad_fn = gradacc.accumulate(
+        loss, steps=1, reduction=reduction, sync=gradacc.all_reduce(group, compress=HALF, overlap=overlap)
+    )
+    answers = []
+    for value in (gradient, float("inf") if dist.get_rank(group) else gradient, gradient):
+        current[0] = value
+        answers.append(grad_fn(torch.ones(2), torch.ones(1, 1)).tolist())
+    return answers
+
+
+def test_weight_that_comes_back_from_nothing(pool):
+    """A call of weight 0 on all ranks leaves the scale as it is."""
+    options = {"compress": HALF}
+    answers = pool.run(2, sequence, [(4.0, 4.0), (0.0, 0.0), (4.0, 4.0)], 1.0, torch.float32, options)
+    assert answers[0] == answers[1]
+    assert [found for found, _ in answers[0]] == [1.5, 0.0, 1.5]
+    assert answers[0][2][1] == 1
