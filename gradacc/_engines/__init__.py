@@ -38,6 +38,11 @@ def transforming() -> bool:
     return torch.compiler.is_compiling() or functorch_is_active() or forward_ad._current_level >= 0 or _inside.get()
 
 
+def is_inside_a_loss() -> bool:
+    """Whether the eager engine runs a loss, whose parameters are leaves of the engine's own."""
+    return _inside.get()
+
+
 def is_readable(tensor: Tensor) -> bool:
     """Whether a tensor has one value here: under grad and jvp it does, batched or while Dynamo traces it has none."""
     if torch.compiler.is_compiling():

@@ -1,0 +1,150 @@
+"""The module's own tensors, where others were given: what uses one while a replica runs is refused.
+
+NOTE [the module's own tensors]
+    A forward pass that gets at the module's own parameter, and not at the one that it was given, computes something else:
+    its gradient is silently zero, or its value that of other parameters. A replica renews what a module's state and its
+    callables lead to (NOTE [what belongs to a replica]); what is left are ways through globals, class attributes and objects
+    of any other kind, which nobody can list. So for as long as the replica runs, the own tensors are of a subclass with a
+    ``__torch_function__``: it costs nothing where they are not used, and sees every use, in any call, frozen or not, with
+    `torch.no_grad` and under `torch.vmap` too. Only what this thread's replica uses is refused (another thread may run the
+    module itself), and only what depends on the values: shapes, dtypes, devices and the like are the same.
+
+    A tensor that was computed from an own one earlier (``self.half = self.weight[:2]`` in ``__init__``) is no better. The
+    replica's copy of it is of such a subclass for good.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradacc import _engines
+
+_refused: ContextVar[Mapping[int, str]] = ContextVar("own tensors that a replica must not use, by id", default={})  # noqa: B039
+_users: dict[int, int] = {}
+"""For a tensor of a watched class, how many replicas run for which it is."""
+_lock = threading.Lock()
+
+
+@contextmanager
+def refused(own: Mapping[str, Tensor]) -> Iterator[None]:
+    """While the context lasts, this thread may not use the values of these tensors."""
+    token = _refused.set({**_refused.get(), **{id(tensor): name for name, tensor in own.items()}})
+    with _lock:
+        for tensor in own.values():
+            users = _users.get(id(tensor), 0)
+            _users[id(tensor)] = users + 1
+            if not users:
+                tensor.__class__ = _watched(type(tensor))
+    try:
+        yield
+    finally:
+        with _lock:
+            for tensor in own.values():
+                users = _users.pop(id(tensor)) - 1
+                if users:
+                    _users[id(tensor)] = users
+                else:
+                    tensor.__class__ = type(tensor).__mro__[2]
+        _refused.reset(token)
+
+
+def copied(tensor: Tensor, replaced: Mapping[str, Tensor]) -> Tensor:
+    """A copy of a tensor of the module's state, which is refused if it comes from one of those that were replaced."""
+    storage = tensor.untyped_storage()._cdata
+    shared = next((name for name, own in replaced.items() if own.untyped_storage()._cdata == storage), None)
+    if shared is not None:
+        return _stale(tensor, shared, False)
+    if tensor.grad_fn is not None:
+        variables = {id(getattr(node, "variable", None)) for node in _engines.graph([tensor.grad_fn])}
+        name = next((name for name, own in replaced.items() if id(own) in variables), None)
+        if name is not None:
+            return _stale(tensor, name, True)
+    return tensor.clone()
+
+
+class _Watched:
+    """A tensor whose use is looked at."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = _name(func)
+        if name not in _ABOUT:
+            for value in _operands(args[:1] if name in _LIKE else (args, kwargs)):
+                _look(value, name)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+class _Stale(_Watched, Tensor):
+    """A copy of what comes from a tensor that was replaced."""
+
+    source: str
+    is_constant: bool
+    """Whether its values may be used, as constants."""
+
+
+_ABOUT = frozenset(
+    (
+        "shape", "size", "dim", "ndim", "numel", "nelement", "stride", "storage_offset", "layout", "dtype", "device",
+        "get_device", "is_contiguous", "element_size", "itemsize", "nbytes", "names", "is_cuda", "is_cpu", "is_meta",
+        "is_sparse", "is_quantized", "is_nested", "is_mps", "is_xpu", "is_mkldnn", "is_floating_point", "is_complex",
+        "is_signed", "is_leaf", "is_inference", "requires_grad", "grad", "grad_fn", "data_ptr", "_version",
+        "is_same_size", "is_pinned", "__len__", "__hash__", "__repr__", "__format__", "empty_like", "zeros_like",
+        "ones_like", "full_like", "rand_like", "randn_like", "new_empty", "new_zeros", "new_ones", "new_full",
+        "new_tensor", "result_type",
+    )
+)  # fmt: skip
+"""What says nothing of a tensor's values, or only prints them."""
+_LIKE = frozenset(("to", "type_as", "view_as", "expand_as", "reshape_as"))
+"""What takes a tensor like another one: that one's values do not matter."""
+
+
+@functools.cache
+def _watched(cls: type[Tensor]) -> type[Tensor]:
+    return type(cls.__name__, (_Watched, cls), {"__module__": cls.__module__})
+
+
+def _stale(tensor: Tensor, source: str, is_constant: bool) -> Tensor:
+    copied = tensor.detach().clone().as_subclass(_Stale)
+    copied.source, copied.is_constant = source, is_constant
+    return copied
+
+
+def _name(func: Callable[..., Any]) -> str:
+    name = func.__name__
+    return func.__self__.__name__ if name == "__get__" else name  # type: ignore[attr-defined]  # a property's
+
+
+def _operands(value: Any) -> Iterator[Any]:
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _operands(item)
+    elif isinstance(value, dict):
+        yield from _operands(tuple(value.values()))
+    else:
+        yield value
+
+
+def _look(value: Any, use: str) -> None:
+    if isinstance(value, _Stale):
+        if not value.is_constant or (torch.is_grad_enabled() and use != "detach"):
+            raise ValueError(
+                f"apply: the module used, in {use}, a tensor that comes from its own parameter or buffer {value.source!r}, not "
+                "from the one that it was given: compute it in the forward pass"
+            )
+    elif id(value) in (names := _refused.get()):
+        raise ValueError(
+            f"apply: the module used, in {use}, its own parameter or buffer {names[id(value)]!r}, not the one that it was "
+            "given. It reached it through a global, a class attribute or an object that is not a module, a container, a "
+            "function or a functools.partial: reach it through self"
+        )

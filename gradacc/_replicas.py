@@ -1,0 +1,317 @@
+"""Replicas: new module objects around given tensors, and around everything that a forward pass may write.
+
+NOTE [replicas instead of swapping]
+    `torch.func.functional_call` puts the given tensors into the module, runs it, and puts the old ones back. Two things
+    that must work here break under that: activation checkpointing runs parts of the module *again* during the backward
+    pass, when the old tensors are back (the gradient is then silently that of a mixture of both), and two threads that
+    call the same module swap under each other's feet. So every call runs a replica: new module objects (what
+    `torch.nn.parallel.replicate` makes, through the same protocol), which hold the given tensors for as long as anything
+    refers to them. Dynamo traces no such thing; see NOTE [while Dynamo traces].
+
+NOTE [what belongs to a replica]
+    A forward pass may write into whatever it reaches. What is the module's own state is the replica's, made anew in every
+    call from what the module holds then, so that nothing stays on the module and no call sees what another one wrote:
+
+    - ``__dict__``, the registries of parameters, buffers and submodules, and every dict of hooks. (transformers installs
+      hooks in the first forward pass that captures outputs, and notes that in an attribute: both are there, or neither is.)
+    - lists, dicts, sets, deques and dataclasses in attributes, in any depth, and the tensors in them. Two names for one
+      container are two names for one copy.
+    - what a library set on a parameter or buffer (``weight.some_attribute``) is on the given tensor.
+    - callables lead where they led, but to the replica: bound methods, `functools.partial`, the closures of functions,
+      also as hooks. What else they hold is the caller's, not the module's: a hook that fills a dict fills that dict.
+
+    Other objects are shared: a logger, a generator, a process group is the outside world, and what is written there is seen
+    there. NOTE [the module's own tensors] says what happens if the way to a parameter leads through one.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+import operator
+import types
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from gradacc import _engines, _own_tensors
+
+New = dict[int, Any]
+"""What stands in a replica for an object of the module's, by the object's id; and, under `_COPY`, how a tensor is copied."""
+_COPY = -1
+
+
+class Plan(NamedTuple):
+    """Which modules a tree has and which tensors, worked out once."""
+
+    modules: list[nn.Module]
+    params: dict[str, tuple[nn.Module, str]]
+    """From a parameter's name to the module that owns it, and its key there."""
+    buffers: dict[str, tuple[nn.Module, str]]
+    first: list[int]
+    """For each module, the position in its ``__dict__`` from which on attributes are its own."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The module's own tensors as they are now."""
+        params = [(name, module._parameters.get(key)) for name, (module, key) in self.params.items()]
+        buffers = [(name, module._buffers.get(key)) for name, (module, key) in self.buffers.items()]
+        return {name: tensor for name, tensor in (*params, *buffers) if tensor is not None}
+
+
+def plan(module: nn.Module) -> Plan:
+    """Of a module and its submodules."""
+    modules = list(module.modules())
+    params = {id(param): (part, key) for part in reversed(modules) for key, param in part._parameters.items()}
+    buffers = {id(buffer): (part, key) for part in reversed(modules) for key, buffer in part._buffers.items()}
+    return Plan(
+        modules,
+        {name: params[id(param)] for name, param in module.named_parameters()},
+        {name: buffers[id(buffer)] for name, buffer in module.named_buffers()},
+        [len(_EVERY) if (*part.__dict__,)[: len(_EVERY)] == _EVERY else 0 for part in modules],
+    )
+
+
+def replicate(
+    plan: Plan, own: Mapping[str, Tensor], given: Mapping[str, Tensor], replaced: Mapping[str, Tensor]
+) -> New:
+    """A replica of every module, with ``given`` in the place of its ``own`` tensors: what is new, by the old one's id.
+
+    ``replaced``: those of its own tensors for which the caller gave others, which the replica must not use.
+
+    Raises:
+        ValueError: a submodule, parameter or buffer that ``plan`` does not know.
+    """
+    new: New = {id(None): None}
+    marked = []
+    for name, tensor in own.items():
+        other = given[name]
+        if tensor.__dict__:
+            other = _markable(other)
+            marked.append((other, tensor))
+        new[id(tensor)] = other
+    new[_COPY] = partial(_own_tensors.copied, replaced=replaced)
+    made = [_shallow(module) for module in plan.modules]
+    new.update(zip(map(id, plan.modules), made, strict=True))
+    hooked = []
+    unused = {key: OrderedDict[int, Any]() for key in _HOOKS if key not in _RUN_HOOKS}
+    leading: list[tuple[dict[str, Any], str, Any]] = []
+    for module, replica in zip(plan.modules, made, strict=True):
+        attributes = replica.__dict__
+        try:
+            for registry in _REGISTRIES:
+                held = attributes[registry]
+                attributes[registry] = {key: new[id(item)] for key, item in held.items()} if held else {}
+        except KeyError:
+            raise ValueError(
+                f"apply: a {type(module).__name__} of the module has got other submodules, parameters or buffers since "
+                "functional(module) was called; call it again"
+            ) from None
+        if any(_hooks_of(attributes)):
+            for key, hooks in zip(_HOOKS, _hooks_of(attributes), strict=True):
+                attributes[key] = new[id(hooks)] = hooks.copy()
+                if hooks:
+                    hooked.append(hooks)
+        else:
+            attributes.update(unused)
+            attributes.update(zip(_RUN_HOOKS, map(OrderedDict, _NOTHING), strict=True))
+        attributes["_non_persistent_buffers_set"] = attributes["_non_persistent_buffers_set"].copy()
+        if attributes.get("max_norm") is not None:  # an embedding that renormalises its weight in place
+            attributes["_parameters"] = {k: v if v is None else v.clone() for k, v in attributes["_parameters"].items()}
+    for replica, first in zip(made, plan.first, strict=True):
+        attributes = replica.__dict__
+        if _PLAIN.issuperset(map(type, itertools.islice(attributes.values(), first, None))):
+            continue
+        for key, value in itertools.islice(attributes.items(), first, None):
+            if type(value) in _PLAIN or key in _MADE:
+                continue
+            if isinstance(value, _CALLABLES):
+                leading.append((attributes, key, value))
+            else:
+                attributes[key] = _state(value, new)
+    # Last, since these may lead to any of the above.
+    for attributes, key, value in leading:
+        attributes[key] = _led(value, new, frozenset())
+    for hooks in hooked:
+        for key, value in hooks.items():
+            new[id(hooks)][key] = _led(value, new, frozenset())
+    for other, tensor in marked:
+        for key, value in tensor.__dict__.items():
+            setattr(other, key, _state(value, new))
+    return new
+
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+_HOOKS = tuple(key for key, value in nn.Module().__dict__.items() if isinstance(value, OrderedDict))
+_RUN_HOOKS = tuple(key for key in _HOOKS if "state_dict" not in key)
+"""Those that a forward or backward pass looks at. The others, where they are empty, are the same ones in a whole replica."""
+_NOTHING = ((),) * len(_RUN_HOOKS)
+_hooks_of = operator.itemgetter(*_HOOKS)
+_MADE = frozenset((*_REGISTRIES, *_HOOKS, "_non_persistent_buffers_set"))
+_EVERY = (*nn.Module().__dict__,)
+"""Attributes of every module: first in its ``__dict__``, unless it set others before ``super().__init__()``."""
+_CALLABLES = (types.MethodType, types.FunctionType, partial)
+_PLAIN = frozenset(
+    (
+        bool, int, float, complex, str, bytes, type(None), type, types.BuiltinFunctionType, types.ModuleType, torch.Size,
+        torch.dtype, torch.device, torch.memory_format, torch.layout,
+    )
+)  # fmt: skip
+"""Types of values that hold nothing else."""
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    cls = type(module)
+    if cls._replicate_for_data_parallel is nn.Module._replicate_for_data_parallel:
+        replica: nn.Module = object.__new__(cls)  # what that method does, without five calls of Module.__setattr__
+        object.__setattr__(replica, "__dict__", module.__dict__.copy())
+        return replica
+    special: nn.Module = module._replicate_for_data_parallel()  # type: ignore[no-untyped-call]  # torch has no types here
+    return special
+
+
+def _markable(given: Tensor) -> Tensor:
+    """A given tensor as an object on which attributes may be set: another one, if the caller may hold this one."""
+    fresh = _engines.is_inside_a_loss() and given.is_leaf and given.requires_grad  # the eager engine's leaf
+    return given if fresh else given.view_as(given)
+
+
+def _state(value: Any, new: New) -> Any:
+    """What an attribute holds, as the replica's own: containers and tensors are copies."""
+    if id(value) in new:
+        return new[id(value)]
+    if type(value) in _PLAIN:
+        return value
+    if isinstance(value, Tensor):
+        new[id(value)] = copied = new[_COPY](value)
+        return copied
+    if isinstance(value, _CALLABLES):
+        return _led(value, new, frozenset())
+    if isinstance(value, RemovableHandle):
+        return _handle(value, new)
+    if isinstance(value, (list, deque, dict, set)) or _is_record(value):
+        new[id(value)] = copied = copy.copy(value)
+        if not _PLAIN.issuperset(map(type, _items(value))):
+            _refill(copied, value, partial(_state, new=new))
+        return copied
+    if isinstance(value, (tuple, frozenset)):
+        return value if _PLAIN.issuperset(map(type, value)) else _rebuilt(value, partial(_state, new=new))
+    return value
+
+
+def _led(value: Any, new: New, above: frozenset[int]) -> Any:
+    """A callable that leads to something new where it led to something of the module's; itself if it did not."""
+    if id(value) in new:
+        return new[id(value)]
+    if type(value) in _PLAIN or id(value) in above:
+        return value
+    further = partial(_led, new=new, above=above | {id(value)})
+    if isinstance(value, types.MethodType):
+        held = further(value.__self__)
+        return value if held is value.__self__ else types.MethodType(further(value.__func__), held)
+    if isinstance(value, partial):
+        parts = (value.func, value.args, value.keywords)
+        func, args, keywords = map(further, parts)
+        same = func is value.func and args is value.args and keywords is value.keywords
+        return value if same else partial(func, *args, **keywords)
+    if isinstance(value, types.FunctionType):
+        return _function(value, further)
+    if isinstance(value, (list, deque, dict, set)):
+        copied = copy.copy(value)
+        return copied if _refill(copied, value, further) else value
+    return _rebuilt(value, further) if isinstance(value, (tuple, frozenset)) else value
+
+
+def _function(function: types.FunctionType, further: Callable[[Any], Any]) -> types.FunctionType:
+    """With another closure and other defaults, if those lead to something new; the cells that do not are the same ones."""
+    cells = function.__closure__ or ()
+    closure = tuple(_cell(cell, further) for cell in cells)
+    defaults, keywords = further(function.__defaults__), further(function.__kwdefaults__)
+    changed = any(cell is not other for cell, other in zip(cells, closure, strict=True))
+    if not changed and defaults is function.__defaults__ and keywords is function.__kwdefaults__:
+        return function
+    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, defaults, closure)
+    made.__kwdefaults__ = keywords
+    made.__dict__.update(function.__dict__)
+    return made
+
+
+def _cell(cell: types.CellType, further: Callable[[Any], Any]) -> types.CellType:
+    try:
+        held = cell.cell_contents
+    except ValueError:  # nothing in it yet
+        return cell
+    other = further(held)
+    return cell if other is held else types.CellType(other)
+
+
+def _is_record(value: Any) -> bool:
+    return isinstance(value, types.SimpleNamespace) or (dataclasses.is_dataclass(value) and not isinstance(value, type))
+
+
+def _refill(copied: Any, value: Any, renew: Callable[[Any], Any]) -> bool:
+    """Put what ``renew`` makes of each item into a shallow copy; whether that changed anything."""
+    if isinstance(value, dict):
+        pairs = [(renew(key), renew(item)) for key, item in value.items()]
+        if any(key is not old for (key, _), old in zip(pairs, value, strict=True)):
+            copied.clear()
+        changed = [(key, item) for key, item in pairs if key not in copied or copied[key] is not item]
+        for key, item in changed:
+            copied[key] = item
+        return bool(changed)
+    if isinstance(value, set):
+        items = [renew(item) for item in value]
+        if any(item is not old for item, old in zip(items, value, strict=True)):
+            copied.clear()
+            copied.update(items)
+            return True
+        return False
+    if isinstance(value, (list, deque)):
+        found = False
+        for i, item in enumerate(value):
+            other = renew(item)
+            if other is not item:
+                copied[i], found = other, True
+        return found
+    for name, item in _fields(value).items():
+        object.__setattr__(copied, name, renew(item))
+    return True
+
+
+def _items(value: Any) -> Iterable[Any]:
+    """What a container holds."""
+    if isinstance(value, dict):
+        return itertools.chain(value, value.values())
+    return _fields(value).values() if _is_record(value) else value
+
+
+def _fields(record: Any) -> dict[str, Any]:
+    if hasattr(record, "__dict__"):
+        named: dict[str, Any] = vars(record)
+        return named
+    names = [field.name for field in dataclasses.fields(record)]
+    return {name: getattr(record, name) for name in names if hasattr(record, name)}
+
+
+def _rebuilt(value: Any, renew: Callable[[Any], Any]) -> Any:
+    """A tuple or frozenset of what ``renew`` makes of its items; itself if that is the same."""
+    items = [renew(item) for item in value]
+    if all(item is old for item, old in zip(items, value, strict=True)):
+        return value
+    return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+
+
+def _handle(handle: RemovableHandle, new: New) -> RemovableHandle:
+    """The handle of a hook of the module's: in the replica it removes the replica's."""
+    hooks = new.get(id(handle.hooks_dict_ref()))
+    if hooks is None:
+        return handle
+    other = copy.copy(handle)
+    other.hooks_dict_ref = weakref.ref(hooks)
+    return other
