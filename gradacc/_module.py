@@ -24,21 +24,28 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]
     - ``apply(params, x, buffers=b)`` starts from ``b`` and returns ``(output, new_buffers)``: that is how to ask for the
       updates.
 
-    Tied parameters are one entry, under their first name. ``params`` and ``buffers`` may leave names out: those are taken
-    from the module, as constants (that is how to freeze some: pass the trainable ones only).
+    Frozen parameters (``requires_grad=False``, now) are not in ``params``; tied ones are one entry, under their first name.
+    What ``apply`` is not given, it takes from the module as it is then, as constants: that is how a frozen base is used, and
+    how to freeze more (leave names out). It takes any parameter of the module, also one that was frozen before. If the
+    module is frozen as a whole, ``params`` is empty: ``apply({}, x)`` is the module, and there is nothing to differentiate.
+
+    No gradient flows through the module's own tensors, so hooks on them (``weight.register_hook(mask)``,
+    ``register_post_accumulate_grad_hook``), which the ``.backward()`` loop runs, are an error. Do to the gradients what the
+    hook did: ``grads["weight"] *= mask``; or write ``weight * mask`` into the forward pass (`torch.nn.utils.parametrize`).
+    Hooks of modules, also backward hooks, run as in that loop.
 
     Arguments:
         module: any `torch.nn.Module`, also with activation checkpointing (``use_reentrant=False``). A module from
             `torch.compile` is refused: compile a function that calls ``apply`` instead.
 
     Returns:
-        ``apply``; ``params`` and ``buffers``: dicts from names (as in ``named_parameters()``, ``named_buffers()``) to
-        detached tensors that share the module's memory.
+        ``apply``; ``params`` (those that require a gradient) and ``buffers``: dicts from names (as in
+        ``named_parameters()``, ``named_buffers()``) to detached tensors that share the module's memory.
 
     Raises:
         TypeError: ``module`` is not a module, or a compiled or scripted one.
-        ValueError: from ``apply``, for names that the module does not have, where the module has got other submodules since
-            (call `functional` again), and where the forward pass uses a parameter or buffer of the module's own instead of
+        ValueError: a trainable parameter has hooks. From ``apply``: names that the module does not have; the module has got
+            other submodules since (call `functional` again); and where the forward pass uses a parameter or buffer of the module's own instead of
             the one that was given: NOTE [the module's own tensors].
 
     Where it is not equal: what a forward pass writes into the module (``self.calls += 1``, ``self.losses.append(x)``, hooks
@@ -60,7 +67,9 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]
     """
     _check(module)
     plan = _replicas.plan(module)
-    params = {name: param.detach() for name, param in module.named_parameters()}
+    trainable = {name: param for name, param in module.named_parameters() if param.requires_grad}
+    _own_tensors.refuse_hooks("functional", trainable)
+    params = {name: param.detach() for name, param in trainable.items()}
     buffers = {name: buffer.detach() for name, buffer in module.named_buffers()}
 
     def apply(
@@ -78,6 +87,7 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]
             output = torch.func.functional_call(module, tensors, inputs, kwargs)
             return output if buffers is None else (output, {name: tensors[name].detach() for name in plan.buffers})
         replaced = {name: own[name] for name in (*params, *given) if tensors[name] is not own.get(name) and name in own}
+        _own_tensors.refuse_hooks("apply", replaced)
         new = _replicas.replicate(plan, own, tensors, replaced)
         with _own_tensors.refused(replaced):
             output = new[id(module)](*inputs, **kwargs)

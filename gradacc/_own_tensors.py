@@ -56,6 +56,24 @@ def refused(own: Mapping[str, Tensor]) -> Iterator[None]:
         _refused.reset(token)
 
 
+def refuse_hooks(name: str, own: Mapping[str, Tensor]) -> None:
+    """Hooks on the module's own tensors would never run.
+
+    Raises:
+        ValueError: there are some.
+    """
+    hooked = [key for key, tensor in own.items() if tensor._backward_hooks or tensor._post_accumulate_grad_hooks]
+    hooked = [key for key in hooked if own[key].requires_grad]
+    if hooked:
+        shown = ", ".join(map(repr, hooked[:3])) + (f" and {len(hooked) - 3} more" if hooked[3:] else "")
+        raise ValueError(
+            f"{name}: {shown} of the module: hooks on parameters (register_hook, register_post_accumulate_grad_hook) do not "
+            "run, since gradients are those of the tensors that apply is given. Remove them (handle.remove()) and do to the "
+            "gradients what they did, for example grads[name] * mask; or write it into the forward pass "
+            "(torch.nn.utils.parametrize)"
+        )
+
+
 def copied(tensor: Tensor, replaced: Mapping[str, Tensor]) -> Tensor:
     """A copy of a tensor of the module's state, which is refused if it comes from one of those that were replaced."""
     storage = tensor.untyped_storage()._cdata

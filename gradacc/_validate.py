@@ -70,7 +70,10 @@ def parameters(name: str, leaves: Sequence[Any], treedef: _tree.TreeDef, root: s
             + ("; did you mean dict(module.named_parameters())?" if hasattr(leaf, "__next__") else "")
         )
     if not leaves:
-        raise ValueError(f"{name}: {root} holds no tensor: there is nothing to differentiate")
+        raise ValueError(
+            f"{name}: {root} holds no tensor: there is nothing to differentiate. (gradacc.functional returns the "
+            "parameters that require a gradient; is the whole module frozen?)"
+        )
     return list(leaves)
 
 

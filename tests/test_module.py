@@ -338,3 +338,95 @@ class Shifted(nn.Module):
 
     def forward(self, x):
         return x + self.shift
+
+
+def partly_frozen():
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).double()
+    module[0].requires_grad_(False)
+    module[2].bias.requires_grad_(False)
+    return module
+
+
+def test_frozen_parameters_are_not_parameters():
+    module = partly_frozen()
+    apply, params, buffers = gradacc.functional(module)
+    assert list(params) == ["1.weight", "1.bias", "2.weight"]
+    assert len(buffers) == 3
+    grads = gradacc.accumulate(lambda p, x: apply(p, x).square().sum(), steps=1, reduction="sum")(params, X)
+    reference = copy.deepcopy(module)
+    reference(X).square().sum().backward()
+    assert_trees_close(grads, {name: p.grad for name, p in reference.named_parameters() if p.requires_grad})
+    with torch.no_grad():
+        module[0].weight.mul_(2)  # as it is at the time of the call
+    reference = copy.deepcopy(module)
+    assert_trees_equal(apply(params, X), reference(X))
+    assert_trees_equal(apply({}, X), copy.deepcopy(module)(X))
+    doubled = {"0.weight": 2 * module[0].weight.detach()}  # a frozen one may be given
+    with torch.no_grad():
+        reference[0].weight.mul_(2)
+    assert_trees_equal(apply(doubled, X), reference(X))
+
+
+def test_tied_parameters_are_frozen_together():
+    module = Tied()
+    module.head.weight.requires_grad_(False)
+    assert "embed.weight" not in gradacc.functional(module)[1]
+    module.embed.weight.requires_grad_(True)
+    assert "embed.weight" in gradacc.functional(module)[1]
+
+
+def test_integer_parameters_are_constants():
+    module = nn.Sequential(nn.Linear(3, 2), nn.Module()).double()
+    module[1].register_parameter("codes", nn.Parameter(torch.tensor([1, 2]), requires_grad=False))
+    module[1].forward = lambda x: x * module[1].codes
+    apply, params, _ = gradacc.functional(module)
+    assert list(params) == ["0.weight", "0.bias"]
+    torch.testing.assert_close(apply(params, X), module(X))
+
+
+def test_a_module_that_is_frozen_as_a_whole():
+    module = partly_frozen().requires_grad_(False).eval()
+    apply, params, _ = gradacc.functional(module)
+    assert params == {}
+    assert_trees_equal(apply(params, X), module(X))
+    with pytest.raises(ValueError, match="params holds no tensor: there is nothing to differentiate.*frozen"):
+        gradacc.accumulate(lambda p, x: apply(p, x).sum(), steps=2)(params, X)
+
+
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_hooks_on_parameters_are_an_error(register):
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    apply, params, _ = gradacc.functional(module)
+    handle = getattr(module[1].weight, register)(lambda grad: None)
+    with pytest.raises(ValueError, match="functional: '1.weight' of the module: hooks on parameters.*do not run.*mask"):
+        gradacc.functional(module)
+    with pytest.raises(ValueError, match="apply: '1.weight' of the module: hooks"):  # registered since
+        apply(params, X)
+    module[1].weight.requires_grad_(False)  # it gets no gradient, so there is nothing that the hook would do
+    gradacc.functional(module)
+    module[1].weight.requires_grad_(True)
+    handle.remove()
+    gradacc.functional(module)
+    apply(params, X)
+
+
+def test_what_a_hook_on_a_parameter_did_is_done_to_the_gradients_or_in_the_forward_pass():
+    module = nn.Linear(3, 2).double()
+    mask = torch.tensor([[1.0, 0.0, 1.0], [0.0, 1.0, 1.0]], dtype=D)
+    reference = copy.deepcopy(module)
+    reference.weight.register_hook(lambda grad: grad * mask)
+    reference(X).square().sum().backward()
+    apply, params, _ = gradacc.functional(module)
+    grads = gradacc.accumulate(lambda p, x: apply(p, x).square().sum(), steps=2, reduction="sum")(params, X)
+    grads["weight"] *= mask
+    assert_trees_close(grads, {"weight": reference.weight.grad, "bias": reference.bias.grad})
+
+
+def test_hooks_of_modules_run_with_the_gradients():
+    module = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    module[1].register_full_backward_hook(lambda module, into, out: (into[0] * 2,))
+    reference = copy.deepcopy(module)
+    reference(X).square().sum().backward()
+    apply, params, _ = gradacc.functional(module)
+    grads = gradacc.accumulate(lambda p, x: apply(p, x).square().sum(), steps=2, reduction="sum")(params, X)
+    assert_trees_close(grads, {name: param.grad for name, param in reference.named_parameters()})
