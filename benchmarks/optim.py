@@ -122,7 +122,8 @@ def functional(
     slopes = {name: grad.clone() for name, grad in grads.items()}
 
     def step() -> None:
-        held[:] = optimizer.step(held[0], slopes, held[1], donate=donate)
+        given = {name: grad.detach() for name, grad in slopes.items()} if donate else slopes  # given away, too
+        held[:] = optimizer.step(held[0], given, held[1], donate=donate)
 
     return step, lambda: list(held[0].values())
 

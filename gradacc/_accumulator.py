@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _fold, _options, _split, _state, _step, _sync, _tree, _validate
+from gradacc import _donated, _fold, _options, _split, _state, _step, _sync, _tree, _validate
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
 from gradacc._engines import eager
@@ -85,7 +85,8 @@ def accumulator(
     ``finalize(init(params))``              gradients 0; value NaN (``reduction="sum"``: 0); an error with ``has_aux``
     empty micro-batch, or of weight 0       contributes exactly 0; the first one, if empty, is evaluated for the types
                                             that it returns, without gradient (and says nothing where ``loss_fn`` raises)
-    ``loss_fn`` raises in ``update``        the state that was given is as it was, and can go on (not with ``donate``)
+    ``loss_fn`` raises in ``update``        the state that was given is as it was, and can go on
+    the backward pass raises                the same; with ``donate``, the state is given up: using it is an error
     ``update`` after ``finalize``           goes on: nothing is taken out of a state (not with ``donate``)
     concatenated leaves of ``aux``          in the order of updates; of ``merge(a, b)``, first ``a``'s, then ``b``'s
     ======================================  ========================================================================
@@ -99,9 +100,9 @@ def accumulator(
             pass to overlap it with: ``overlap`` is left out. An ``update`` that raises tells nobody: a rank that catches the
             error calls ``finalize`` all the same, with the state before it; where it ends instead, the others wait for the
             group's timeout.
-        donate: the memory of a state given to ``update``, ``merge`` or ``finalize`` may be reused; the state must not be
-            used afterwards, also not after an error. Without it nothing that the caller holds changes, which costs a copy
-            of all gradients an update.
+        donate: the memory of a state given to ``update``, ``merge`` or ``finalize`` may be reused; to use the state, or a
+            tensor of it, afterwards is an error. Without it nothing that the caller holds changes, which costs a copy of all
+            gradients an update.
 
     Returns:
         An `Accumulator`:
@@ -216,13 +217,16 @@ def _update(
         with engine.guard():
             return _state.pack(facts, treedef, [None] * len(params), sums, False, readable, empty=True)
     evaluate = _step.evaluator(fold, loss_fn, differentiated, kwargs)
-    with engine.guard():
+
+    def more() -> State:
         grads, _, sums = _state.unpack(before, readable)
-        if facts.empty:
-            facts, sums = facts._replace(plain=()), _fold.Sums()
+        known, sums = (facts._replace(plain=()), _fold.Sums()) if facts.empty else (facts, sums)
         buffer = engine.resume(params, fold.accumulated, grads, facts.arrived, donate)
         buffer, sums = _step.stepper(fold, evaluate)(buffer, sums, microbatch)
-        return _state.pack(facts, treedef, buffer.grads, sums, engine.arrived(buffer), readable)
+        return _state.pack(known, treedef, buffer.grads, sums, engine.arrived(buffer), readable)
+
+    with engine.guard():
+        return _donated.written_by("accumulator.update", before, more) if donate and readable else more()
 
 
 class _RaisedError(Exception):
@@ -251,11 +255,15 @@ def _merge(options: Options, donate: bool, one: Any, other: Any) -> State:
                 f"{options.name}: the losses of a and b are {a.facts.loss} and {b.facts.loss}; "
                 "merge takes states of the same loss"
             )
-        merged, shares = _fold.merge(options, sums, more)
-        grads = engine.merge(grads, others, shares, donate)
-        plain = tuple(x and y for x, y in zip(a.facts.plain, b.facts.plain, strict=True))
-        facts = a.facts._replace(plain=plain)
-        return _state.pack(facts, treedef, grads, merged, a.facts.arrived or b.facts.arrived, readable)
+
+        def both() -> State:
+            merged, shares = _fold.merge(options, sums, more)
+            total = engine.merge(grads, others, shares, donate)
+            plain = tuple(x and y for x, y in zip(a.facts.plain, b.facts.plain, strict=True))
+            facts = a.facts._replace(plain=plain)
+            return _state.pack(facts, treedef, total, merged, a.facts.arrived or b.facts.arrived, readable)
+
+        return _donated.written_by("accumulator.merge", (a, b), both) if donate and readable else both()
 
 
 def _counts(state: State) -> bool:
@@ -288,7 +296,11 @@ def _finalize(options: Options, agreed: _sync.Agreed | None, donate: bool, state
         if link is not None:
             link.fail(error)
         raise
-    return _step.finish(fold, link, buffer, sums, lambda sums: typed if sums.kind is None else sums)
+
+    def end() -> Any:
+        return _step.finish(fold, link, buffer, sums, lambda sums: typed if sums.kind is None else sums)
+
+    return _donated.written_by("accumulator.finalize", state, end) if donate and engine is eager else end()
 
 
 def _copy(value: Any) -> Any:

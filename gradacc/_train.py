@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradacc import _dtypes, _tree
+from gradacc import _donated, _dtypes, _engines, _tree
 from gradacc._describe import describe
 from gradacc._mean import Mean
+from gradacc.optim import _memory
 from gradacc.optim._loss_scale import LossScaleState
 
 if TYPE_CHECKING:
@@ -55,7 +56,9 @@ def train_step(
             ``(grads, value)`` or ``(grads, (value, aux))``, `torch.func.grad_and_value` for instance.
         optimizer: a `gradacc.optim.Optimizer`. The state of `gradacc.optim.dynamic_loss_scale` (outermost) has a scale, which
             ``grad_fn`` then gets as ``loss_scale=state.opt_state.scale``: its loss is a `gradacc.optim.scaled_loss`.
-        donate: the update may reuse the memory of the state that it is given, which must not be used afterwards.
+        donate: the update may reuse the memory of ``state.params`` and ``state.opt_state`` (and of the gradients that
+            ``grad_fn`` returns), whose tensors cannot be used afterwards: an average of parameters begins with
+            ``{name: leaf.clone() for name, leaf in state.params.items()}``. See `gradacc.optim.Optimizer`.
 
     Returns:
         ``step(state, batch, *args, **kwargs) -> (state, metrics)``. ``metrics`` is a dict of detached tensors: ``loss`` (of a
@@ -108,12 +111,26 @@ def train_step(
             metrics["aux"] = aux
         if scale is not None:
             metrics["loss_scale"] = scale.clone()
-        params, opt_state = optimizer.step(state.params, grads, state.opt_state, donate=donate)
+        number = state.step + 1  # here, where an error loses nothing
+        donated = donate and not _engines.transforming()
+        given = _tree.flatten((state.params, grads, state.opt_state))[0] if donated else []
+        metrics = _apart(_tree.map_tensors(Tensor.detach, metrics), given)
+        moved = optimizer.step(state.params, grads, state.opt_state, donate=donate)
+        params, opt_state = _donated.hand_over("train_step", given, moved)  # of an optimizer of the caller's own
         if scale is not None:
-            metrics["skipped"] = opt_state.skipped.clone()
-        return TrainState(params, opt_state, state.step + 1), _tree.map_tensors(Tensor.detach, metrics)
+            metrics["skipped"] = opt_state.skipped.detach().clone()
+        return TrainState(params, opt_state, number), metrics
 
     return step
+
+
+def _apart(metrics: Any, given: Sequence[Any]) -> Any:
+    """Metrics that an update in the memory of what is donated does not change: aux may be a parameter."""
+    if not given:
+        return metrics
+    leaves, treedef = _tree.flatten(metrics)
+    shared = _memory.shared(leaves, given)
+    return _tree.unflatten(treedef, [leaf.clone() if late else leaf for leaf, late in zip(leaves, shared, strict=True)])
 
 
 def global_norm(tree: Any, scale: Tensor | None = None) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from gradacc import _engines, _tree
+from gradacc import _donated, _engines, _tree
 from gradacc._describe import describe
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _memory
@@ -119,8 +119,10 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
         slopes = _check.grads(name, grads, leaves, treedef)
         parts = divided(leaves, treedef, state)
         states = list(state.inner)
+        given: list[Any] = []
         if donate and not _memory.differentiable(None, slopes):
             look(leaves, parts, states)
+            given = [*leaves, *slopes, *_tree.flatten(states)[0]]
             slopes, leaves, states = _apart(slopes, leaves, states)
         new: list[Any] = list(leaves)
         for turn in turns:
@@ -131,7 +133,8 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
                 )
                 for path, i in part.items():
                     new[i] = moved[path]
-        return _tree.unflatten(treedef, new), ByPathState(tuple(states))
+        after = _tree.unflatten(treedef, new), ByPathState(tuple(states))
+        return _donated.hand_over(f"{name}.step", given, after)
 
     def check(params: TensorTree, state: TensorTree) -> None:
         leaves, treedef = _check.params(name, params)
@@ -148,9 +151,9 @@ def _apart(
     slopes: list[Tensor], leaves: list[Tensor], states: list[TensorTree]
 ) -> tuple[list[Tensor], list[Tensor], list[TensorTree]]:
     """What is donated, without memory that two optimizers would share."""
-    taken: set[int] = set()
-    slopes, leaves = _memory.owned(slopes, True, taken), _memory.owned(leaves, True, taken)
-    return slopes, leaves, _tree.map_tensors(lambda leaf: _memory.owned([leaf], True, taken)[0], states)
+    held, treedef = _tree.flatten(states)
+    leaves, slopes, held = _memory.apart([leaves, slopes, held])
+    return slopes, leaves, _tree.unflatten(treedef, held)
 
 
 def _paths(treedef: _tree.TreeDef) -> list[str]:

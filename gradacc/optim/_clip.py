@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from gradacc import _tree
+from gradacc import _donated, _tree
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _memory
 from gradacc.optim._optimizer import Optimizer
@@ -54,31 +56,37 @@ def clip_by_global_norm(optimizer: Optimizer, max_norm: float | Tensor) -> Optim
         _check.number(name, "max_norm", max_norm, finite=False)
     check = _check.asked(optimizer)
 
-    def clipped(slopes: list[Tensor], used: set[int] | None) -> list[Tensor]:
-        """In new memory, or in their own, except what is at ``used``."""
+    def clipped(slopes: list[Tensor], used: list[Any] | None) -> list[Tensor]:
+        """In new memory, or in their own, except what is in that of ``used``."""
         factor = _factor(torch.nn.utils.get_total_norm(slopes), max_norm)
         if factor.is_cpu and factor.item() == 1:
             return slopes
         if used is None:
             return _scaled(slopes, factor, ours=False)
-        return _scaled(_memory.owned(slopes, True, used), factor, ours=True)
+        (own,) = _memory.apart([slopes], used)
+        return _scaled(own, factor, ours=True)
 
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
         leaves, treedef = _check.params(name, params)
         slopes = _check.grads(name, grads, leaves, treedef)
+        given: list[Any] = []
         if _memory.differentiable(max_norm, slopes):
             factor = _factor(_norm(slopes), max_norm)
             slopes = [(slope * factor.to(slope.device)).to(slope.dtype) for slope in slopes]
         else:
             used = None
-            if donate and check is not None:  # see NOTE [Before anything is changed]
-                check(params, state)
-                used = _memory.addresses([*leaves, *_tree.flatten(state)[0]])
+            if donate:
+                held = [*leaves, *_tree.flatten(state)[0]]
+                given = [*slopes, *held]
+                if check is not None:  # see NOTE [Before anything is changed]
+                    check(params, state)
+                    used = held
             with torch.no_grad():
                 slopes = clipped(slopes, used)
-        return optimizer.step(params, _tree.unflatten(treedef, slopes), state, donate=donate)
+        after = optimizer.step(params, _tree.unflatten(treedef, slopes), state, donate=donate)
+        return _donated.hand_over(f"{name}.step", given, after)
 
     return Optimizer(optimizer.init, step) if check is None else _check.askable(optimizer.init, step, check)
 

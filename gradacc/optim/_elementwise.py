@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from gradacc import _tree
+from gradacc import _donated, _tree
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _lr, _memory
 from gradacc.optim._arithmetic import Arithmetic, Tensors, in_place, pure
@@ -65,12 +65,16 @@ def elementwise(name: str, kind: type, slots: Sequence[bool], lr: LearningRate, 
         count, held, rate = checked(leaves, treedef, state)
         if _memory.differentiable(rate, slopes):
             new, moved = update(pure, leaves, slopes, held, _tensor(rate), count, False)
+            following = count + 1
         else:
             number = int(count)
             with torch.no_grad():
                 new, moved = _apply(update, leaves, slopes, held, rate, number, donate)
+                following = count + 1
+                if donate:
+                    _donated.retire(f"{name}.step", [count], leaves, slopes, *held)
         trees = (_tree.unflatten(treedef, slot) if used else () for slot, used in zip(moved, slots, strict=True))
-        return _tree.unflatten(treedef, new), kind(count + 1, *trees)
+        return _tree.unflatten(treedef, new), kind(following, *trees)
 
     return _check.askable(init, step, lambda params, state: checked(*_check.params(name, params), state))
 
@@ -85,11 +89,10 @@ def _apply(
     donate: bool,
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
     """The rule in place, a chunk at a time, on what is donated or on copies."""
-    taken: set[int] = set()
     new, moved = list(leaves), [list(slot) for slot in held]
     if donate:
-        slopes = _memory.owned(slopes, True, taken)
-        new, *moved = (_memory.owned(each, True, taken) for each in (new, *moved))
+        leaves, slopes, *held = _memory.apart([leaves, slopes, *held])
+        new, *moved = ([leaf.detach() for leaf in each] for each in (leaves, *held))  # see NOTE [use after donation]
     for chunk in _memory.chunks(leaves):
         if not donate:  # here, where the cache still has them afterwards
             for each in (new, *moved):

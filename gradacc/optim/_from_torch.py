@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _engines, _tree
+from gradacc import _donated, _engines, _tree
 from gradacc._describe import describe
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _lr, _memory, _slots
@@ -130,7 +130,7 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
         leaves, _ = _check.params(name, params)
         count = torch.zeros((), dtype=torch.int64)
         with torch.no_grad():
-            trial = _memory.owned(leaves, False, set())
+            trial = _memory.copies(leaves)
             kept = stepped(trial, [torch.zeros_like(leaf) for leaf in trial], None, count, current(count))
             slots = tuple(_slots.zeros(name, cls.__name__, each) for each in kept)
         return TorchState(count, slots)
@@ -143,20 +143,22 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
         slopes = _check.grads(name, grads, leaves, treedef)
         given = checked(state, leaves)
         with torch.no_grad():
-            taken: set[int] = set()
-            if cls in _LEAVE_GRADIENTS and not options.get("nesterov"):
-                taken |= _memory.addresses(slopes)
+            held, structure = _tree.flatten(state.slots)
+            read_only = cls in _LEAVE_GRADIENTS and not options.get("nesterov")
+            if donate:
+                new, changed, slots = _memory.apart(
+                    [leaves, [] if read_only else slopes, held], slopes if read_only else ()
+                )
+                new, slots = [leaf.detach() for leaf in new], [leaf.detach() for leaf in slots]
             else:
-                slopes = _memory.owned(slopes, donate, taken)
-            new = _memory.owned(leaves, donate, taken)
-            slots = state.slots
-            if not donate:
-                slots = _tree.map_tensors(lambda leaf: leaf.detach().clone(), slots)
-            kept = stepped(
-                new, [slope.detach() if slope.requires_grad else slope for slope in slopes], slots, state.step, given
-            )
-            written = _slots.written(name, cls.__name__, kept)
-        return _tree.unflatten(treedef, new), TorchState(state.step + 1, written)
+                changed = [] if read_only else _memory.copies(slopes)
+                new, slots = _memory.copies(leaves), _memory.copies(held)
+            used = [slope.detach() if slope.requires_grad else slope for slope in changed or slopes]
+            kept = stepped(new, used, _tree.unflatten(structure, slots), state.step, given)
+            after = TorchState(state.step + 1, _slots.written(name, cls.__name__, kept))
+            if donate:
+                _donated.retire(f"{name}.step", [state.step], leaves, slopes, held)
+        return _tree.unflatten(treedef, new), after
 
     return _check.askable(init, step, lambda params, state: checked(state, _check.params(name, params)[0]))
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gradacc import _engines, _tree
+from gradacc import _donated, _engines, _tree
 from gradacc._describe import describe
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _memory
@@ -97,12 +97,16 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
         slopes = _check.grads(name, grads, leaves, treedef)
         pure = _memory.differentiable(None, slopes)
         in_place = donate and not pure
+        given: list[Any] = []
         if not pure:
             check(params, state)
         with contextlib.nullcontext() if pure else torch.no_grad():
             if in_place:
-                taken = _memory.addresses([*leaves, *_tree.flatten(state)[0]])
-                grads = _tree.unflatten(treedef, _memory.owned(slopes, True, taken))
+                held, structure = _tree.flatten(state)
+                given = [*leaves, *slopes, *held]
+                leaves, slopes, held = _memory.apart([leaves, slopes, held])
+                params, grads = _tree.unflatten(treedef, leaves), _tree.unflatten(treedef, slopes)
+                state = _tree.unflatten(structure, held)
             updates, new = transformation.update(grads, state, params=params, inplace=in_place)
             changes = _updates(name, updates, leaves, treedef)
             if not in_place:
@@ -110,11 +114,13 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
                 moved = [p.clone() if u is None else (p + u).to(p.dtype) for p, u in zip(leaves, changes, strict=True)]
             else:
                 new = _apart(new, leaves)
-                moved = _memory.owned(leaves, True, set())
-                for p, u in zip(moved, changes, strict=True):
+                read = _memory.shared(changes, leaves)
+                moved = [leaf.detach() for leaf in leaves]
+                steps = [u.clone() if u is not None and late else u for u, late in zip(changes, read, strict=True)]
+                for p, u in zip(moved, steps, strict=True):
                     if u is not None:
                         p.add_(u)
-        return _tree.unflatten(treedef, moved), new
+        return _donated.hand_over(f"{name}.step", given, (_tree.unflatten(treedef, moved), new))
 
     return _check.askable(init, step, check)
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _dtypes, _options, _tree, _validate
+from gradacc import _donated, _dtypes, _options, _tree, _validate
 from gradacc._mean import Mean
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _memory
@@ -129,17 +129,21 @@ def dynamic_loss_scale(
         scale, tracker, skipped = checked(state)
         look = None if inner_check is None else functools.partial(inner_check, params, state.inner)
 
+        held = [*leaves, *_tree.flatten(state)[0]] if donate and not _memory.differentiable(None, slopes) else []
+        given = [*slopes, *held] if held else []
+
         def take(donate: bool) -> tuple[TensorTree, TensorTree]:
             used = None
             if donate and look is not None:  # see NOTE [Before anything is changed]
                 look()
-                used = _memory.addresses([*leaves, *_tree.flatten(state)[0]])
+                used = held
             unscaled = _unscaled(slopes, scale, used)
             return optimizer.step(params, _tree.unflatten(treedef, unscaled), state.inner, donate=donate)
 
         new, inner, finite = if_finite(take, look, slopes, params, state.inner, donate)
         scale, tracker = _moved(scale, tracker, finite.to(scale.device), growth_factor, backoff_factor, interval)
-        return new, LossScaleState(scale, tracker, count_skipped(skipped, finite), inner)
+        after = new, LossScaleState(scale, tracker, count_skipped(skipped, finite), inner)
+        return _donated.hand_over(f"{_NAME}.step", given, after)
 
     return _check.outermost(init, step)
 
@@ -223,8 +227,8 @@ def _wide_enough(leaves: list[Tensor], treedef: _tree.TreeDef) -> None:
         )
 
 
-def _unscaled(slopes: list[Tensor], scale: Tensor, used: set[int] | None) -> list[Tensor]:
-    """The gradients times the reciprocal of the scale: in new memory, or in their own, except what is at ``used``."""
+def _unscaled(slopes: list[Tensor], scale: Tensor, used: list[Any] | None) -> list[Tensor]:
+    """The gradients times the reciprocal of the scale: in new memory, or in their own, except what is in that of ``used``."""
     inverse = scale.double().reciprocal().float()  # as GradScaler rounds it
     if _memory.differentiable(None, slopes):
         return [(slope.to(_dtypes.wide(slope.dtype)) * inverse.to(slope.device)).to(slope.dtype) for slope in slopes]
@@ -232,7 +236,7 @@ def _unscaled(slopes: list[Tensor], scale: Tensor, used: set[int] | None) -> lis
         number = inverse.item()  # a number promotes no 0-dim gradient
         if used is None:
             return [slope.detach() * number for slope in slopes]
-        ours = _memory.owned(slopes, True, used)
+        (ours,) = _memory.apart([slopes], used)
         for chunk in _memory.chunks(ours):
             in_place.mul([ours[index] for index in chunk], number)
         return ours

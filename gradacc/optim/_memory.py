@@ -1,7 +1,18 @@
-"""Whose memory an update is made in, and whether it may be made in place at all."""
+"""Whose memory an update is made in, and whether it may be made in place at all.
+
+NOTE [memory that is shared]
+    Two tensors share memory where the ranges of addresses from their first element to behind their last one overlap: views of
+    one tensor may begin at different places (``f[:2]`` and ``f[1:]``), and arrays from elsewhere may be one memory in two
+    storages. Columns of one matrix have overlapping ranges, and not one element in common; they are taken for shared all the
+    same: then one is updated where it is, and the others in copies. A tensor whose own elements share memory (an expanded
+    one, a sliding window) is copied too.
+"""
 
 from __future__ import annotations
 
+import bisect
+import itertools
+import operator
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -23,37 +34,30 @@ def differentiable(lr: object, grads: Iterable[Tensor]) -> bool:
     return (isinstance(lr, Tensor) and lr.requires_grad) or any(grad.requires_grad for grad in grads)
 
 
-def owned(leaves: Sequence[Tensor], donate: bool, taken: set[int]) -> list[Tensor]:
-    """Leaves without a graph that may be written to: the given ones, or copies.
+def copies(leaves: Iterable[Tensor]) -> list[Tensor]:
+    """Without a graph, in memory of their own."""
+    return [leaf.detach().clone() for leaf in leaves]
 
-    ``taken`` holds the addresses of memory that is in use already; what is taken here is added. A donated leaf is copied
-    where another leaf has its memory, or where its own elements share some (an expanded tensor).
+
+def apart(lists: Sequence[Sequence[Any]], besides: Iterable[Any] = ()) -> list[list[Any]]:
+    """Lists of donated leaves, no two tensors of which share memory, nor one with a tensor of ``besides``; without a graph.
+
+    The first to have some memory keeps it, the others are copied: see NOTE [memory that is shared].
     """
-    if not donate:
-        return [leaf.detach().clone() for leaf in leaves]
-    places = {leaf.data_ptr() for leaf in leaves}
-    if len(places) == len(leaves) and taken.isdisjoint(places) and all(map(_plain, leaves)):
-        taken |= places
-        return list(leaves)
-    ours = []
-    for leaf in leaves:
-        address = leaf.data_ptr()
-        overlaps = not leaf.is_contiguous() and torch._debug_has_internal_overlap(leaf) == 1
-        if overlaps or (address and address in taken):
-            ours.append(leaf.detach().clone())
-        else:
-            taken.add(address)
-            ours.append(leaf.detach() if leaf.requires_grad else leaf)
-    return ours
+    others = [leaf for leaf in besides if isinstance(leaf, Tensor)]
+    if _disjoint(itertools.chain(others, *lists)):
+        return [
+            [leaf.detach() if isinstance(leaf, Tensor) and leaf.requires_grad else leaf for leaf in each]
+            for each in lists
+        ]
+    taken = _union([_span(leaf) for leaf in others])
+    return [[_claimed(taken, leaf) if isinstance(leaf, Tensor) else leaf for leaf in each] for each in lists]
 
 
-def _plain(leaf: Tensor) -> bool:
-    return leaf.is_contiguous() and not leaf.requires_grad
-
-
-def addresses(leaves: Iterable[Any]) -> set[int]:
-    """Where the tensors among leaves are, for `owned`."""
-    return {leaf.data_ptr() for leaf in leaves if isinstance(leaf, Tensor)}
+def shared(leaves: Sequence[Any], given: Iterable[Any]) -> list[bool]:
+    """Of each of ``leaves``, whether it shares memory with a tensor of ``given``."""
+    union = _union([_span(leaf) for leaf in given if isinstance(leaf, Tensor)])
+    return [isinstance(leaf, Tensor) and _meets(union, _span(leaf)) for leaf in leaves]
 
 
 def chunks(leaves: Sequence[Tensor], size: int = CHUNK) -> Iterator[list[int]]:
@@ -75,3 +79,73 @@ def chunks(leaves: Sequence[Tensor], size: int = CHUNK) -> Iterator[list[int]]:
             chunk.append(index)
             total += more
         yield chunk
+
+
+def _disjoint(leaves: Iterable[Any]) -> bool:
+    """Whether no element of a tensor is in the memory of another element, of its own or of another tensor."""
+    begins, ends = [], []
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            continue
+        if not leaf.is_contiguous() and _overlaps_itself(leaf):
+            return False
+        begin, end = _span(leaf)
+        if begin < end:
+            begins.append(begin)
+            ends.append(end)
+    begins.sort()
+    ends.sort()
+    return all(map(operator.le, ends, begins[1:]))
+
+
+def _span(leaf: Tensor) -> tuple[int, int]:
+    """The addresses of a tensor's elements, from the first one's to behind the last one's; the same of no element."""
+    begin: int = leaf.data_ptr()
+    if leaf.is_contiguous():
+        size: int = leaf.nbytes
+    else:
+        last = sum((n - 1) * stride for n, stride in zip(leaf.shape, leaf.stride(), strict=True))
+        size = (last + 1) * leaf.itemsize if leaf.numel() else 0
+    if not begin and size:  # memory without an address (a tensor around another one): at least it is itself
+        return -id(leaf) - 1, -id(leaf)
+    return begin, begin + size
+
+
+def _overlaps_itself(leaf: Tensor) -> bool:
+    """Whether a tensor's own elements share memory, as far as its strides rule it out."""
+    reach = 0
+    for stride, n in sorted(zip(leaf.stride(), leaf.shape, strict=True)):
+        if n > 1:
+            if stride <= reach:
+                return True
+            reach += (n - 1) * stride
+    return False
+
+
+def _union(spans: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The same addresses as ranges in order that do not overlap."""
+    union: list[tuple[int, int]] = []
+    for begin, end in sorted(span for span in spans if span[0] < span[1]):
+        if union and begin < union[-1][1]:
+            union[-1] = union[-1][0], max(end, union[-1][1])
+        else:
+            union.append((begin, end))
+    return union
+
+
+def _meets(union: list[tuple[int, int]], span: tuple[int, int]) -> bool:
+    if span[0] == span[1]:
+        return False
+    at = bisect.bisect_left(union, (span[1],))
+    return at > 0 and union[at - 1][1] > span[0]
+
+
+def _claimed(taken: list[tuple[int, int]], leaf: Tensor) -> Tensor:
+    """The tensor itself, where it has memory of its own, which is then ``taken``; else a copy."""
+    leaf, span = leaf.detach(), _span(leaf)
+    if span[0] == span[1]:
+        return leaf
+    if _overlaps_itself(leaf) or _meets(taken, span):
+        return leaf.clone()
+    bisect.insort(taken, span)
+    return leaf

@@ -46,8 +46,11 @@ class Optimizer(NamedTuple):
         init: ``init(params) -> state``. ``params`` is a pytree of dense floating or complex tensors.
         step: ``step(params, grads, state, *, donate=False) -> (params, state)``. ``grads`` is a pytree like ``params``, with
             the same shapes, dtypes and devices. With ``donate=True`` all three are given away: the update may be made in
-            their memory, and only what is returned may be used afterwards (JAX's ``donate_argnums``). Tensors that share
-            memory with each other are copied first.
+            their memory, and only what is returned may be used afterwards (JAX's ``donate_argnums``). To use one of the
+            tensors that were given is then an error, so what is needed later (an average of the parameters) is cloned
+            beforehand; views of them and ``detach()``ed ones are other tensors, which see what is written. A module's own
+            parameters stay what they are, and are trained in place where their memory is given. Tensors whose ranges of
+            memory overlap (views of one tensor) are copied first. Under a transform nothing is written or given away.
 
     Raises:
         TypeError: a leaf that is no tensor, or of a dtype that cannot be updated; a state of another optimizer.

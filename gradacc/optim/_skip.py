@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _tree
+from gradacc import _donated, _tree
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _memory
 from gradacc.optim._optimizer import Optimizer
@@ -74,8 +74,12 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
         def take(donate: bool) -> tuple[TensorTree, TensorTree]:
             return optimizer.step(params, grads, state.inner, donate=donate)
 
+        given = (
+            [*leaves, *slopes, *_tree.flatten(state)[0]] if donate and not _memory.differentiable(None, slopes) else []
+        )
         new, inner, finite = if_finite(take, look, slopes, params, state.inner, donate)
-        return new, SkipState(count_skipped(skipped, finite), inner)
+        after = new, SkipState(count_skipped(skipped, finite), inner)
+        return _donated.hand_over(f"{name}.step", given, after)
 
     if inner_check is None:
         return Optimizer(init, step)
@@ -111,8 +115,8 @@ def if_finite(
         look()
     with torch.no_grad():
         leaves, treedef = _tree.flatten(params)
-        kept = _memory.owned(leaves, donate, set())
-        same = _tree.map_tensors(lambda leaf: leaf if donate else leaf.detach().clone(), inner)
+        kept = [leaf.detach() for leaf in leaves] if donate else _memory.copies(leaves)
+        same = _tree.map_tensors(lambda leaf: leaf.detach() if donate else leaf.detach().clone(), inner)
         return _tree.unflatten(treedef, kept), same, finite
 
 
