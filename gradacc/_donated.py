@@ -52,17 +52,13 @@ def _kind(call: str) -> type[Donated]:
 def retire(call: str, *lists: Iterable[Any]) -> None:
     """Make every plain tensor of these lists `Donated`: nothing that is still used may be one of these objects."""
     kind = _kind(call)
-    empty: dict[torch.device, Tensor] = {}
     with torch.inference_mode(False):
+        empty = torch.empty(0, device="cpu")
         for leaves in lists:
             for leaf in leaves:
-                if type(leaf) is not Tensor:
-                    continue
-                device = leaf.device
-                if device not in empty:
-                    empty[device] = torch.empty(0, device=device)
-                leaf.data = empty[device]
-                leaf.__class__ = kind
+                if type(leaf) is Tensor:
+                    leaf.data = empty if leaf.is_cpu else torch.empty(0, device=leaf.device)
+                    leaf.__class__ = kind
 
 
 def written_by(call: str, given: Any, func: Callable[[], T]) -> T:
