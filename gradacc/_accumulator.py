@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _donated, _fold, _options, _split, _state, _step, _sync, _tree, _validate
+from gradacc import _donated, _fold, _options, _split, _state, _state_text, _step, _sync, _tree, _validate
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
 from gradacc._engines import eager
@@ -305,3 +305,6 @@ def _finalize(options: Options, agreed: _sync.Agreed | None, donate: bool, state
 
 def _copy(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
+
+
+_tree.register_text(State, _state_text.to_text, _state_text.from_text)

@@ -7,8 +7,8 @@ torch only (``register_dataclass``, Hugging Face's ``ModelOutput``) is unknown t
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, TypeAlias
 
 import optree
 import torch.utils._pytree as torch_pytree
@@ -47,6 +47,38 @@ def unflatten(treedef: TreeDef, leaves: Iterable[Any]) -> Any:
 def paths(treedef: TreeDef, root: str = "") -> list[str]:
     """Where each leaf is, as Python: ``["batch['x']", "batch['y'][0]"]`` for ``root="batch"``."""
     return [accessor.codify(root) for accessor in treedef.accessors()]
+
+
+class Node(NamedTuple):
+    """A node of a tree."""
+
+    path: str
+    kind: str
+    """``leaf``, ``dict``, ``list of 2``, ``Mean``: what two trees have in common at one path, or not."""
+    entries: tuple[Any, ...]
+    """The children's names: a dict's keys."""
+
+
+def nodes(treedef: TreeDef, root: str = "") -> Iterator[Node]:
+    """Every node, from the root on; None is none."""
+    if treedef.type is type(None):
+        return
+    entries = tuple(treedef.entries())
+    yield Node(root, _kind(treedef, entries), entries)
+    children = treedef.one_level()
+    if children is not None:
+        for child, accessor in zip(treedef.children(), children.accessors(), strict=True):
+            yield from nodes(child, accessor.codify(root))
+
+
+def _kind(treedef: TreeDef, entries: tuple[Any, ...]) -> str:
+    if treedef.is_leaf():
+        return "leaf"
+    if treedef.kind in (optree.PyTreeKind.DICT, optree.PyTreeKind.ORDEREDDICT, optree.PyTreeKind.DEFAULTDICT):
+        return "dict"
+    assert treedef.type is not None
+    name = treedef.type.__qualname__
+    return name if entries and all(isinstance(entry, str) for entry in entries) else f"{name} of {len(entries)}"
 
 
 def broadcast_prefix(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
@@ -122,6 +154,35 @@ def register_with_facts(cls: type, names: tuple[str, ...], facts: str) -> None:
     torch_pytree.register_pytree_node(cls, to_torch, from_torch, serialized_type_name=f"gradacc.{cls.__name__}")
 
 
+class Text(NamedTuple):
+    """How a node's facts are told to a process that has another node of its class."""
+
+    of: Callable[[Any], str]
+    """Of a node: its facts, and what else of its structure the other process cannot know."""
+    node: Callable[[Any, str], Any]
+    """Of the other process's node, and the text: a node of the structure that was told, whose tensors hold anything.
+
+    A ValueError where it is no such text, or the two are not of one kind."""
+
+
+def register_text(cls: type, of: Callable[[Any], str], node: Callable[[Any, str], Any]) -> None:
+    """Say how the facts of ``cls`` are told; see `Text`."""
+    _texts[cls] = Text(of, node)
+
+
+def text(node: Any) -> Text | None:
+    """How the facts of ``node`` are told; None where it has none."""
+    return _texts.get(type(node))
+
+
+def is_node(cls: type) -> bool:
+    """Whether its instances are nodes, not leaves."""
+    named = issubclass(cls, tuple) and hasattr(cls, "_fields")
+    known = optree.register_pytree_node.get(cls, namespace=NAMESPACE)
+    return named or known is not None or cls in torch_pytree.SUPPORTED_NODES
+
+
+_texts: dict[type, Text] = {}
 _adopting = threading.Lock()
 _adopted: set[type] = set()
 
@@ -136,6 +197,23 @@ class _Box:
 def _adopt(cls: type) -> None:
     """Teach optree, in our namespace, a class that only torch's registry knows."""
     node = torch_pytree.SUPPORTED_NODES[cls]
+
+    def to_children(tree: Any) -> tuple[Any, Any, tuple[Any, ...] | None]:
+        children, context = node.flatten_fn(tree)
+        return children, context, _names(node, tree, len(children), context)
+
     optree.register_pytree_node(
-        cls, node.flatten_fn, lambda context, xs: node.unflatten_fn(xs, context), namespace=NAMESPACE
+        cls, to_children, lambda context, xs: node.unflatten_fn(xs, context), namespace=NAMESPACE
     )
+
+
+def _names(node: torch_pytree.NodeDef, tree: Any, children: int, context: Any) -> tuple[Any, ...] | None:
+    """The children's names, where there are any: a position names another child where one that was there is None.
+
+    They are torch's own; of a class that registers none (Hugging Face's ``ModelOutput``), the keys in its context.
+    """
+    if node.flatten_with_keys_fn is not None:
+        keys, _ = node.flatten_with_keys_fn(tree)
+        return tuple(getattr(key, "name", getattr(key, "key", getattr(key, "idx", None))) for key, _ in keys)
+    named = isinstance(context, (list, tuple)) and len(context) == children == len({*map(str, context)})
+    return tuple(context) if named and all(isinstance(key, str) for key in context) else None

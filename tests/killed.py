@@ -6,6 +6,11 @@
 each one's first save. After each death
 the folder must hold the last checkpoint that was complete, or the one after it.
 
+``python -m tests.killed held FOLDER`` stops one process at each place in a `save`, in turn: until it is killed, another one is
+told, and then saves.
+
+``python -m tests.killed rivals FOLDER SECONDS`` lets two processes save into one folder as often as they can.
+
 ``python -m tests.killed window FOLDER`` kills processes that train, and save after every micro-batch, until one comes to the
 end: of the same state, bit for bit, as one that was left alone.
 """
@@ -56,15 +61,15 @@ def read(folder: Path) -> int:
     return number
 
 
-def doom(folder: Path, place: int) -> None:
-    """This process is killed before the ``place``-th thing that it does to the folder."""
+def doom(folder: Path, place: int, how: signal.Signals = signal.SIGKILL) -> None:
+    """This process is killed (or stopped) before the ``place``-th thing that it does to the folder."""
     seen: list[str] = []
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if event in EVENTS and str(folder) in f"{args[0]}":
             seen.append(event)
             if len(seen) == place:
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), how)
 
     sys.addaudithook(hook)
 
@@ -86,6 +91,69 @@ def everywhere(folder: Path) -> int:
             break
         before = after
     return place - 1
+
+
+def held(folder: Path) -> int:
+    """At how many places a process that is stopped has the lock."""
+    before = refused = 0
+    for place in itertools.count(1):
+        child = os.fork()
+        if child == 0:
+            doom(folder, place, signal.SIGSTOP)
+            save(folder, tree(before + 1))
+            os._exit(0)
+        stopped = os.WIFSTOPPED(os.waitpid(child, os.WUNTRACED)[1])
+        found = read(folder)
+        assert found in (before, before + 1), (place, before, found)
+        told = ""
+        try:
+            save(folder, tree(before + 2))
+        except BlockingIOError as error:
+            told = str(error)
+        if told:
+            assert stopped, told
+            assert f"save: process {child} on " in told or "save: another process is saving" in told, told
+            assert read(folder) == found
+            refused += 1
+        if not stopped:
+            break
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        save(folder, tree(before + 2))
+        before = read(folder)
+    return refused
+
+
+def rivals(folder: Path, seconds: int) -> str:
+    """How often the first saved, was told of the other, and found its checkpoint replaced; and the same of the other."""
+    save(folder, tree(0))
+    told, children = [], []
+    for own in range(2):
+        reading, writing = os.pipe()
+        told.append(reading)
+        children.append(os.fork())
+        if children[-1] == 0:
+            saved = refused = replaced = 0
+            end = time.monotonic() + seconds
+            while time.monotonic() < end or not (saved and refused):
+                number = 2 * (saved % 100) + 2 + own
+                try:
+                    save(folder, tree(number))
+                    saved += 1
+                except BlockingIOError:
+                    refused += 1
+                found = read(folder)
+                assert found > 0
+                replaced += found % 2 != own
+                assert time.monotonic() < end + 60, (saved, refused)
+            os.write(writing, f"{saved} {refused} {replaced} ".encode())
+            os._exit(0)
+        os.close(writing)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    assert codes == [0, 0], codes
+    assert read(folder) > 0
+    assert len(list(folder.iterdir())) == 3
+    return "".join(os.read(end, 100).decode() for end in told)
 
 
 def save_as(rank: int, folder: Path, number: int, place: int, victim: int) -> None:
@@ -161,7 +229,8 @@ def anytime(folder: Path, rounds: int) -> int:
         assert found in (done % 256, (done + 1) % 256), (done, found)
         number = done + (found != done % 256)
     save(folder, tree(0))
-    assert sorted(entry.name[:5] for entry in folder.iterdir()) == ["check", "data-"]
+    assert sorted(entry.name[:15] for entry in folder.iterdir())[:2] == ["checkpoint.json", "checkpoint.lock"]
+    assert len(list(folder.iterdir())) == 3
     return number
 
 
@@ -184,18 +253,14 @@ def train(folder: Path) -> dict[str, Any]:
     state, window, seen = TrainState(params, optimizer.init(params)), init(params), 0
 
     def everything() -> dict[str, Any]:
-        """Between two windows there is nothing in the accumulator."""
-        between = seen % WINDOW == 0
-        return {"seen": seen, "train": state, "window": None if between else window, "rng": torch.get_rng_state()}
+        return {"seen": seen, "train": state, "window": window, "rng": torch.get_rng_state()}
 
     try:
-        seen = load(folder, {"seen": 0, "train": ..., "window": ..., "rng": ...})["seen"]
+        found = load(folder, everything())  # whether a window was open, or not
     except FileNotFoundError:
         pass
     else:
-        window = update(window, params, MICROBATCHES[0])  # what one looks like
-        found = load(folder, everything())
-        state, window = found["train"], found["window"] or init(found["train"].params)
+        seen, state, window = found["seen"], found["train"], found["window"]
         torch.set_rng_state(found["rng"])
     print(seen, flush=True)
 
@@ -235,5 +300,12 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     save(f"{sys.argv[2]}-first", tree(7))  # what a first time takes, imports above all
     assert read(Path(f"{sys.argv[2]}-first")) == 7
-    how: Any = {"everywhere": everywhere, "ranks": ranks, "anytime": anytime, "window": window}[sys.argv[1]]
+    how: Any = {
+        "everywhere": everywhere,
+        "ranks": ranks,
+        "anytime": anytime,
+        "held": held,
+        "rivals": rivals,
+        "window": window,
+    }[sys.argv[1]]
     print(how(Path(sys.argv[2]), *map(int, sys.argv[3:])))

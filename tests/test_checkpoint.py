@@ -73,6 +73,11 @@ def blank(tree):
     return _tree.unflatten(treedef, map(other, leaves))
 
 
+def entries(folder: Path) -> list[str]:
+    """What is in a checkpoint's folder, but for the lock."""
+    return sorted(entry.name for entry in folder.iterdir() if entry.name != "checkpoint.lock")
+
+
 NAN_WITH_PAYLOAD = torch.tensor([0x7FC12345, 0x7F800001], dtype=torch.int32).view(torch.float32)
 LEAVES = {
     **{str(dtype)[6:]: torch.tensor([0.0, -0.0, 1.5, -3, math.inf]).to(dtype) for dtype in (
@@ -157,7 +162,7 @@ def test_the_last_one_counts_and_is_alone(tmp_path):
     for number in range(3):
         save(tmp_path, {"a": torch.tensor(number), "only once": 1} if number == 0 else {"a": torch.tensor(number)})
     assert load(tmp_path, {"a": torch.tensor(0)})["a"] == 2
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(entries(tmp_path)) == 2
 
 
 def test_the_data_are_a_checkpoint_of_torch(tmp_path):
@@ -244,16 +249,6 @@ def test_a_tree_that_does_not_fit(like, message, tmp_path):
         load(tmp_path, like)
 
 
-def test_leaves_of_one_name(tmp_path):
-    class Key:
-        def __repr__(self):
-            return "key"
-
-    with pytest.raises(ValueError, match=r"two leaves are called tree\[key\]"):
-        save(tmp_path / "c", {Key(): 1, Key(): 2})
-    assert not (tmp_path / "c").exists()
-
-
 def test_there_is_no_checkpoint(tmp_path):
     for path in (tmp_path / "missing", tmp_path / "missing" / "below", tmp_path):
         with pytest.raises(FileNotFoundError, match=f"load: no checkpoint at {path}: "):
@@ -318,7 +313,8 @@ DAMAGED = {"w": torch.arange(500.0), "b": torch.ones(3), "n": 3}
 
 
 def files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file())
+    """What a checkpoint is made of."""
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "checkpoint.lock")
 
 
 @pytest.mark.parametrize("which", range(3))
@@ -478,6 +474,64 @@ def test_processes_killed_at_random_moments(tmp_path):
     assert int(run("anytime", str(tmp_path / "c"), "25")) >= 25
 
 
+def test_a_process_that_is_stopped_in_a_save(tmp_path):
+    """Another one is told who saves, and nothing changes; when the first has been killed, its lock is gone."""
+    assert int(run("held", str(tmp_path / "c"))) >= 10
+
+
+def test_two_jobs_that_save_into_one_folder(tmp_path):
+    """Each saves, or is told of the other; what is there is always one of theirs, all of it."""
+    saved, refused, replaced, *other = map(int, run("rivals", str(tmp_path / "c"), "3").split())
+    assert min(saved, refused, other[0], other[1]) > 0
+    assert replaced + other[2] > 0
+
+
+def test_two_saves_at_once(tmp_path):
+    """Of one process, too; and what is there stays, whatever is said of who has the lock."""
+    from gradacc.checkpoint import _lock
+
+    save(tmp_path, {"n": 1})
+    before = files(tmp_path)
+    with _lock.locked("save", tmp_path / "checkpoint.lock"):
+        with pytest.raises(
+            BlockingIOError, match=rf"save: process {os.getpid()} on .* is saving into {tmp_path} at this"
+        ):
+            save(tmp_path, {"n": 2})
+        (tmp_path / "checkpoint.lock").write_bytes(b"\xff")
+        with pytest.raises(BlockingIOError, match="save: .* is saving into"):
+            save(tmp_path, {"n": 2})
+        assert load(tmp_path, {"n": 0})["n"] == 1
+        assert files(tmp_path) == before
+    save(tmp_path, {"n": 2})
+    assert load(tmp_path, {"n": 0})["n"] == 2
+
+
+def test_a_save_that_fails_keeps_no_lock(tmp_path, monkeypatch):
+    for call in ("fsync", "replace"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+            with pytest.raises(OSError, match="No space left"):
+                save(tmp_path, 1)
+        save(tmp_path, 2)
+    assert load(tmp_path, 0) == 2
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EIO])
+def test_a_file_system_without_locks(code, tmp_path, monkeypatch):
+    import fcntl
+
+    def flock(descriptor, operation):
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    if code == errno.EIO:
+        with pytest.raises(OSError, match=os.strerror(code)):
+            save(tmp_path, 1)
+    else:
+        save(tmp_path, 1)
+        assert load(tmp_path, 0) == 1
+
+
 def named_in(descriptor: int) -> Any:
     """What a power cut after an fsync of this leaves: a file's size, or a folder's names."""
     found = os.fstat(descriptor)
@@ -537,9 +591,9 @@ def test_a_folder_that_cannot_be_put_on_the_disk(code, published, tmp_path, monk
             save(tmp_path, {"w": torch.ones(2)})
     assert load(tmp_path, {"w": torch.zeros(2)})["w"].tolist() == [published] * 2
     assert before.exists()
-    assert len(list(tmp_path.iterdir())) == 2 + published
+    assert len(entries(tmp_path)) == 2 + published
     save(tmp_path, {"w": torch.ones(2)})
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(entries(tmp_path)) == 2
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP, errno.EACCES])
@@ -574,9 +628,9 @@ def test_what_cannot_be_removed_is_left(tmp_path, monkeypatch):
     assert patches
     monkeypatch.undo()
     assert load(tmp_path, 0) == 2
-    assert len(list(tmp_path.iterdir())) == 3
+    assert len(entries(tmp_path)) == 3
     save(tmp_path, 3)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(entries(tmp_path)) == 2
 
 
 def test_a_full_disk(tmp_path):
@@ -750,6 +804,29 @@ def test_ranks_that_differ(pool, how, messages, tmp_path):
     assert sorted((tmp_path / "c").rglob("*")) == before
     assert pool.run(SIZE, save_badly, path, "not at all") == [None] * SIZE
     assert load(path, {"w": torch.zeros(2), "n": 0})["n"] == 1
+
+
+def save_beside(group, path):
+    try:
+        save(path, {"n": 1})
+    except (BlockingIOError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def test_ranks_beside_another_job(pool, tmp_path):
+    """All are told."""
+    from gradacc.checkpoint import _lock
+
+    save(tmp_path, {"n": 0})
+    with _lock.locked("save", tmp_path / "checkpoint.lock"):
+        first, *others = pool.run(SIZE, save_beside, str(tmp_path))
+    assert first.startswith(f"BlockingIOError: save: process {os.getpid()} on ")
+    assert all(
+        re.match("ElsewhereError: .* because of rank 0: BlockingIOError: save: process", other) for other in others
+    )
+    assert load(tmp_path, {"n": 1})["n"] == 0
+    assert pool.run(SIZE, save_beside, str(tmp_path)) == [None] * SIZE
+    assert load(tmp_path, {"n": 0})["n"] == 1
 
 
 @pytest.mark.parametrize("how", ["bits", "leaf", "none"])

@@ -5,7 +5,8 @@ A checkpoint is ``checkpoint.json``, which names its data folder. `save` writes 
 one, waits (fsync) until they are on the disk, with the names of all files and folders on the way to them, and then puts the
 new ``checkpoint.json`` in the place of the old one with `os.replace`, which is atomic. Until that call the folder is the old
 checkpoint, from then on the new one, wherever a process is killed. Only when that, too, is on the disk the old data are
-removed. What is left over (a data folder that no ``checkpoint.json`` names) the next `save` removes.
+removed. What is left over (a data folder that no ``checkpoint.json`` names) the next `save` removes; so two of them at once
+would remove each other's data, and the second is refused (``_lock.py``).
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from gradacc._describe import describe
+from gradacc.checkpoint import _lock
 
 MANIFEST = "checkpoint.json"
+LOCK = "checkpoint.lock"
 VERSION = 1
 
 _FORMAT = "gradacc.checkpoint"
@@ -40,11 +43,12 @@ def named(name: str, path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
-def begin(name: str, folder: Path) -> str:
-    """Make room for a new checkpoint; returns the name of its data folder, which is empty.
+def begin(name: str, folder: Path, held: contextlib.ExitStack) -> str:
+    """Make room for a new checkpoint; returns the name of its data folder, which is empty. Nobody else saves while ``held``.
 
     Raises:
         ValueError: there is something else at ``folder``.
+        BlockingIOError: another job saves there.
     """
     with contextlib.suppress(FileNotFoundError):
         read(name, folder)
@@ -52,6 +56,7 @@ def begin(name: str, folder: Path) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     for made in new:
         _sync(made.parent)
+    held.enter_context(_lock.locked(name, folder / LOCK))
     remove_unused(folder)
     data = f"data-{uuid.uuid4().hex}"
     (folder / data).mkdir()
@@ -175,7 +180,7 @@ def _is_place(place: Any) -> bool:
 def _others(folder: Path) -> list[str]:
     """What does not come from `save`."""
     names = sorted(entry.name for entry in folder.iterdir()) if folder.is_dir() else []
-    return [name for name in names if name != _UNFINISHED and not _DATA.fullmatch(name)]
+    return [name for name in names if name not in (_UNFINISHED, LOCK) and not _DATA.fullmatch(name)]
 
 
 def _sync(folder: Path) -> None:

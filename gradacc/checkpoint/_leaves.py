@@ -5,16 +5,22 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import sys
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from gradacc import _tree
+from gradacc import _keys, _tree
 from gradacc._describe import describe
 
 Value: TypeAlias = bool | int | float | str
 Leaf: TypeAlias = Tensor | Value
+
+FACTS = ".facts"
+"""Behind the path of a node with facts: their key. No child of such a node is called that."""
+
+escaped = _keys.escaped
 
 _VALUES = (bool, int, float, str)
 _TENSORS = (Tensor, nn.Parameter)
@@ -34,21 +40,71 @@ def flatten(name: str, tree: Any, root: str) -> tuple[list[str], list[Any], _tre
     return keys, leaves, treedef
 
 
+def check_keys(name: str, treedef: _tree.TreeDef, root: str) -> dict[str, str]:
+    """What every node is (its kind, by path), of a tree whose leaves another process calls the same.
+
+    Raises:
+        TypeError: it would not. See NOTE [keys as text] in ``_keys.py``.
+    """
+    nodes = list(_tree.nodes(treedef, root))
+    for node in nodes:
+        for entry in node.entries:
+            if not _keys.is_stable(entry):
+                raise TypeError(
+                    f"{name}: {node.path} has the key {entry!r}, {describe(entry)}, whose repr may be another one in the "
+                    "process that loads it, which would then not find what is below; use a str or an int, or a tuple or "
+                    "an Enum of them"
+                )
+    return {node.path[len(root) :]: node.kind for node in nodes}
+
+
+def facts(tree: Any) -> dict[str, str]:
+    """What of the tree's structure is saved, as text, by key: the facts of an accumulator's state."""
+    nodes, treedef = _tree.flatten(tree, _has_facts)
+    told = zip(_tree.paths(treedef), nodes, map(_tree.text, nodes), strict=True)
+    return {path + FACTS: text.of(node) for path, node, text in told if text is not None}
+
+
+def with_saved_facts(tree: Any, values: dict[str, Value]) -> tuple[Any, set[str]]:
+    """``tree`` with the facts that were saved in the place of its own, and their keys.
+
+    Raises:
+        ValueError: one is not like what was saved; the text goes on behind its path.
+    """
+    nodes, treedef = _tree.flatten(tree, _has_facts)
+    new, used = [], set()
+    for path, node in zip(_tree.paths(treedef), nodes, strict=True):
+        text, saved = _tree.text(node), values.get(escaped(path) + FACTS)
+        if text is not None and isinstance(saved, str):
+            used.add(escaped(path) + FACTS)
+            try:
+                node = text.node(node, saved)
+            except ValueError as error:
+                raise ValueError(f"{path} {error}") from error
+        new.append(node)
+    return _tree.unflatten(treedef, new), used
+
+
+def _has_facts(node: Any) -> bool:
+    return _tree.text(node) is not None
+
+
 def check(name: str, path: str, leaf: Any) -> Leaf:
     """``leaf``, if it can be saved.
 
     Raises:
         TypeError: it cannot.
-        ValueError: it is an int of more digits than Python writes.
+        ValueError: it is an int of more digits than Python reads.
     """
     if type(leaf) is int:
         try:
-            str(leaf)
+            long = len(str(abs(leaf))) > sys.int_info.default_max_str_digits
         except ValueError:
+            long = True
+        if long:  # though this process may have another limit
             raise ValueError(
-                f"{name}: {path} is an int of {leaf.bit_length()} bits, more than Python writes as digits; pass hex() of it, "
-                "or see sys.set_int_max_str_digits"
-            ) from None
+                f"{name}: {path} is an int of {leaf.bit_length()} bits, more than Python reads as digits; pass hex() of it"
+            )
     if type(leaf) in _VALUES:
         value: Leaf = leaf
         return value
@@ -64,6 +120,18 @@ def check(name: str, path: str, leaf: Any) -> Leaf:
     if leaf.layout is not torch.strided or leaf.is_nested or leaf.is_quantized or leaf.device.type == "meta":
         kind = "meta" if leaf.device.type == "meta" else "sparse, nested or quantized"
         raise TypeError(f"{name}: {path} is a {kind} tensor; pass a dense one that holds numbers")
+    if torch._C._functorch.is_functorch_wrapped_tensor(leaf) or leaf._is_zerotensor():
+        raise TypeError(
+            f"{name}: {path} is a tensor inside torch.func.vmap or grad; call this outside, with what they return"
+        )
+    if not _has_bytes(leaf.dtype):
+        raise TypeError(
+            f"{name}: {path} is {leaf.dtype}, whose numbers are not whole bytes; pass a view of it as uint8"
+        )
+    if leaf.numel() and leaf.untyped_storage().nbytes() == 0:
+        raise TypeError(
+            f"{name}: {path} is a tensor whose memory has been taken away (it was donated, or resized to 0)"
+        )
     return leaf
 
 
@@ -79,3 +147,12 @@ def fingerprint(leaf: Leaf) -> tuple[str, str]:
     plain = leaf.detach().cpu().resolve_conj().resolve_neg().contiguous()
     numbers = (ctypes.c_char * plain.nbytes).from_address(plain.data_ptr()) if plain.nbytes else b""
     return title(leaf), hashlib.sha256(numbers).hexdigest()
+
+
+def _has_bytes(dtype: torch.dtype) -> bool:
+    if dtype.is_floating_point or dtype.is_complex or dtype is torch.bool:
+        return True
+    try:
+        return torch.iinfo(dtype).bits >= 8
+    except TypeError:
+        return False

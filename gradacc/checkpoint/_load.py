@@ -14,6 +14,7 @@ from gradacc import _tree
 from gradacc.checkpoint import _dcp, _folder, _leaves
 
 _NAME = "load"
+_BY_KEY = ("leaves", "values", "places")
 
 
 def load(path: str | os.PathLike[str], like: Any) -> Any:
@@ -33,7 +34,8 @@ def load(path: str | os.PathLike[str], like: Any) -> Any:
         like: a tree of the structure, shapes, dtypes and Python types of what was saved; it is not changed. Tensors come
             back on its tensors' devices and in their memory layout, whatever these were when saved. ``...`` leaves out what
             was saved there, and stays in its place: ``load(path, gradacc.TrainState(params, ..., ...))`` for the parameters
-            alone.
+            alone. In the place of an accumulator's state, any state of that accumulator is like it, whatever either has seen:
+            ``init(params)`` is enough.
 
     Returns:
         A new tree of ``like``'s structure.
@@ -54,29 +56,43 @@ def load(path: str | os.PathLike[str], like: Any) -> Any:
         {'w': Ellipsis, 'epoch': 3, 'rate': Ellipsis}
     """
     folder = _folder.named(_NAME, path)
-    keys, leaves, treedef = _leaves.flatten(_NAME, like, "like")
+    keys, leaves, _ = _leaves.flatten(_NAME, like, "like")
     for key, leaf in zip(keys, leaves, strict=True):
         if leaf is not ...:
             _leaves.check(_NAME, f"like{key}", leaf)
     while True:
         body = _folder.read(_NAME, folder)
         try:
-            return _tree.unflatten(treedef, _read(folder, body, keys, leaves))
+            return _read(folder, body, like)
         except (OSError, ValueError):
             if body["data"] == _folder.read(_NAME, folder)["data"]:
                 raise
         # Another process has saved the next one, and removed this one, in the meantime.
 
 
-def _read(folder: Path, body: dict[str, Any], keys: Sequence[str], leaves: Sequence[Any]) -> list[Any]:
-    """The leaves that were saved, in the order of ``keys``."""
-    _fit(folder, body["leaves"], keys, leaves)
+def _read(folder: Path, body: dict[str, Any], like: Any) -> Any:
+    """What was saved, as a tree like ``like``."""
+    titles, values, places = ({_leaves.escaped(key): value for key, value in body[of].items()} for of in _BY_KEY)
+    try:
+        like, facts = _leaves.with_saved_facts(like, values)
+    except ValueError as error:
+        raise ValueError(f"{_NAME}: the checkpoint {folder} does not fit: like{error}") from error
+    keys, leaves, treedef = _leaves.flatten(_NAME, like, "like")
+    named = list(map(_leaves.escaped, keys))
+    _fit(folder, {key: title for key, title in titles.items() if key not in facts}, named, leaves)
     data = folder / body["data"]
     _verify(data, _dcp.Place(*body["metadata"]), "its description for torch.distributed.checkpoint")
-    return [
-        leaf if leaf is ... else _tensor(data, body, key, leaf) if isinstance(leaf, Tensor) else body["values"][key]
-        for key, leaf in zip(keys, leaves, strict=True)
-    ]
+    return _tree.unflatten(
+        treedef,
+        [
+            leaf
+            if leaf is ...
+            else _tensor(data, _dcp.Place(*places[key]), key, leaf)
+            if isinstance(leaf, Tensor)
+            else values[key]
+            for key, leaf in zip(named, leaves, strict=True)
+        ],
+    )
 
 
 def _fit(folder: Path, saved: dict[str, str], keys: Sequence[str], leaves: Sequence[Any]) -> None:
@@ -100,12 +116,11 @@ def _fit(folder: Path, saved: dict[str, str], keys: Sequence[str], leaves: Seque
         )
 
 
-def _tensor(data: Path, body: dict[str, Any], key: str, like: Tensor) -> Tensor:
+def _tensor(data: Path, place: _dcp.Place, key: str, like: Tensor) -> Tensor:
     """One tensor, verified before it is parsed."""
-    out = torch.empty_like(like, device="cpu", requires_grad=False)
-    place = _dcp.Place(*body["places"][key])
     what = f"like{key}"
     _verify(data, place, what)
+    out = torch.empty_like(like, device="cpu", requires_grad=False)
     try:
         _dcp.read(data, place, out)
     except Exception as error:

@@ -63,6 +63,19 @@ def together(
     return mine, [shared for shared, _ in answers]
 
 
+def check_one_tree(name: str, kinds: Sequence[dict[str, str]]) -> None:
+    """A ValueError where the union of all ranks' trees is none; ``kinds``: what their nodes are, by path."""
+    first: dict[str, int] = {}
+    for rank, own in enumerate(kinds):
+        for path, kind in own.items():
+            other = first.setdefault(path, rank)
+            if kind != kinds[other][path]:
+                raise ValueError(
+                    f"{name}: tree{path} is not the same on ranks {other} and {rank}: a {kinds[other][path]} and a {kind}, "
+                    "so no tree has both. Put what belongs to a rank under a key of its own, as in {'ranks': {rank: ...}}"
+                )
+
+
 def check_alike(name: str, fingerprints: Sequence[dict[str, tuple[str, str]]]) -> None:
     """A ValueError where two ranks have different leaves under one key; ``fingerprints`` are those of all ranks."""
     first: dict[str, int] = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from gradacc.checkpoint import _dcp, _folder, _leaves, _ranks
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.planner import SavePlan
     from torch.distributed.checkpoint.storage import WriteResult
@@ -20,8 +22,9 @@ _NAME = "save"
 
 
 class _Part(NamedTuple):
-    """What one rank brings: its leaves' titles and values, their fingerprints, DCP's plan."""
+    """What one rank brings: its tree's nodes, its leaves' titles and values, their fingerprints, DCP's plan."""
 
+    kinds: dict[str, str]
     titles: dict[str, str]
     values: dict[str, _leaves.Value]
     fingerprints: dict[str, tuple[str, str]]
@@ -40,8 +43,9 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     is room needed for two checkpoints. Two jobs must not save into one folder.)
 
     **Ranks.** Where a process group is initialised, all ranks of it must call this, with the same path on a file system
-    that they share; a call returns when the checkpoint is complete. It is the union of their trees. What several ranks
-    have under one path (parameters) must be the same, bit for bit, and is written once, by one of them. What belongs to a
+    that they share; a call returns when the checkpoint is complete. It is the union of their trees, which must be
+    one tree: what several ranks have under one path (parameters) must be the same, bit for bit, and is written once, by one
+    of them; lists are of one length, and only dicts may have other keys on other ranks (None is nothing). What belongs to a
     rank (its random numbers, its place in the data, what it has accumulated) goes under a key of its own:
 
     .. code-block:: python
@@ -55,17 +59,19 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     Arguments:
         path: a folder, made if it is not there; not one with other things in it.
         tree: nested dicts, lists, tuples, ``NamedTuple``s (`gradacc.TrainState`), registered classes (`gradacc.Mean`, an
-            accumulator's state), with leaves of dense tensors (any dtype, shape and device), ints, floats, bools and
-            strings. ``None`` is structure. Tensors come back without a graph; one at two paths, as two.
+            accumulator's state), with leaves of dense tensors (any dtype of whole bytes, shape and device), ints, floats,
+            bools and strings. Keys of dicts are strings, numbers, bytes, None, enums, or tuples of these, whose reprs are
+            the same in every process. ``None`` is structure. Tensors come back without a graph; one at two paths, as two.
 
     Raises:
-        TypeError: another leaf, or a path that is none; before anything is written, as is ``ValueError``.
+        TypeError: another leaf or key, or a path that is none; before anything is written, as is ``ValueError``.
         ValueError: ``path`` holds other things, or is not the same folder for all ranks; ranks differ in what they have
-            under one path; an int has more digits than Python writes.
+            under one path, or in what that is; two leaves have one path; an int has more digits than Python reads.
         RuntimeError: another rank has raised, or has ended; or ``WORLD_SIZE`` says that there are other ranks, but no
             process group has been initialised.
-        OSError: the disk is full, for instance. After it, or a ``RuntimeError``, the checkpoint that was there is still
-            there, or (where the last step was cut short) the new one is, complete.
+        OSError: the disk is full, for instance; a ``BlockingIOError`` where another job saves there at this moment. After it,
+            or a ``RuntimeError``, the checkpoint that was there is still there, or (where the last step was cut short) the
+            new one is, complete.
 
     Example:
         >>> import tempfile, torch, gradacc
@@ -84,8 +90,24 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     group = _ranks.world(_NAME)
     rank = 0 if group is None else group.rank()
     (folder, planned), parts = _ranks.together(_NAME, group, lambda: _prepare(path, tree, rank, group is not None))
+    _ranks.check_one_tree(_NAME, [part.kinds for part in parts])
     _ranks.check_alike(_NAME, [part.fingerprints for part in parts])
-    _, (data, *_) = _ranks.together(_NAME, group, lambda: (None, _folder.begin(_NAME, folder) if rank == 0 else ""))
+    with contextlib.ExitStack() as held:  # on rank 0, the lock
+        _save(folder, group, rank, planned, parts, held)
+
+
+def _save(
+    folder: Path,
+    group: dist.ProcessGroup | None,
+    rank: int,
+    planned: _dcp.Planned,
+    parts: Sequence[_Part],
+    held: contextlib.ExitStack,
+) -> None:
+    """What is known to be one tree."""
+    _, (data, *_) = _ranks.together(
+        _NAME, group, lambda: (None, _folder.begin(_NAME, folder, held) if rank == 0 else "")
+    )
     body: dict[str, Any] = {
         "data": data,
         "leaves": {key: title for part in parts for key, title in part.titles.items()},
@@ -107,10 +129,13 @@ def _prepare(
 ) -> tuple[tuple[Path, _dcp.Planned], _Part]:
     """On each rank, before anything is written."""
     folder = _folder.named(_NAME, path)
-    keys, leaves, _ = _leaves.flatten(_NAME, tree, "tree")
+    keys, leaves, treedef = _leaves.flatten(_NAME, tree, "tree")
     found = {key: _leaves.check(_NAME, f"tree{key}", leaf) for key, leaf in zip(keys, leaves, strict=True)}
+    kinds = _leaves.check_keys(_NAME, treedef, "tree")
+    found |= _leaves.facts(tree)
     planned = _dcp.plan({key: leaf for key, leaf in found.items() if isinstance(leaf, Tensor)}, rank)
     return (folder, planned), _Part(
+        kinds=kinds if several else {},
         titles={key: _leaves.title(leaf) for key, leaf in found.items()},
         values={key: leaf for key, leaf in found.items() if not isinstance(leaf, Tensor)},
         fingerprints={key: _leaves.fingerprint(leaf) for key, leaf in found.items()} if several else {},

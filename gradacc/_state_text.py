@@ -1,0 +1,95 @@
+"""The state of `gradacc.accumulator` as text: all that a checkpoint cannot write as tensors.
+
+NOTE [a state as text]
+    A process that resumes cannot know whether a window was open when the other one was killed: it has ``init(params)``. So a
+    checkpoint holds the facts of a state (NOTE [facts] in ``_state.py``) as text, with the structure of ``aux``, which only
+    the loss knows; and `gradacc.checkpoint.load` first makes the state that it is about to read. Devices are not told: a state
+    is loaded to where the parameters are now.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradacc import _structure, _tree
+from gradacc._state import Facts, Missing, Param, State, is_missing
+
+
+def to_text(state: State) -> str:
+    """Everything about a state but its numbers, as JSON. NOTE [a state as text]"""
+    facts, device = state.facts, state.facts.params[0].device
+    slots, treedef = _tree.flatten(state.grads, is_missing)
+    paths = _tree.paths(treedef)
+    return json.dumps(
+        {
+            "params": {path: _kind(param) for path, param in zip(paths, facts.params, strict=True)},
+            "grads": {path: _kind(slot) for path, slot in zip(paths, slots, strict=True) if isinstance(slot, Tensor)},
+            "rest": _structure.tell((state.weight, state.unit, state.value, state.aux), device),
+            "facts": {name: _to_json(value) for name, value in facts._asdict().items() if name != "params"},
+        }
+    )
+
+
+def from_text(like: State, text: str) -> State:
+    """A state of the structure that was told, whose tensors hold anything, with the parameters and on the devices of ``like``.
+
+    Raises:
+        ValueError: it was told of an accumulator with other options, or of other parameters; or not by `to_text`.
+    """
+    try:
+        told = json.loads(text)
+        facts = Facts(params=like.facts.params, **{name: _from_json(value) for name, value in told["facts"].items()})
+        params, grads = dict(told["params"]), dict(told["grads"])
+        rest = told["rest"]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ValueError(f"is described by facts that this version of gradacc does not know ({error})") from error
+    for option in ("reduction", "dtype", "has_aux"):
+        theirs, ours = getattr(facts, option), getattr(like.facts, option)
+        if theirs != ours:
+            raise ValueError(
+                f"is a state of an accumulator with {option}={ours!r}, but one of {option}={theirs!r} was saved"
+            )
+    slots, treedef = _tree.flatten(like.grads, is_missing)
+    own = dict(zip(_tree.paths(treedef), facts.params, strict=True))
+    for path in [*own, *params]:
+        here, there = _kind(own[path]) if path in own else None, params.get(path)
+        if here != there:
+            raise ValueError(f"is of params{path} {_words(here)}, but {_words(there)} was saved")
+    device = facts.params[0].device
+    try:
+        found = [
+            slot
+            if isinstance(slot, Tensor) and _kind(slot) == grads.get(path)
+            else _structure.empty(grads[path][1], _structure.dtype_named(grads[path][0]), param.device)
+            if path in grads
+            else Missing()
+            for slot, (path, param) in zip(slots, own.items(), strict=True)
+        ]
+        weight, unit, value, aux = _structure.hear(rest, (like.weight, like.unit, like.value, like.aux), device)
+    except Exception as error:  # of whatever somebody has written, or of a class of the user's
+        raise ValueError(f"{error}; pass a state after one update where it is init's") from error
+    return State(_tree.unflatten(treedef, found), weight, unit, value, aux, facts)
+
+
+def _kind(of: Param | Tensor) -> list[Any]:
+    return [_structure.dtype_name(of.dtype), list(of.shape)]
+
+
+def _words(kind: list[Any] | None) -> str:
+    return "none" if kind is None else f"{kind[0]} {tuple(kind[1])}"
+
+
+def _to_json(fact: Any) -> Any:
+    if isinstance(fact, torch.dtype):
+        return {"dtype": _structure.dtype_name(fact)}
+    return [_to_json(item) for item in fact] if isinstance(fact, tuple) else fact
+
+
+def _from_json(fact: Any) -> Any:
+    if isinstance(fact, dict):
+        return _structure.dtype_named(fact["dtype"])
+    return tuple(_from_json(item) for item in fact) if isinstance(fact, list) else fact
