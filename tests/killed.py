@@ -126,7 +126,7 @@ def held(folder: Path) -> int:
 
 def rivals(folder: Path, seconds: int) -> str:
     """How often the first saved, was told of the other, and found its checkpoint replaced; and the same of the other."""
-    save(folder, tree(0))
+    save(folder, tree(1))
     told, children = [], []
     for own in range(2):
         reading, writing = os.pipe()
@@ -134,6 +134,7 @@ def rivals(folder: Path, seconds: int) -> str:
         children.append(os.fork())
         if children[-1] == 0:
             saved = refused = replaced = 0
+            chance = random.Random(own)
             end = time.monotonic() + seconds
             while time.monotonic() < end or not (saved and refused):
                 number = 2 * (saved % 100) + 2 + own
@@ -145,6 +146,7 @@ def rivals(folder: Path, seconds: int) -> str:
                 found = read(folder)
                 assert found > 0
                 replaced += found % 2 != own
+                time.sleep(chance.uniform(0, 0.02))  # or the one that is refused may come too early every time
                 assert time.monotonic() < end + 60, (saved, refused)
             os.write(writing, f"{saved} {refused} {replaced} ".encode())
             os._exit(0)
