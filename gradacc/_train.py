@@ -11,8 +11,8 @@ from torch import Tensor
 from gradacc import _donated, _dtypes, _engines, _tree
 from gradacc._describe import describe
 from gradacc._mean import Mean
-from gradacc.optim import _memory
-from gradacc.optim._loss_scale import LossScaleState
+from gradacc.optim import _check, _memory, _report
+from gradacc.optim._loss_scale import LossScaleState, takes_scale
 
 if TYPE_CHECKING:
     from gradacc.optim import Optimizer
@@ -24,7 +24,9 @@ class TrainState(NamedTuple):
     Arguments:
         params: the parameters.
         opt_state: what ``optimizer.init(params)`` returned.
-        step: updates so far: an int, or a 0-dim integer tensor (which a compiled step does not compile anew for).
+        step: steps so far, with those whose update was skipped: an int, or a 0-dim integer tensor (which a compiled step does
+            not compile anew for). Optimizers count the updates that they made, which is what a learning rate that is a
+            function of the step goes by.
 
     Example:
         >>> import torch, gradacc
@@ -55,7 +57,8 @@ def train_step(
         grad_fn: from `gradacc.accumulate_and_value`, differentiating its first argument; or any function that returns
             ``(grads, value)`` or ``(grads, (value, aux))``, `torch.func.grad_and_value` for instance.
         optimizer: a `gradacc.optim.Optimizer`. The state of `gradacc.optim.dynamic_loss_scale` (outermost) has a scale, which
-            ``grad_fn`` then gets as ``loss_scale=state.opt_state.scale``: its loss is a `gradacc.optim.scaled_loss`.
+            ``grad_fn`` then gets as ``loss_scale=state.opt_state.scale``: its loss is a `gradacc.optim.scaled_loss`, or it
+            says that it multiplies the loss itself, by a parameter of that name.
         donate: the update may reuse the memory of ``state.params`` and ``state.opt_state`` (and of the gradients that
             ``grad_fn`` returns), whose tensors cannot be used afterwards: an average of parameters begins with
             ``{name: leaf.clone() for name, leaf in state.params.items()}``. See `gradacc.optim.Optimizer`.
@@ -63,11 +66,23 @@ def train_step(
     Returns:
         ``step(state, batch, *args, **kwargs) -> (state, metrics)``. ``metrics`` is a dict of detached tensors: ``loss`` (of a
         `Mean`, ``total / weight``), ``grad_norm`` (the Euclidean norm of all gradients as one vector, before any clipping,
-        at least float32), and, where there are any, ``weight`` (of a `Mean`: tokens, say) and ``aux``. With a loss scale,
-        ``loss`` and ``grad_norm`` are without it, and there are ``loss_scale`` (this step's) and ``skipped`` (updates so far).
+        at least float32), and, where there are any, ``weight`` (of a `Mean`: tokens, say) and ``aux``. Further:
 
-    Raises (when called):
-        TypeError: ``grad_fn`` returned gradients alone (`gradacc.accumulate`), or the state is no `TrainState`.
+        - ``lr``: the learning rate of this step (of an update that was skipped: what it would have been), where the optimizer
+          is one of `gradacc.optim` but `gradacc.optim.from_torchopt`. It is asked for once more, so a function of the step is
+          called twice. With `gradacc.optim.by_path` it is a tuple, one for each optimizer, the default first; NaN of one that
+          has no parameters, or does not say.
+        - ``skipped`` and ``updates``, of an optimizer that may skip updates: how many it has skipped so far, and how many it
+          has made. ``TrainState.step`` counts both. With `by_path` inside, ``updates`` is a tuple like ``lr``, and ``skipped``
+          is one where groups skip on their own.
+        - ``loss_scale``: this step's, with which ``loss`` and ``grad_norm`` are divided.
+
+    Raises:
+        TypeError: ``optimizer`` is a `gradacc.optim.dynamic_loss_scale`, and ``grad_fn`` takes no ``loss_scale`` (its loss is
+            not scaled, and its steps would be too small). When called: ``grad_fn`` returned gradients alone
+            (`gradacc.accumulate`); the state is no `TrainState`.
+        ValueError: when called, the state of a `gradacc.optim.dynamic_loss_scale` is inside of another one's, where its scale
+            does not reach the loss; a tensor of the state has been donated.
 
     Example:
         >>> import torch, gradacc
@@ -93,13 +108,18 @@ def train_step(
             "gradacc.optim.from_torch makes one of a torch.optim class"
         )
 
+    takes = True if torch.compiler.is_compiling() else takes_scale(grad_fn)
+    if _check.is_outermost(optimizer) and not takes:
+        raise TypeError(_UNSCALED)
+    report = _report.report_of(optimizer)
+
     def step(state: TrainState, batch: Any, *args: Any, **kwargs: Any) -> tuple[TrainState, dict[str, Any]]:
         if not isinstance(state, TrainState):
             raise TypeError(
                 f"train_step: the state must be a TrainState, got {describe(state)}. "
                 "Begin with TrainState(params, optimizer.init(params))"
             )
-        scale = state.opt_state.scale if isinstance(state.opt_state, LossScaleState) else None
+        scale = _scale(state.opt_state, takes, kwargs)
         named = {} if scale is None else {"loss_scale": scale}
         grads, value, aux = _parts(grad_fn(state.params, batch, *args, **named, **kwargs))
         metrics = {"loss": value.value if isinstance(value, Mean) else value, "grad_norm": global_norm(grads, scale)}
@@ -109,6 +129,8 @@ def train_step(
             metrics["weight"] = torch.as_tensor(value.weight, device=value.total.device)
         if aux is not None:
             metrics["aux"] = aux
+        if report.rate is not None:
+            metrics["lr"] = _report.numbers(report.rate(state.opt_state), torch.float64)
         if scale is not None:
             metrics["loss_scale"] = scale.clone()
         number = state.step + 1  # here, where an error loses nothing
@@ -117,11 +139,48 @@ def train_step(
         metrics = _apart(_tree.map_tensors(Tensor.detach, metrics), given)
         moved = optimizer.step(state.params, grads, state.opt_state, donate=donate)
         params, opt_state = _donated.hand_over("train_step", given, moved)  # of an optimizer of the caller's own
-        if scale is not None:
-            metrics["skipped"] = opt_state.skipped.detach().clone()
+        if report.skipped is not None:
+            metrics["skipped"] = _report.numbers(report.skipped(opt_state), torch.int64)
+            if report.updates is not None:
+                metrics["updates"] = _report.numbers(report.updates(opt_state), torch.int64)
         return TrainState(params, opt_state, number), metrics
 
     return step
+
+
+_UNSCALED = (
+    "train_step: the optimizer is a dynamic_loss_scale, which takes its scale off the gradients, but grad_fn takes no "
+    "loss_scale: gradients that were not multiplied by it would make steps smaller by that factor (65536 at first). Scale the "
+    "loss: accumulate_and_value(gradacc.optim.scaled_loss(loss_fn)). A grad_fn of your own that does says so by a parameter of "
+    "that name, not by **kwargs: lambda params, batch, loss_scale: ..."
+)
+
+
+def _scale(opt_state: Any, takes: bool, kwargs: dict[str, Any]) -> Tensor | None:
+    """The loss scale of the optimizer's state, which the loss is to be multiplied by; None where it has none."""
+    if isinstance(opt_state, LossScaleState):
+        if not takes:
+            raise TypeError(_UNSCALED)
+        if "loss_scale" in kwargs:
+            raise TypeError(
+                "train_step: loss_scale was passed to the step, which passes the optimizer's own to grad_fn; leave it out"
+            )
+        return opt_state.scale
+    if "loss_scale" not in kwargs and _has_scale_inside(opt_state):
+        raise ValueError(
+            f"train_step: the optimizer's state, {describe(opt_state)}, has that of a dynamic_loss_scale inside, whose scale "
+            "does not reach the loss. Put it outermost: dynamic_loss_scale(what is around it now); or pass its scale to the "
+            "step, as loss_scale="
+        )
+    return None
+
+
+def _has_scale_inside(opt_state: Any) -> bool:
+    """Whether a wrapper's state has a `LossScaleState` in it; trees of parameters are not searched."""
+    parts = (
+        opt_state.values() if isinstance(opt_state, dict) else opt_state if isinstance(opt_state, (tuple, list)) else ()
+    )
+    return len(parts) <= 16 and any(isinstance(part, LossScaleState) or _has_scale_inside(part) for part in parts)
 
 
 def _apart(metrics: Any, given: Sequence[Any]) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from gradacc import _donated, _engines, _tree
 from gradacc._describe import describe
 from gradacc._tree import TensorTree
-from gradacc.optim import _check, _memory
+from gradacc.optim import _check, _memory, _report
 from gradacc.optim._optimizer import Optimizer
 
 
@@ -140,7 +140,9 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
         leaves, treedef = _check.params(name, params)
         look(leaves, divided(leaves, treedef, state), state.inner)
 
-    return _check.askable(init, step, check) if None not in checks else Optimizer(init, step)
+    report = _report.of_groups(name, ByPathState, [_report.report_of(optimizer) for optimizer in optimizers])
+    grouped = _check.askable(init, step, check) if None not in checks else Optimizer(init, step)
+    return _report.reporting(grouped, report)
 
 
 def _part(leaves: Sequence[Tensor], part: dict[str, int]) -> dict[str, Tensor]:

@@ -45,6 +45,11 @@ def outermost(init: Init, step: Step) -> Optimizer:
     return Optimizer(init, step)
 
 
+def is_outermost(optimizer: Optimizer) -> bool:
+    """Whether it is an `outermost` one."""
+    return getattr(optimizer.step, "outermost", None) is optimizer.step
+
+
 def params(name: str, tree: Any) -> tuple[list[Tensor], _tree.TreeDef]:
     """The leaves of the parameters, dense floating or complex tensors, and their structure."""
     leaves, treedef = _tree.flatten(tree)
@@ -121,7 +126,7 @@ def optimizer(name: str, given: Any, where: str = "the optimizer") -> None:
         else:
             fix = "gradacc.optim.sgd, adam, adamw, from_torch and from_torchopt return one"
         raise TypeError(f"{name}: {where} must be a gradacc.optim.Optimizer, got {describe(given)}; {fix}")
-    if getattr(given.step, "outermost", None) is given.step:
+    if is_outermost(given):
         raise ValueError(
             f"{name}: {where} is a dynamic_loss_scale, and what is around one sees gradients times its scale. Leave it out "
             "here, and put one around the whole: dynamic_loss_scale(clip_by_global_norm(sgd(0.1), 1.0))"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradacc import _donated, _tree
 from gradacc._tree import TensorTree
-from gradacc.optim import _check, _memory
+from gradacc.optim import _check, _memory, _report
 from gradacc.optim._optimizer import Optimizer
 
 
@@ -88,7 +88,8 @@ def clip_by_global_norm(optimizer: Optimizer, max_norm: float | Tensor) -> Optim
         after = optimizer.step(params, _tree.unflatten(treedef, slopes), state, donate=donate)
         return _donated.hand_over(f"{name}.step", given, after)
 
-    return Optimizer(optimizer.init, step) if check is None else _check.askable(optimizer.init, step, check)
+    clipping = Optimizer(optimizer.init, step) if check is None else _check.askable(optimizer.init, step, check)
+    return _report.reporting(clipping, _report.report_of(optimizer))
 
 
 def _factor(norm: Tensor, max_norm: float | Tensor) -> Tensor:

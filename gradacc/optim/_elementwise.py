@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gradacc import _donated, _tree
 from gradacc._tree import TensorTree
-from gradacc.optim import _check, _lr, _memory
+from gradacc.optim import _check, _lr, _memory, _report
 from gradacc.optim._arithmetic import Arithmetic, Tensors, in_place, pure
 from gradacc.optim._optimizer import LearningRate, Optimizer
 
@@ -76,7 +76,12 @@ def elementwise(name: str, kind: type, slots: Sequence[bool], lr: LearningRate, 
         trees = (_tree.unflatten(treedef, slot) if used else () for slot, used in zip(moved, slots, strict=True))
         return _tree.unflatten(treedef, new), kind(following, *trees)
 
-    return _check.askable(init, step, lambda params, state: checked(*_check.params(name, params), state))
+    def updates(state: Any) -> Tensor:
+        _check.state(name, state, kind)
+        return _check.counter(name, "state.step", state[0])
+
+    optimizer = _check.askable(init, step, lambda params, state: checked(*_check.params(name, params), state))
+    return _report.reporting(optimizer, _report.Report(lambda state: _lr.at(name, lr, updates(state)), updates))
 
 
 def _apply(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from gradacc import _donated, _engines, _tree
 from gradacc._describe import describe
 from gradacc._tree import TensorTree
-from gradacc.optim import _check, _lr, _memory, _slots
+from gradacc.optim import _check, _lr, _memory, _report, _slots
 from gradacc.optim._optimizer import Optimizer
 
 
@@ -160,7 +161,18 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
                 _donated.retire(f"{name}.step", [state.step], leaves, slopes, held)
         return _tree.unflatten(treedef, new), after
 
-    return _check.askable(init, step, lambda params, state: checked(state, _check.params(name, params)[0]))
+    def updates(state: Any) -> Tensor:
+        _check.state(name, state, TorchState)
+        return _check.counter(name, "state.step", state.step)
+
+    usual = inspect.signature(cls).parameters.get("lr")
+    known = lr is not None or (usual is not None and isinstance(usual.default, (float, Tensor)))
+
+    def rate(state: Any) -> Any:
+        return current(updates(state)).get("lr", None if usual is None else usual.default)
+
+    optimizer = _check.askable(init, step, lambda params, state: checked(state, _check.params(name, params)[0]))
+    return _report.reporting(optimizer, _report.Report(rate if known else None, updates))
 
 
 _PART = 2 * _memory.CHUNK

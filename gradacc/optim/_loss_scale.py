@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor
 from gradacc import _donated, _dtypes, _options, _tree, _validate
 from gradacc._mean import Mean
 from gradacc._tree import TensorTree
-from gradacc.optim import _check, _memory
+from gradacc.optim import _check, _memory, _report
 from gradacc.optim._arithmetic import in_place
 from gradacc.optim._optimizer import Optimizer
 from gradacc.optim._skip import count_skipped, if_finite
@@ -56,7 +57,9 @@ def dynamic_loss_scale(
     ``skipped``.) The scale is taken off once, at the boundary, from gradients that have been summed over micro-batches and
     ranks, so an inf on one rank makes all of them skip; and before ``optimizer`` sees them, so that this clips what it seems
     to: ``dynamic_loss_scale(clip_by_global_norm(adamw(1e-3), 1.0))``. It is outermost: what is around it would see scaled
-    gradients, and `gradacc.train_step` looks for a scale there only, so other wrappers refuse it.
+    gradients, and `gradacc.train_step` looks for a scale there only, so other wrappers refuse it. The loss is a `scaled_loss`;
+    `gradacc.train_step` refuses one that takes no scale, whose steps would be smaller by the factor ``scale``. In a loop of
+    one's own, nobody can know: the gradients that ``step`` is given are taken to be those of ``scale * loss``.
 
     Eagerly the test is read; under a transform, both outcomes are computed and ``torch.where`` takes one, per member of an
     ensemble, each of which has a scale of its own. With ``donate=True`` the scale is taken off in the memory of the
@@ -145,7 +148,8 @@ def dynamic_loss_scale(
         after = new, LossScaleState(scale, tracker, count_skipped(skipped, finite), inner)
         return _donated.hand_over(f"{_NAME}.step", given, after)
 
-    return _check.outermost(init, step)
+    report = _report.of_wrapper(_NAME, LossScaleState, _report.report_of(optimizer))
+    return _report.reporting(_check.outermost(init, step), report)
 
 
 def scaled_loss(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:
@@ -171,7 +175,7 @@ def scaled_loss(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callab
     Raises:
         TypeError: ``loss_fn`` is no function (an ``nn.Module``, say); when called, no or another ``loss_scale``, and what
             `gradacc.accumulate` says of a loss, such as a tuple without ``has_aux``.
-        ValueError: when called, a ``loss_scale`` or a loss that is not 0-dim.
+        ValueError: ``loss_fn`` takes ``loss_scale`` already; when called, a ``loss_scale`` or a loss that is not 0-dim.
 
     Example:
         >>> import torch, gradacc
@@ -182,9 +186,10 @@ def scaled_loss(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callab
         tensor(16.)
     """
     options = _options.options("scaled_loss", loss_fn, _options.Given(has_aux=has_aux))
+    signature = _with_scale(loss_fn)
 
     @functools.wraps(loss_fn, updated=())
-    def scaled(*args: Any, loss_scale: float | Tensor, **kwargs: Any) -> Any:
+    def scaled(*args: Any, loss_scale: Any = _MISSING, **kwargs: Any) -> Any:
         factor = _factor(loss_scale)
         value, aux = _validate.returned(options, loss_fn(*args, **kwargs))
         target = _validate.loss(options, value)
@@ -194,10 +199,45 @@ def scaled_loss(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callab
         loss = Mean(total, value.weight) if isinstance(value, Mean) else total
         return (loss, aux) if has_aux else loss
 
+    scaled.__signature__ = signature  # type: ignore[attr-defined]  # which `takes_scale` reads, through functools.wraps
     return scaled
 
 
+_MISSING = object()
+
+
+def takes_scale(grad_fn: Callable[..., Any]) -> bool:
+    """Whether a function says that it takes ``loss_scale``, by a parameter of this name; ``**kwargs`` says nothing."""
+    try:
+        parameters = inspect.signature(grad_fn).parameters
+    except (TypeError, ValueError):  # of a built-in function, say
+        return False
+    return "loss_scale" in parameters and parameters["loss_scale"].kind is not inspect.Parameter.VAR_KEYWORD
+
+
+def _with_scale(loss_fn: Callable[..., Any]) -> inspect.Signature:
+    """The loss's signature and ``loss_scale``."""
+    if takes_scale(loss_fn):
+        raise ValueError(
+            "scaled_loss: loss_fn takes loss_scale itself, which it would not get: a loss that is scaled already (twice, "
+            "by scaled_loss) is passed as it is, and a parameter that means something else needs another name"
+        )
+    try:
+        signature = inspect.signature(loss_fn)
+    except (TypeError, ValueError):
+        signature = inspect.Signature([inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL)])
+    parameters = list(signature.parameters.values())
+    rest = [each for each in parameters if each.kind is inspect.Parameter.VAR_KEYWORD]
+    own = inspect.Parameter("loss_scale", inspect.Parameter.KEYWORD_ONLY)
+    return signature.replace(parameters=[*parameters[: len(parameters) - len(rest)], own, *rest])
+
+
 def _factor(loss_scale: Any) -> float | Tensor:
+    if loss_scale is _MISSING:
+        raise TypeError(
+            "scaled_loss: no loss_scale was given. gradacc.train_step passes it where its optimizer is a dynamic_loss_scale, "
+            "outermost, with a state that its init made; elsewhere pass loss_scale=state.scale to grad_fn"
+        )
     if not isinstance(loss_scale, Tensor):
         return _check.number("scaled_loss", "loss_scale", loss_scale)
     if loss_scale.ndim != 0 or not loss_scale.is_floating_point():

@@ -10,7 +10,10 @@ from torch import Tensor
 from gradacc._tree import TensorTree
 
 LearningRate: TypeAlias = float | Tensor | Callable[..., float | Tensor]
-"""A number, a 0-dim floating tensor, or a function of the step (0, 1, …) that returns one of them."""
+"""A number, a 0-dim floating tensor, or a function of the step (0, 1, …) that returns one of them.
+
+It may be called several times for a step: it depends on that alone.
+"""
 
 
 class Init(Protocol):

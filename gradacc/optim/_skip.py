@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradacc import _donated, _tree
 from gradacc._tree import TensorTree
-from gradacc.optim import _check, _memory
+from gradacc.optim import _check, _memory, _report
 from gradacc.optim._optimizer import Optimizer
 
 
@@ -35,6 +35,7 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
     A skipped update changes neither the parameters nor the inner state, nor does it count as a step of an ``lr`` that is a
     function of the step. Eagerly the test is read (on an accelerator that waits for the gradients), and of a skipped update
     nothing is computed; under a transform, both outcomes are computed and ``torch.where`` takes one, per member of an ensemble.
+    `gradacc.train_step` reports how many were ``skipped``, and how many ``updates`` were made.
 
     Arguments:
         optimizer: an `Optimizer`. It must return a state of the structure that it was given.
@@ -81,14 +82,15 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
         after = new, SkipState(count_skipped(skipped, finite), inner)
         return _donated.hand_over(f"{name}.step", given, after)
 
+    report = _report.of_wrapper(name, SkipState, _report.report_of(optimizer))
     if inner_check is None:
-        return Optimizer(init, step)
+        return _report.reporting(Optimizer(init, step), report)
 
     def check(params: TensorTree, state: TensorTree) -> None:
         checked(state)
         inner_check(params, state.inner)
 
-    return _check.askable(init, step, check)
+    return _report.reporting(_check.askable(init, step, check), report)
 
 
 def if_finite(

@@ -425,7 +425,21 @@ REFUSED = {
     ),
     "no function": (lambda: optim.scaled_loss(None), TypeError, "scaled_loss: loss_fn must be a function"),
     "has_aux": (lambda: optim.scaled_loss(_mean, has_aux=1), TypeError, "scaled_loss: has_aux must be True or False"),
-    "no scale": (lambda: optim.scaled_loss(_mean)(torch.ones(3), torch.ones(2, 3)), TypeError, "'loss_scale'"),
+    "no scale": (
+        lambda: optim.scaled_loss(_mean)(torch.ones(3), torch.ones(2, 3)),
+        TypeError,
+        "scaled_loss: no loss_scale",
+    ),
+    "twice": (
+        lambda: optim.scaled_loss(optim.scaled_loss(_mean)),
+        ValueError,
+        "scaled_loss: loss_fn takes loss_scale itself.*scaled already",
+    ),
+    "a loss with such a parameter": (
+        lambda: optim.scaled_loss(lambda w, x, loss_scale=1.0: (w * x).sum() * loss_scale),
+        ValueError,
+        "scaled_loss: loss_fn takes loss_scale itself.*needs another name",
+    ),
     "scale None": (
         lambda: optim.scaled_loss(_mean)(torch.ones(3), torch.ones(2, 3), loss_scale=None),
         TypeError,
