@@ -45,8 +45,8 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]
     Raises:
         TypeError: ``module`` is not a module, or a compiled or scripted one.
         ValueError: a trainable parameter has hooks. From ``apply``: names that the module does not have; the module has got
-            other submodules since (call `functional` again); and where the forward pass uses a parameter or buffer of the module's own instead of
-            the one that was given: NOTE [the module's own tensors].
+            other submodules since (call `functional` again); and where the forward pass uses a parameter or buffer of the
+            module's own instead of the one that was given: NOTE [the module's own tensors].
 
     Where it is not equal: what a forward pass writes into the module (``self.calls += 1``, ``self.losses.append(x)``, hooks
     that it registers) is dropped after the call: NOTE [what belongs to a replica].
