@@ -5,13 +5,16 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench clean
+# Processes that tests run in.
+WORKERS ?= 2
+
+.PHONY: demo test test-slow lint docs bench clean
 
 demo: $(STAMP)
 	$(PY) -m gradacc demo
 
 test: $(STAMP)
-	$(PY) -m pytest
+	$(PY) -m pytest -n $(WORKERS) --dist loadgroup
 
 test-slow: $(STAMP)
 	$(PY) -m pytest -m slow
@@ -21,12 +24,16 @@ lint: $(STAMP)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
+docs: $(STAMP)
+	$(PY) -m sphinx -q -W --keep-going -b html docs docs/_build
+
 bench: $(STAMP)
 	$(PIP) --no-build-isolation -e '.[bench]'
 	$(PY) -m benchmarks.eager
 	$(PY) -m benchmarks.boundary
 	$(PY) -m benchmarks.compiled
 	$(PY) -m benchmarks.optim
+	$(PY) -m benchmarks.pages
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(f"gradacc needs Python 3.11 or newer, {sys.executable} is {sys.version.split()[0]}; set PYTHON=" if sys.version_info < (3, 11) else 0)'
@@ -36,4 +43,4 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info
+	rm -rf $(VENV) docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info

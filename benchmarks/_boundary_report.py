@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks._measure import paired, spread
 from benchmarks._model import Network, early, fitted, ring, saved, tree
@@ -38,29 +38,12 @@ MB = 1e6
 Table = list[str]
 
 
-class Target(NamedTuple):
-    """Something to reach: a ratio, and the bound that it is to keep."""
-
-    what: str
-    ratio: float
-    bound: float
-    at_most: bool
-
-    def __str__(self) -> str:
-        met = self.ratio <= self.bound if self.at_most else self.ratio >= self.bound
-        relation = "at most" if self.at_most else "at least"
-        return (
-            f"| {self.what} | {self.ratio:.3f} | {relation} {self.bound:.2f} | {'reached' if met else '**missed**'} |"
-        )
-
-
 def tables(results: dict[str, Any]) -> str:
-    """Everything as Markdown: times, targets, bytes, collectives, the model."""
+    """Everything as Markdown: times, bytes, collectives, the model."""
     steps, links = str(results["settings"]["main_steps"]), results["links"]
     lines: Table = []
     for link in links.values():
         lines += [*_times(link["title"], link["steps"][steps]), ""]
-    lines += [*_targets(links, steps), ""]
     for link in links.values():
         lines += [*_bytes(link), ""]
     first = next(iter(links.values()))["steps"][steps]
@@ -95,25 +78,6 @@ def _ratio(seconds: dict[str, Any], name: str, base: str) -> str:
 
 def _bold(name: str) -> str:
     return f"**{name}**" if name in (OURS, OVERLAP, COMPRESS, BOTH) else name
-
-
-def targets(links: dict[str, Any], steps: str) -> Iterator[Target]:
-    """What issue 3 asks for, and what was measured."""
-    for name, link in links.items():
-        seconds = link["steps"][steps]["seconds"]
-        better = min((OURS, OVERLAP), key=lambda ours: paired(seconds, ours, ACCELERATE).median)
-        ratio = paired(seconds, better, ACCELERATE).median
-        yield Target(f"{better} / Accelerate, {name}", ratio, 1.02, at_most=True)
-        if name == "slow":
-            gain = paired(seconds, EVERY, better).median
-            yield Target(f"{EVERY} / {better}, {name}", gain, 2.2, at_most=False)
-            better = min((COMPRESS, BOTH), key=lambda ours: paired(seconds, ours, ACCELERATE).median)
-            ratio = paired(seconds, better, ACCELERATE).median
-            yield Target(f"{better} / Accelerate, {name}", ratio, 0.65, at_most=True)
-
-
-def _targets(links: dict[str, Any], steps: str) -> Table:
-    return ["| target | measured | to reach | |", "|---|--:|--:|---|", *map(str, targets(links, steps))]
 
 
 def _bytes(link: dict[str, Any]) -> Table:

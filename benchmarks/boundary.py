@@ -43,7 +43,7 @@ from benchmarks._workloads import WORKLOADS
 
 STEPS = (1, 2, 4, 8)
 MAIN = 4
-"""Micro-batches a rank of the tables and targets."""
+"""Micro-batches a rank of the tables."""
 RATE = 400
 """Mbit/s of the slow link."""
 LIMIT = 3600.0

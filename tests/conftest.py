@@ -17,6 +17,13 @@ def _seeded():
     torch.manual_seed(0)
 
 
+def pytest_collection_modifyitems(items):
+    """Tests of ranks go to one process of pytest-xdist, so that there is one pool."""
+    for item in items:
+        if "pool" in item.fixturenames:
+            item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
 @pytest.fixture(scope="session")
 def pool():
     """Real ranks, `tests.workers`."""

@@ -1,6 +1,9 @@
-"""What the documents show runs: the README's Python and the notebooks; and every public name has an example."""
+"""What the documents show runs: the pages' Python and the notebooks; and every public name has an example."""
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import nbformat
@@ -9,10 +12,12 @@ import torch
 from nbclient import NotebookClient
 
 import gradacc
+from benchmarks import pages
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def test_there_are_notebooks():
@@ -26,22 +31,70 @@ def test_notebook_runs(path):
     NotebookClient(notebook, timeout=240, kernel_name="python3", resources=resources).execute()
 
 
-def test_the_readme_runs_from_top_to_bottom(capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)  # it saves a checkpoint
-    blocks = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
-    runnable = [block for block in blocks if "import torch" in block or "check_accumulation" in block]
-    assert len(runnable) == 4
+def blocks(text):
+    """The Python blocks of a page; those of the README's table have a test of their own."""
+    page = re.sub("<table>.*?</table>", "", text, flags=re.DOTALL)
+    return re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+
+
+def is_of_ranks(block):
+    return "init_process_group" in block
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)  # torch's own, in forward mode
+@pytest.mark.parametrize("path", [path for path in PAGES if path.name != "lora.md"], ids=lambda path: path.name)
+def test_a_page_runs_from_top_to_bottom(path, monkeypatch, tmp_path):
+    """The page on LoRA has a test of its own, which compares what it does: tests/test_lora.py."""
+    monkeypatch.chdir(tmp_path)  # some save a checkpoint
     scope: dict = {}
-    for block in runnable:
-        exec(compile(block, "README.md", "exec"), scope)
-    assert "nats a token" in capsys.readouterr().out
-    assert scope["report"].exact
-    assert scope["state"].step == 3
-    loss_fn, params, batch = (scope[name] for name in ("loss_fn", "params", "batch"))
-    expected = torch.func.grad(lambda p, b: loss_fn(p, b).value)(params, batch)
-    torch.testing.assert_close(gradacc.accumulate(loss_fn, steps=4)(params, batch), expected)
-    undisturbed = gradacc.accumulate(loss_fn)(scope["state"].params, [batch, batch])
-    torch.testing.assert_close(scope["grads"], undisturbed)
+    for block in blocks(path.read_text()):
+        if not is_of_ranks(block):
+            exec(compile(block, path.name, "exec"), scope)
+
+
+@pytest.mark.parametrize("path", [path for path in PAGES if is_of_ranks(path.read_text())], ids=lambda path: path.name)
+def test_a_page_s_ranks_run(path, tmp_path):
+    """What stands before it too, since it goes on from there."""
+    own = [block for block in blocks(path.read_text()) if "transformers" not in block]
+    last = max(i for i, block in enumerate(own) if is_of_ranks(block))
+    begin = "torch.distributed.init_process_group()"
+    code = "\n".join(["import torch", begin, "torch.manual_seed(0)", *own[: last + 1]])
+    first, _, rest = code.partition(begin)
+    code = first + begin + rest.replace(begin, "pass")  # a program has it at the top
+    if "destroy_process_group" not in code:
+        code += "\nprint(torch.distributed.get_rank(), loss, flush=True)\ntorch.distributed.destroy_process_group()"
+    (tmp_path / "train.py").write_text(code)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["--log-dir", "said", "--redirects", "1", "train.py"]  # a file for each rank: lines do not mix
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+    zero, one = (next((tmp_path / "said").glob(f"**/{rank}/stdout.log")).read_text() for rank in (0, 1))
+    assert (zero[:2], one[:2]) == ("0 ", "1 ")
+    assert zero[2:] == one[2:]
+
+
+def test_the_readme_is_short():
+    assert len(README.splitlines()) <= 150
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
+        assert (path.parent / target).exists(), target
+
+
+def test_the_page_of_figures_is_of_these_results():
+    assert pages.page() == pages.PAGE.read_text(), "run: python -m benchmarks.pages"
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "docs", str(tmp_path / "site")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert run.returncode == 0, run.stderr
+    assert "accumulate_and_value" in (tmp_path / "site" / "api.html").read_text()
 
 
 def test_the_two_sides_of_the_readmes_comparison_agree():

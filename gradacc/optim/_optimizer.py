@@ -51,7 +51,7 @@ class Optimizer(NamedTuple):
             the same shapes, dtypes and devices. With ``donate=True`` all three are given away: the update may be made in
             their memory, and only what is returned may be used afterwards (JAX's ``donate_argnums``). To use one of the
             tensors that were given is then an error, so what is needed later (an average of the parameters) is cloned
-            beforehand; views of them and ``detach()``ed ones are other tensors, which see what is written. A module's own
+            beforehand; views of them and tensors of ``detach()`` are others, which see what is written. A module's own
             parameters stay what they are, and are trained in place where their memory is given. Tensors whose ranges of
             memory overlap (views of one tensor) are copied first. Under a transform nothing is written or given away.
 

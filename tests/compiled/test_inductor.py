@@ -105,7 +105,9 @@ def weighted(w, x):
 
 
 @pytest.mark.parametrize(
-    ("loss", "steps"), [(identity, loop.UNROLLED), (identity, LOOPED), (weighted, LOOPED)], ids=lambda value: str(value)
+    ("loss", "steps"),
+    [(identity, loop.UNROLLED), (identity, LOOPED), (weighted, LOOPED)],
+    ids=lambda value: getattr(value, "__name__", None),  # not its address, which differs between processes
 )
 def test_what_looks_like_another_sum(loss, steps):
     torch.manual_seed(0)

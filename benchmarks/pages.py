@@ -1,0 +1,98 @@
+"""`docs/speed.md` from `benchmarks/results`: the tables as the benchmarks print them, and what they mean.
+
+    python -m benchmarks.pages
+
+A test compares the page with the results, so a figure on it cannot be older than they are.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks import _boundary_report, _compiled_report, _report, optim
+
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "docs" / "speed.md"
+
+_HEAD = """\
+# Speed and memory
+
+This page is generated from `benchmarks/results` by `python -m benchmarks.pages`. `make bench` measures anew.
+
+All variants of a table take turns in one process, once a round, in a balanced order. A ratio is within a round; what is shown
+is the median over rounds and the quartiles. One variant runs twice a round under two names: how far its second row is from 1 is
+the noise. Gradients are checked against the large batch before anything is timed.
+"""
+
+_EAGER = """\
+## Eager
+
+A six-layer GPT, an MLP with many parameters, and a GPT of almost no arithmetic, on which a fixed cost shows. The floor is
+forward and backward alone. Peak memory is what tensors take over the module and the batch, in sizes of the parameters.
+
+{tables}
+
+![time and memory](../benchmarks/results/eager.png)
+
+Weight gradients are added to the buffer by the matrix product itself, so they never exist on their own: on the MLP, gradacc is
+faster than forward and backward without any addition, and needs less memory than the loop. The price is Python in each
+micro-batch, which the last table shows.
+"""
+
+_COMPILED = """\
+## Compiled
+
+Against the hand-written eager loop and against `optax.microbatching` on JAX (same machine, weights and threads, gradients
+equal to rtol 1e-4).
+
+{tables}
+
+![compiled](../benchmarks/results/compiled.png)
+
+`torch.compile(accumulate(f))` costs more to compile and runs fastest: there is no Python between micro-batches, and gradients
+are summed by the matrix product, in place. `accumulate(torch.compile(f))` compiles one micro-batch, once, and runs as the loop
+with a compiled module does; its gradients come out of the compiled function whole, and exist beside the buffer.
+"""
+
+_BOUNDARY = """\
+## Boundary
+
+Two ranks on loopback, and between two network namespaces joined by a link of 400 Mbit/s.
+
+{tables}
+
+![step time against micro-batches](../benchmarks/results/boundary.png)
+
+Bytes do not depend on the number of micro-batches. `overlap` pays where the network takes longer than packing: on the slow
+link it hides the backward pass of one micro-batch, on loopback there is nothing to gain.
+"""
+
+_OPTIM = """\
+## Optimizer steps
+
+Against `torch.optim`'s own `foreach` step of the same rule. A step that is not donated makes one copy of parameters and state.
+
+{tables}
+"""
+
+
+def page() -> str:
+    """The page of the results as they are."""
+    sections = (
+        (_EAGER, _report.tables(_results("eager"))),
+        (_COMPILED, _compiled_report.tables(_results("compiled"))),
+        (_BOUNDARY, _boundary_report.tables(_results("boundary"))),
+        (_OPTIM, optim.table(_results("optim"))),
+    )
+    return "\n".join([_HEAD, *(text.format(tables=tables) for text, tables in sections)])
+
+
+def _results(name: str) -> dict[str, Any]:
+    results: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    return results
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())

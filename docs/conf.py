@@ -1,0 +1,25 @@
+"""Sphinx: pages in Markdown (MyST), the API from the docstrings; every warning is an error (`make docs`)."""
+
+import gradacc
+
+project = "gradacc"
+author = "the gradacc developers"
+release = version = gradacc.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+source_suffix = {".md": "markdown"}
+exclude_patterns = ["_build"]
+html_theme = "furo"
+html_title = f"gradacc {release}"
+
+default_role = "py:obj"  # single backticks in docstrings: a link where there is something to link to
+
+myst_heading_anchors = 3
+
+autodoc_typehints = "none"  # the docstrings say them in words
+autodoc_member_order = "bysource"
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_use_param = False
+napoleon_custom_sections = [("Source", "notes"), ("Edge cases", "notes"), ("Raises (when called)", "notes")]
