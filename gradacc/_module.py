@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradacc import _own_tensors, _replicas
+from gradacc import _own_tensors, _replicas, _traced
 
 Tensors = dict[str, Tensor]
 
@@ -46,10 +46,12 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]
         TypeError: ``module`` is not a module, or a compiled or scripted one.
         ValueError: a trainable parameter has hooks. From ``apply``: names that the module does not have; the module has got
             other submodules since (call `functional` again); and where the forward pass uses a parameter or buffer of the
-            module's own instead of the one that was given: NOTE [the module's own tensors].
+            module's own instead of the one that was given: NOTE [the module's own tensors]. (While Dynamo traces, the last
+            one is a `torch._dynamo.exc.TorchRuntimeError`.)
 
     Where it is not equal: what a forward pass writes into the module (``self.calls += 1``, ``self.losses.append(x)``, hooks
-    that it registers) is dropped after the call: NOTE [what belongs to a replica].
+    that it registers) is dropped after the call: NOTE [what belongs to a replica]. In a compiled function a module that
+    writes is an error: NOTE [while Dynamo traces].
 
     Example:
         >>> import torch, gradacc
@@ -67,6 +69,7 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]
     """
     _check(module)
     plan = _replicas.plan(module)
+    looks = _traced.looks(plan)
     trainable = {name: param for name, param in module.named_parameters() if param.requires_grad}
     _own_tensors.refuse_hooks("functional", trainable)
     params = {name: param.detach() for name, param in trainable.items()}
@@ -75,28 +78,46 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]
     def apply(
         params: Mapping[str, Tensor], *inputs: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
     ) -> Any:
-        given = {} if buffers is None else buffers
-        _known("params", params, plan.params)
-        _known("buffers", given, plan.buffers)
-        own = plan.tensors()
-        tensors = {**params, **given}
-        tensors |= {name: tensor.detach() for name, tensor in own.items() if name not in tensors}
-        # Copies, since a forward pass may write into its buffers.
-        tensors |= {name: tensors[name].clone() for name in plan.buffers}
-        if torch.compiler.is_compiling():
-            output = torch.func.functional_call(module, tensors, inputs, kwargs)
-            return output if buffers is None else (output, {name: tensors[name].detach() for name in plan.buffers})
-        replaced = {name: own[name] for name in (*params, *given) if tensors[name] is not own.get(name) and name in own}
-        _own_tensors.refuse_hooks("apply", replaced)
-        new = _replicas.replicate(plan, own, tensors, replaced)
-        with _own_tensors.refused(replaced):
-            output = new[id(module)](*inputs, **kwargs)
-        if buffers is None:
-            return output
-        after = {name: new[id(part)]._buffers.get(key) for name, (part, key) in plan.buffers.items()}
-        return output, {name: buffer.detach() for name, buffer in after.items() if buffer is not None}
+        return _applied(plan, looks, params, buffers, inputs, kwargs)
 
     return apply, params, buffers
+
+
+def _applied(
+    plan: _replicas.Plan,
+    looks: _traced.Looks,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor] | None,
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    given = {} if buffers is None else buffers
+    _known("params", params, plan.params)
+    _known("buffers", given, plan.buffers)
+    own = plan.tensors()
+    tensors = {**params, **given}
+    tensors |= {name: tensor.detach() for name, tensor in own.items() if name not in tensors}
+    # Copies, since a forward pass may write into its buffers.
+    tensors |= {name: tensors[name].clone() for name in plan.buffers}
+    if torch.compiler.is_dynamo_compiling():
+        from torch._dynamo.comptime import comptime
+
+        comptime(looks.before)
+        output = torch.func.functional_call(plan.modules[0], tensors, inputs, kwargs)
+        comptime(looks.after)
+        return output if buffers is None else (output, {name: tensors[name].detach() for name in plan.buffers})
+    replaced = {name: own[name] for name in (*params, *given) if tensors[name] is not own.get(name) and name in own}
+    _own_tensors.refuse_hooks("apply", replaced)
+    new = _replicas.replicate(plan, own, tensors, replaced)
+    with _own_tensors.refused(replaced):
+        output = new[id(plan.modules[0])](*inputs, **kwargs)
+    if buffers is None:
+        return output
+    updated = {name: new[id(part)]._buffers.get(key) for name, (part, key) in plan.buffers.items()}
+    return output, {name: buffer.detach() for name, buffer in updated.items() if buffer is not None}
+
+
+_traced.whole_or_not_at_all(_applied)
 
 
 def _check(module: Any) -> None:

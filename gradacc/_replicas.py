@@ -55,6 +55,8 @@ class Plan(NamedTuple):
     params: dict[str, tuple[nn.Module, str]]
     """From a parameter's name to the module that owns it, and its key there."""
     buffers: dict[str, tuple[nn.Module, str]]
+    names: list[str]
+    """The modules', as in ``named_modules()``."""
     first: list[int]
     """For each module, the position in its ``__dict__`` from which on attributes are its own."""
 
@@ -67,13 +69,14 @@ class Plan(NamedTuple):
 
 def plan(module: nn.Module) -> Plan:
     """Of a module and its submodules."""
-    modules = list(module.modules())
+    names, modules = zip(*module.named_modules(), strict=True)
     params = {id(param): (part, key) for part in reversed(modules) for key, param in part._parameters.items()}
     buffers = {id(buffer): (part, key) for part in reversed(modules) for key, buffer in part._buffers.items()}
     return Plan(
-        modules,
+        list(modules),
         {name: params[id(param)] for name, param in module.named_parameters()},
         {name: buffers[id(buffer)] for name, buffer in module.named_buffers()},
+        list(names),
         [len(_EVERY) if (*part.__dict__,)[: len(_EVERY)] == _EVERY else 0 for part in modules],
     )
 
@@ -92,7 +95,7 @@ def replicate(
     marked = []
     for name, tensor in own.items():
         other = given[name]
-        if tensor.__dict__:
+        if tensor.__dict__ and any(not key.startswith("_dynamo_") for key in tensor.__dict__):  # Dynamo's marks
             other = _markable(other)
             marked.append((other, tensor))
         new[id(tensor)] = other
@@ -143,10 +146,13 @@ def replicate(
             new[id(hooks)][key] = _led(value, new, frozenset())
     for other, tensor in marked:
         for key, value in tensor.__dict__.items():
-            setattr(other, key, _state(value, new))
+            if not key.startswith("_dynamo_"):
+                setattr(other, key, _state(value, new))
     return new
 
 
+CONTAINERS = (list, deque, dict, set)
+"""Besides dataclasses and ``SimpleNamespace``, what a forward pass may write into."""
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
 _HOOKS = tuple(key for key, value in nn.Module().__dict__.items() if isinstance(value, OrderedDict))
 _RUN_HOOKS = tuple(key for key in _HOOKS if "state_dict" not in key)
@@ -195,7 +201,7 @@ def _state(value: Any, new: New) -> Any:
         return _led(value, new, frozenset())
     if isinstance(value, RemovableHandle):
         return _handle(value, new)
-    if isinstance(value, (list, deque, dict, set)) or _is_record(value):
+    if isinstance(value, CONTAINERS) or _is_record(value):
         new[id(value)] = copied = copy.copy(value)
         if not _PLAIN.issuperset(map(type, _items(value))):
             _refill(copied, value, partial(_state, new=new))
@@ -222,7 +228,7 @@ def _led(value: Any, new: New, above: frozenset[int]) -> Any:
         return value if same else partial(func, *args, **keywords)
     if isinstance(value, types.FunctionType):
         return _function(value, further)
-    if isinstance(value, (list, deque, dict, set)):
+    if isinstance(value, CONTAINERS):
         copied = copy.copy(value)
         return copied if _refill(copied, value, further) else value
     return _rebuilt(value, further) if isinstance(value, (tuple, frozenset)) else value

@@ -158,7 +158,8 @@ WRITERS = [
 def plain(value, depth=0):
     """A value as data that two moments can be compared by."""
     if isinstance(value, torch.Tensor):
-        return fingerprint(value.detach()), {key: plain(item) for key, item in vars(value).items()}
+        marks = {key: plain(item) for key, item in vars(value).items() if not key.startswith("_dynamo_")}
+        return fingerprint(value.detach()), marks
     if isinstance(value, nn.Module):
         return type(value), {key: plain(item) for key, item in vars(value).items()} if depth == 0 else id(value)
     if isinstance(value, dict):
