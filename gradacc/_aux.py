@@ -72,8 +72,15 @@ def merge(
     treedef: _tree.TreeDef,
 ) -> list[Partial]:
     """Two sums as one: averages times the share of theirs; what is concatenated, ``a``'s first."""
-    pairs = zip((_times(part, shares[0]) for part in a), (_times(part, shares[1]) for part in b), strict=True)
+    pairs = zip(times(a, shares[0]), times(b, shares[1]), strict=True)
     return [_add(name, one, other, treedef, i) for i, (one, other) in enumerate(pairs)]
+
+
+def times(parts: Sequence[Partial], share: float | Tensor) -> list[Partial]:
+    """The same in another unit: averages times ``share``."""
+    if isinstance(share, float) and share == 1.0:
+        return list(parts)
+    return [_times(part, share) for part in parts]
 
 
 def pack(parts: Sequence[Partial]) -> tuple[list[Tensor | Mean], list[torch.dtype]]:

@@ -1,18 +1,19 @@
 """What is summed beside the gradients: value, weight and aux; and what each micro-batch counts for.
 
-NOTE [units]
-    The large batch's gradient is ``sum_i w_i g_i / W``: ``g_i`` the gradient of micro-batch i's mean, ``w_i`` its weight,
-    ``W = sum_i w_i``. The buffer holds ``sum_i (w_i / unit) g_i`` and is multiplied once, at the end, by ``unit / W``.
-    Where W is known beforehand (we split the batch, and the mean is over examples) the unit is W, and the last pass over
-    the gradients falls away. Otherwise it is the first weight that is not zero: everything stays in the range of a mean
-    (a sum over a hundred thousand tokens would overflow float16), and where there is one micro-batch the result is the
-    undivided one, bit for bit.
-
 NOTE [cotangents and shares]
-    What a micro-batch's loss is differentiated with is cut in two: a *cotangent*, the same for all micro-batches, that
-    goes through the backward pass, and a *share*, that differs between them. In half precision a share that went through
-    the backward pass would be rounded, each one differently (two gradients that cancel would not), so an engine applies
-    it where it adds to the buffer, in float32.
+    What a micro-batch's loss is differentiated with is cut in two: a *cotangent*, that goes through the backward pass, and a
+    *share*, that an engine applies where it adds to the buffer. A share may be any number (7 examples of 20). In half
+    precision one that went through the backward pass would be rounded, each one differently (two gradients that cancel
+    would not), so there an engine asks for a *narrow* contribution: its cotangents differ by powers of two only, which round
+    nothing, and its shares are applied in float32. See NOTE [units] in ``_units.py``.
+
+NOTE [weights that are not read]
+    On a CPU a weight is a Python number, and decides: a micro-batch of weight 0 has no backward pass, a negative or NaN weight
+    is an error. On an accelerator reading it would wait for the micro-batch's forward pass, each time, with nothing
+    queued behind it. There (and under a transform, where it may have no one value) it stays a 0-dim tensor. The micro-batch
+    of weight 0 is computed like any other, and what it contributes is replaced by 0 (`Contribution.keeps`), as NaN times 0 is
+    NaN. And a weight that is negative, infinite or NaN becomes NaN, which makes value and gradients NaN; with ``sync``, where
+    numbers are read once a call, it is an error.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _aux, _dtypes, _tree, _validate
+from gradacc import _aux, _dtypes, _tree, _units, _validate
 from gradacc._mean import Mean
 from gradacc._options import Options
 from gradacc._outcome import Contribution, Outcome
@@ -54,16 +55,22 @@ class Sums(NamedTuple):
     """Whether any micro-batch had something to contribute."""
 
 
-def contribution(options: Options, sums: Sums, outcome: Outcome) -> Contribution | None:
-    """What a micro-batch's gradient counts for; None (where it can be read) or a share of 0: exactly nothing."""
+def contribution(options: Options, sums: Sums, outcome: Outcome, narrow: bool) -> Contribution | None:
+    """What a micro-batch's gradient counts for; None: exactly nothing. ``narrow``: NOTE [cotangents and shares]."""
     if options.reduction == "sum":
         return Contribution(1.0, 1.0)
     one, weight = unit(sums, outcome), outcome.weight
     if one is None or weight is None or (not isinstance(weight, Tensor) and not weight):
         return None
-    if isinstance(outcome.value, Mean):
-        return Contribution(1.0 / one, (weight != 0).to(weight.dtype) if isinstance(weight, Tensor) else 1.0)
-    return Contribution(1.0, weight / one)
+    if not isinstance(outcome.value, Mean):
+        return Contribution(1.0, weight / one)
+    own = _units.near(one, weight, outcome.target.dtype) if narrow else one
+    return Contribution(
+        1.0 / own,
+        own / one if narrow else 1.0,
+        _growth(sums, one),
+        weight != 0 if isinstance(weight, Tensor) else None,
+    )
 
 
 def update(options: Options, sums: Sums, outcome: Outcome, sizes: tuple[int, ...]) -> Sums:
@@ -80,17 +87,19 @@ def update(options: Options, sums: Sums, outcome: Outcome, sizes: tuple[int, ...
     else:
         share = 0.0
     if isinstance(outcome.value, Mean):
-        value: Any = _aux.summable(outcome.value)
+        assert weight is not None
+        value: Any = _summand(outcome.value, weight)
     elif options.reduction == "sum":
         value = _aux.scaled(outcome.value, 0.0 if not isinstance(share, Tensor) and share == 0.0 else 1.0)
     else:
         value = _aux.scaled(outcome.value, share)
+    sofar = None if sums.aux is None else _aux.times(sums.aux, _growth(sums, one))
     return sums._replace(
         kind=first,
         value=value if sums.value is None else sums.value + value,
         weight=sums.weight + (0.0 if weight is None else weight),
         unit=one,
-        aux=_aux.absorb(options.name, sums.aux, outcome.aux, share, sizes),
+        aux=_aux.absorb(options.name, sofar, outcome.aux, share, sizes),
         differentiated=sums.differentiated or options.reduction == "sum" or isinstance(weight, Tensor) or bool(weight),
     )
 
@@ -110,8 +119,7 @@ def merge(options: Options, a: Sums, b: Sums) -> tuple[Sums, tuple[float | Tenso
     if a.unit is None or b.unit is None:
         one = b.unit if a.unit is None else a.unit
     else:
-        units: Any = a.unit, b.unit
-        one = torch.maximum(*units) if isinstance(a.unit, Tensor) else max(units)
+        one = _units.larger(a.unit, b.unit)
         shares = a.unit / one, b.unit / one
     if a.kind.is_mean or options.reduction == "sum":
         value = a.value + b.value
@@ -183,9 +191,28 @@ def finalize(options: Options, sums: Sums, like: Tensor) -> tuple[Tensor | Mean,
 
 
 def unit(sums: Sums, outcome: Outcome) -> Any:
-    if sums.unit is not None:
-        return sums.unit
-    if sums.known and not isinstance(outcome.value, Mean):
-        return sums.known
+    """Of ``sums`` and this micro-batch, NOTE [units]; None where nothing has a weight yet."""
     weight = outcome.weight
-    return torch.where(weight == 0, 1.0, weight) if isinstance(weight, Tensor) else weight or None
+    if not isinstance(outcome.value, Mean):
+        return sums.unit if sums.unit is not None else sums.known or weight or None
+    assert weight is not None
+    if not isinstance(weight, Tensor) and not weight:
+        return sums.unit
+    dtype = outcome.target.dtype
+    return _units.first(weight, dtype) if sums.unit is None else _units.grown(sums.unit, weight, dtype)
+
+
+def _growth(sums: Sums, one: Any) -> float:
+    """What has been summed is multiplied by, where the unit has grown."""
+    old: Any = sums.unit
+    return 1.0 if old is None or old is one else old / one
+
+
+def _summand(mean: Mean, weight: float | Tensor) -> Mean:
+    """A new `Mean` in what is summed, of a checked ``weight``: its total is 0 where that is 0, and NaN where that is NaN."""
+    total, own = _aux.wide(mean.total), mean.weight
+    if isinstance(weight, Tensor):
+        total = torch.where(weight > 0, total, weight * 0.0).to(total.dtype)  # two 0-dim tensors have the wider dtype
+    else:
+        total = total.clone() if weight else torch.zeros_like(total)
+    return Mean(total, _aux.wide(own).clone() if isinstance(own, Tensor) else own)

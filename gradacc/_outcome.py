@@ -13,13 +13,19 @@ from gradacc._mean import Mean
 
 
 class Contribution(NamedTuple):
-    """``cotangent * share * gradient`` is what a micro-batch adds to the buffer; NOTE [cotangents and shares]."""
+    """``buffer = growth * buffer + cotangent * share * gradient``; NOTE [cotangents and shares] in ``_fold.py``."""
 
     cotangent: float | Tensor
-    """The same for all micro-batches: goes through the backward pass."""
+    """Goes through the backward pass."""
 
     share: float | Tensor
-    """Of this micro-batch; 0: it contributes exactly 0, whatever its gradient says."""
+    """Of this micro-batch."""
+
+    growth: float = 1.0
+    """Not 1 where the unit has grown; NOTE [units] in ``_units.py``."""
+
+    keeps: Tensor | None = None
+    """Where the weight is not read, whether it is not 0: else nothing is added, whatever the gradient says."""
 
 
 class Outcome(NamedTuple):

@@ -10,7 +10,6 @@ NOTE [facts]
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _aux, _fold, _tree
+from gradacc import _aux, _fold, _scalars, _tree
 from gradacc._describe import describe
 from gradacc._mean import Mean
 from gradacc._options import Options
@@ -63,7 +62,7 @@ class State:
     """What `gradacc.accumulator` has summed; see there. Its leaves are dense tensors."""
 
     grads: Any
-    """Like the parameters, in the accumulators' dtypes, in units of ``unit``: NOTE [units] in ``_fold.py``."""
+    """Like the parameters, in the accumulators' dtypes, in units of ``unit``: NOTE [units] in ``_units.py``."""
     weight: Tensor
     unit: Tensor | None
     value: Tensor | Mean | None
@@ -168,15 +167,13 @@ def unpack(state: State, readable: bool) -> tuple[list[Tensor | None], _tree.Tre
 
 
 def _tensor(number: Any, device: torch.device) -> Tensor:
-    if isinstance(number, Tensor):
-        return number
-    dtype = torch.int64 if isinstance(number, numbers.Integral) else torch.float64
-    tensor: Tensor = torch.zeros((), dtype=dtype, device=device) + number  # `full` would fix what Dynamo holds symbolic
-    return tensor
+    return number if isinstance(number, Tensor) else _scalars.scalar(number, device, torch.float64)
 
 
 def _number(tensor: Tensor, readable: bool, device: torch.device) -> Any:
-    return tensor.item() if readable else tensor.to(device)
+    if not readable:
+        return tensor.to(device)
+    return tensor.item() if tensor.is_cpu else tensor  # on an accelerator nothing is read
 
 
 def check(options: Options, state: Any, call: str, what: str = "state") -> State:

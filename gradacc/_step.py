@@ -124,11 +124,13 @@ def finish(
     return grads, ((value, aux) if options.has_aux else value)
 
 
-def _contribution(options: Options, sums: _fold.Sums, link: _sync.Link | None, outcome: Outcome) -> Contribution | None:
+def _contribution(
+    options: Options, sums: _fold.Sums, link: _sync.Link | None, outcome: Outcome, narrow: bool
+) -> Contribution | None:
     """What a micro-batch counts for; where its gradients are sent as they come, the link learns their unit first."""
     if link is not None:
-        link.set_unit(_fold.unit(sums, outcome), sums.weight + (outcome.weight or 0.0))
-    return _fold.contribution(options, sums, outcome)
+        link.set_unit(_fold.unit(sums, outcome), sums.weight + (0.0 if outcome.weight is None else outcome.weight))
+    return _fold.contribution(options, sums, outcome, narrow)
 
 
 def _outcome(options: Options, out: Any, microbatch: _split.Microbatch) -> Outcome:

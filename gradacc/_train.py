@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _donated, _dtypes, _engines, _tree
+from gradacc import _donated, _dtypes, _engines, _scalars, _tree
 from gradacc._describe import describe
 from gradacc._mean import Mean
 from gradacc.optim import _check, _memory, _report
@@ -124,9 +124,9 @@ def train_step(
         grads, value, aux = _parts(grad_fn(state.params, batch, *args, **named, **kwargs))
         metrics = {"loss": value.value if isinstance(value, Mean) else value, "grad_norm": global_norm(grads, scale)}
         if scale is not None:
-            metrics["loss"] = metrics["loss"] / scale.to(metrics["loss"].device)
+            metrics["loss"] = metrics["loss"] / _scalars.beside(scale, metrics["loss"])
         if isinstance(value, Mean):
-            metrics["weight"] = torch.as_tensor(value.weight, device=value.total.device)
+            metrics["weight"] = _weight(value)
         if aux is not None:
             metrics["aux"] = aux
         if report.rate is not None:
@@ -204,9 +204,15 @@ def global_norm(tree: Any, scale: Tensor | None = None) -> Tensor:
 
 def _norm(leaf: Tensor, scale: Tensor | None) -> Tensor:
     if scale is not None:
-        leaf = leaf.to(_dtypes.wide(leaf.dtype)) / scale.to(leaf.device)
+        leaf = leaf.to(_dtypes.wide(leaf.dtype)) / _scalars.beside(scale, leaf)
     norm: Tensor = torch.linalg.vector_norm(leaf, dtype=torch.float32 if leaf.dtype.itemsize < 4 else None)
     return norm
+
+
+def _weight(value: Mean) -> Tensor:
+    if isinstance(value.weight, Tensor):
+        return value.weight
+    return _scalars.scalar(value.weight, value.total.device, torch.get_default_dtype())
 
 
 def _parts(returned: Any) -> tuple[Any, Tensor | Mean, Any]:

@@ -280,7 +280,10 @@ def loss(options: Options, value: Any) -> Tensor:
 
 
 def weight(options: Options, value: Any, like: Tensor) -> float | Tensor:
-    """A Mean's weight: finite, ``>= 0``, from the data. A number, or a tensor of ``like``'s dtype if it cannot be read."""
+    """A Mean's weight: finite, ``>= 0``, from the data. NOTE [weights that are not read] in ``_fold.py``.
+
+    A number where it can be read for nothing. Else a tensor, NaN where the weight is not what it must be.
+    """
     name = options.name
     if isinstance(value, Tensor):
         if value.ndim != 0 or value.is_complex():
@@ -296,10 +299,12 @@ def weight(options: Options, value: Any, like: Tensor) -> float | Tensor:
         if value.is_meta:
             return 1.0  # nothing is computed from it
         if _engines.transforming() and (value.is_floating_point() or not _engines.is_readable(value)):
-            return value.to(_dtypes.wide(like.dtype))
-        value = (
-            value.item()
-        )  # a count: it carries no derivative, and a micro-batch of weight 0 is left out of the graph
+            return _nan_where_wrong(value.to(_dtypes.wide(like.dtype)))
+        if not value.is_cpu and not like.is_cpu:
+            # float64 counts to more than 2 ** 24; Apple's GPUs have none
+            dtype = torch.float64 if like.device.type != "mps" else torch.float32
+            return _nan_where_wrong(value.detach().to(device=like.device, dtype=dtype))
+        value = value.item()  # a count: it carries no derivative
     if not _is_number(value):
         raise TypeError(
             f"{name}: loss_fn returned a Mean whose weight is {describe(value)}; it must be a number or tensor"
@@ -307,6 +312,10 @@ def weight(options: Options, value: Any, like: Tensor) -> float | Tensor:
     if not (math.isfinite(value) and value >= 0):
         raise ValueError(f"{name}: loss_fn returned a Mean whose weight is {value}; it must be finite and not negative")
     return float(value)
+
+
+def _nan_where_wrong(weight: Tensor) -> Tensor:
+    return torch.where((weight >= 0) & (weight < math.inf), weight, math.nan)
 
 
 def examples(options: Options, count: int | None, sizes: tuple[int, ...]) -> int | None:

@@ -8,7 +8,8 @@ An engine is a module of functions; the caller never chooses one (`gradacc._accu
 - ``calling()``: the context of the loss itself;
 - ``admit(tree)``: arguments on their way to the loss;
 - ``update(buffer, evaluate, contribution, deliver) -> (buffer, outcome)``: ``outcome = evaluate(leaves)`` and, where
-  ``contribution(outcome)`` is not None, ``buffer += cotangent * share * gradient of outcome.target``; with ``deliver``,
+  ``contribution(outcome, narrow)`` is not None, ``buffer = growth * buffer + cotangent * share * gradient of outcome.target``
+  (``narrow``: whether a number of the backward pass has fewer digits than the buffer); with ``deliver``,
   ``deliver(index, gradient)`` of each as soon as it is final, which takes it out of the buffer;
 - ``arrived(buffer)``: whether any loss depended on the parameters;
 - ``merge(a, b, shares, donated) -> gradients``: ``shares[0] * a + shares[1] * b``, where one of the shares is 1;

@@ -93,7 +93,7 @@ def admit(tree: Any) -> Any:
 def update(
     buffer: Buffer,
     evaluate: Callable[[Sequence[Tensor]], Outcome],
-    contribution: Callable[[Outcome], Contribution | None],
+    contribution: Callable[[Outcome, bool], Contribution | None],
     deliver: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Buffer, Outcome]:
     """Run one micro-batch forward and backward, into the buffer: ``buffer.grads`` is changed in place."""
@@ -103,14 +103,19 @@ def update(
         # a node of our own, through which no other pass goes: a hook of the loss may differentiate it again
         root = outcome.target.view_as(outcome.target)
     _validate.untouched(leaves)
-    counts = contribution(outcome)
+    narrow = outcome.target.dtype.itemsize < 4 or any(
+        leaf.dtype != dtype for leaf, dtype in zip(leaves, buffer.dtypes, strict=True)
+    )
+    counts = contribution(outcome, narrow)
+    if counts is not None and counts.growth != 1.0:
+        _grow(buffer.grads, counts.growth)
     edge = get_gradient_edge(root) if counts is not None and root.requires_grad else None
     del root
     outcome = outcome.map(_bare)  # from here on the edge alone keeps the graph
     if counts is not None and edge is not None:
         uses = _engines.graph([edge.node])
         _validate.reentrant_checkpoint(CheckpointFunction._backward_cls in set(map(type, uses)))
-        _backward(buffer, leaves, edge, uses, outcome.target, counts, deliver)
+        _backward(buffer, leaves, edge, uses, outcome.target, counts, narrow, deliver)
     device = leaves[0].device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         torch.clear_autocast_cache()  # of casts of these leaves, which it would keep until the outermost autocast ends
@@ -123,26 +128,27 @@ def arrived(buffer: Buffer) -> bool:
 
 
 def merge(
-    a: Sequence[Tensor | None], b: Sequence[Tensor | None], shares: tuple[float, float], donated: bool
+    a: Sequence[Tensor | None],
+    b: Sequence[Tensor | None],
+    shares: tuple[float | Tensor, float | Tensor],
+    donated: bool,
 ) -> list[Tensor | None]:
     """``shares[0] * a + shares[1] * b``, one of them 1: its sum is the one that is added to."""
-    large, small, share = (a, b, shares[1]) if shares[0] == 1.0 else (b, a, shares[0])
+    swapped = isinstance(shares[0], float) and shares[0] != 1.0
+    (large, one), (small, share) = ((b, shares[1]), (a, shares[0])) if swapped else ((a, shares[0]), (b, shares[1]))
     alone, n = _alone([*large, *small]) if donated else set(), len(large)
     return [
-        _merged(one, other, share, i in alone, i + n in alone)
-        for i, (one, other) in enumerate(zip(large, small, strict=True))
+        _merged(mine, one, theirs, share, i in alone, i + n in alone)
+        for i, (mine, theirs) in enumerate(zip(large, small, strict=True))
     ]
 
 
-def finalize(buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float) -> list[Tensor]:
+def finalize(buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float | Tensor) -> list[Tensor]:
     """The gradients, times ``factor``; each buffer is given up when its result exists."""
     results = []
     for i, (param, dtype) in enumerate(zip(buffer.params, dtypes, strict=True)):
         grad, buffer.grads[i] = buffer.grads[i], None
-        if grad is None:
-            grad = torch.zeros_like(param, dtype=dtype, requires_grad=False)
-        elif factor != 1.0:
-            grad.mul_(factor)
+        grad = torch.zeros_like(param, dtype=dtype, requires_grad=False) if grad is None else _times(grad, factor)
         results.append(grad.to(dtype))
     return results
 
@@ -154,34 +160,48 @@ def _backward(
     uses: Mapping[Node, int],
     target: Tensor,
     counts: Contribution,
+    narrow: bool,
     deliver: Callable[[int, Tensor], None] | None,
 ) -> None:
-    grads, cotangent, share = buffer.grads, float(counts.cotangent), float(counts.share)
-    wide = target.dtype.itemsize >= 4 and all(
-        leaf.dtype == dtype for leaf, dtype in zip(leaves, buffer.dtypes, strict=True)
-    )
-    done = partial(_done, buffer, deliver)
-    if wide:
-        edges, added = fused.install(edge.node, uses, leaves, grads, done)
+    grads, done = buffer.grads, partial(_done, buffer, deliver)
+    edges: list[GradientEdge] = []
+    added: set[int] = set()
+    if narrow:
+        root, share = counts.cotangent, counts.share
+    else:
+        root, share = counts.cotangent * counts.share, 1.0
+        edges, added = fused.install(edge.node, uses, leaves, grads, counts.keeps, done)
+    inputs: list[Any] = [leaf for i, leaf in enumerate(leaves) if i not in added]
+    hook: Callable[[int, Tensor], None] | None = None
+    if narrow or counts.keeps is not None:
+        hook = partial(_add, buffer, share, counts.keeps, done)
+    else:
         for i, leaf in enumerate(leaves):
             if i not in added:
                 leaf.grad = grads[i]
-        inputs: list[Any] = [*(leaf for i, leaf in enumerate(leaves) if i not in added), *edges]
-        hook = (
-            partial(_take, grads, done) if deliver is not None else None
-        )  # else taken when all is over: no hook at all
-        target = torch.full_like(target, cotangent * share)
-    else:
-        inputs, hook = list(leaves), partial(_add, buffer, share, done)
-        target = torch.full_like(target, cotangent)
+        if deliver is not None:  # else taken when all is over: no hook at all
+            hook = partial(_take, grads, done)
     if hook is not None:
         for i, leaf in enumerate(leaves):
             leaf.register_post_accumulate_grad_hook(partial(hook, i))  # type: ignore[no-untyped-call]  # torch's
-    torch.autograd.backward(edge, target, inputs=inputs)
-    if wide and hook is None:
+    torch.autograd.backward(edge, _like(target, root), inputs=[*inputs, *edges])
+    if hook is None:
         for i, leaf in enumerate(leaves):
             if leaf.grad is not None:
                 _take(grads, done, i, leaf)
+
+
+def _like(target: Tensor, number: float | Tensor) -> Tensor:
+    if isinstance(number, Tensor):
+        return number.to(device=target.device, dtype=target.dtype)
+    return torch.full_like(target, number)
+
+
+def _grow(grads: Sequence[Tensor | None], growth: float) -> None:
+    """All that has been summed in another unit."""
+    for grad in grads:
+        if grad is not None:
+            _times(grad, growth)
 
 
 def _done(buffer: Buffer, deliver: Callable[[int, Tensor], None] | None, index: int) -> None:
@@ -202,15 +222,26 @@ def _take(grads: list[Tensor | None], done: Callable[[int], None], index: int, l
     done(index)
 
 
-def _add(buffer: Buffer, share: float, done: Callable[[int], None], index: int, leaf: Tensor) -> None:
-    """Move a gradient into its accumulator, of another dtype, as soon as it is there."""
+def _add(
+    buffer: Buffer,
+    share: float | Tensor,
+    keeps: Tensor | None,
+    done: Callable[[int], None],
+    index: int,
+    leaf: Tensor,
+) -> None:
+    """Move a gradient into its accumulator, by hand, as soon as it is there."""
     grad, leaf.grad = leaf.grad, None
     assert grad is not None
     if grad.layout != torch.strided:
         grad = grad.to_dense()
-    sofar = buffer.grads[index]
+    dtype, sofar = buffer.dtypes[index], buffer.grads[index]
+    if isinstance(share, Tensor):
+        grad, share = (grad.to(dtype) * share.to(grad.device)).to(dtype), 1.0  # two 0-dim tensors have the wider dtype
+    if keeps is not None:
+        grad = torch.where(keeps.to(grad.device), grad, 0)
     if sofar is None:
-        grad = grad.to(buffer.dtypes[index], copy=True)  # NOTE [buffers that nobody else holds]
+        grad = grad.to(dtype, copy=keeps is None)  # NOTE [buffers that nobody else holds]
         buffer.grads[index] = grad.mul_(share) if share != 1.0 else grad
     else:
         sofar.add_(grad, alpha=share)
@@ -250,9 +281,22 @@ def _held(grad: Tensor, donated: bool) -> Tensor:
     return grad.detach().clone()
 
 
-def _merged(large: Tensor | None, small: Tensor | None, share: float, ours: bool, theirs: bool) -> Tensor | None:
-    """``large + share * small``; ``ours``, ``theirs``: in whose memory it may be."""
+def _merged(
+    large: Tensor | None, one: float | Tensor, small: Tensor | None, share: float | Tensor, ours: bool, theirs: bool
+) -> Tensor | None:
+    """``one * large + share * small``; ``ours``, ``theirs``: in whose memory it may be."""
     if large is None:
-        return None if small is None else _held(small, theirs).mul_(share)
-    held = _held(large, ours)
-    return held if small is None else held.add_(small.detach(), alpha=share)
+        return None if small is None else _times(_held(small, theirs), share)
+    held = _times(_held(large, ours), one)
+    if small is None:
+        return held
+    if isinstance(share, Tensor):
+        return held.add_(_times(small.detach().clone(), share))
+    return held.add_(small.detach(), alpha=share)
+
+
+def _times(grad: Tensor, factor: float | Tensor) -> Tensor:
+    """In place; nothing where the factor is known to be 1."""
+    if isinstance(factor, Tensor):
+        return grad.mul_(factor.to(grad.device))
+    return grad if factor == 1.0 else grad.mul_(factor)

@@ -5,7 +5,7 @@ Nothing is changed in place and no value is read, so that the whole can be batch
 .. code-block:: text
 
     total, pullback = torch.func.vjp(loss, params)  # for every micro-batch
-    buffer = buffer + share * pullback(cotangent)
+    buffer = growth * buffer + share * pullback(cotangent)
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def admit(tree: Any) -> Any:
 def update(
     buffer: Buffer,
     evaluate: Callable[[Sequence[Tensor]], Outcome],
-    contribution: Callable[[Outcome], Contribution | None],
+    contribution: Callable[[Outcome, bool], Contribution | None],
     deliver: Callable[[int, Tensor], None] | None = None,
 ) -> tuple[Buffer, Outcome]:
     """Run one micro-batch forward and backward."""
@@ -81,27 +81,31 @@ def update(
     depends = buffer.depends or seen[0].target.requires_grad
     unwrapped = iter(tensors)
     outcome = seen[0].map(lambda _: next(unwrapped))
-    counts = contribution(outcome)
+    wide = value.dtype.itemsize >= 4 and all(p.dtype == d for p, d in zip(buffer.params, buffer.dtypes, strict=True))
+    counts = contribution(outcome, not wide)
     if counts is None:
         return buffer._replace(depends=depends), outcome
-    cotangent, share = counts
-    exact = value.dtype.itemsize >= 4 and all(p.dtype == d for p, d in zip(buffer.params, buffer.dtypes, strict=True))
-    if exact and not isinstance(share, Tensor):
+    cotangent, share, growth, keeps = counts
+    if wide:
         cotangent, share = cotangent * share, 1.0  # one multiplication instead of one for each gradient
     (grads,) = pullback((torch.ones_like(value) * cotangent).to(value.dtype))  # as_tensor would fix a dynamic number
     summed = [
-        _sum(sofar, _scaled(grad, share, dtype))
-        for sofar, grad, dtype in zip(buffer.grads, grads, buffer.dtypes, strict=True)
+        _sum(sofar, _kept(_scaled(grad, share, dtype), keeps))
+        for sofar, grad, dtype in zip(_times(buffer.grads, growth), grads, buffer.dtypes, strict=True)
     ]
     return buffer._replace(grads=summed, depends=depends), outcome
 
 
 def _scaled(grad: Tensor, share: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """``share * grad`` in the accumulator's dtype; exactly 0 for a share of 0, whatever the gradient says."""
+    """``share * grad`` in the accumulator's dtype."""
     wide = (grad if grad.layout == torch.strided else grad.to_dense()).to(dtype)
     if isinstance(share, Tensor):
-        return torch.where(share == 0, 0, wide * share).to(dtype)  # two 0-dim tensors have the wider dtype
+        return (wide * share).to(dtype)  # two 0-dim tensors have the wider dtype
     return wide if share == 1.0 else wide * share
+
+
+def _kept(grad: Tensor, keeps: Tensor | None) -> Tensor:
+    return grad if keeps is None else torch.where(keeps, grad, 0)
 
 
 def arrived(buffer: Buffer) -> bool:
@@ -130,6 +134,8 @@ def finalize(buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float | Tens
 
 
 def _times(grads: Sequence[Tensor | None], share: float | Tensor) -> list[Tensor | None]:
+    if isinstance(share, float) and share == 1.0:
+        return list(grads)
     return [None if grad is None else _scaled(grad, share, grad.dtype) for grad in grads]
 
 

@@ -64,13 +64,15 @@ def install(
     uses: Mapping[Node, int],
     leaves: Sequence[Tensor],
     buffers: Sequence[Tensor | None],
+    keeps: Tensor | None,
     done: Callable[[int], None],
 ) -> tuple[list[GradientEdge], set[int]]:
     """Fuse what can be fused of a graph: the edges that its backward pass, which begins at ``root``, must lead to instead
     of the leaves whose indices are returned.
 
     ``uses``: of every node, how many edges lead to it. ``buffers``: a parameter without one is left to autograd, which hands
-    its gradient over. ``done(index)`` is called when all uses of a fused parameter have been added.
+    its gradient over. ``keeps``: nothing is added where it is given and False, whatever the operands are.
+    ``done(index)`` is called when all uses of a fused parameter have been added.
     """
     indices = {id(leaf): i for i, leaf in enumerate(leaves) if _suits(leaf, buffers[i])}
     if not indices or torch.is_anomaly_enabled():
@@ -105,7 +107,7 @@ def install(
         assert buffer is not None
         for number, (node, operand, add, transposed) in enumerate(found[index]):
             target, padding = buffer.t() if transposed else buffer, getattr(node, "_saved_padding_idx", 0)
-            use = partial(_hook, task, add, padding, target, [operand], left, number, index, done)
+            use = partial(_hook, task, add, padding, target, [operand], keeps, left, number, index, done)
             node.register_prehook(use)  # which does not hold the node: a cycle, never freed
             edges.append(GradientEdge(node, 0))
     return edges, fused
@@ -143,6 +145,7 @@ def _hook(
     padding: int,
     target: Tensor,
     operand: list[Tensor],
+    keeps: Tensor | None,
     left: set[int],
     number: int,
     index: int,
@@ -154,7 +157,11 @@ def _hook(
         return
     other, grad = operand.pop(), grads[0]
     if grad is not None:
-        add(padding, target, other, grad if grad.layout == torch.strided else grad.to_dense())
+        grad = grad if grad.layout == torch.strided else grad.to_dense()
+        if keeps is not None:  # both: 0 times NaN is NaN
+            keeps = keeps.to(grad.device)
+            other, grad = torch.where(keeps, other, 0), torch.where(keeps, grad, 0)
+        add(padding, target, other, grad)
     left.discard(number)
     if not left:  # the last use of this parameter
         done(index)

@@ -168,6 +168,11 @@ def counter(name: str, where: str, value: Any) -> Tensor:
     return scalar(name, where, value, torch.int64)
 
 
+def zero() -> Tensor:
+    """Where a counter begins: on the CPU, where it is read for nothing, whatever torch's default device is."""
+    return torch.zeros((), dtype=torch.int64, device="cpu")
+
+
 def scalar(name: str, where: str, value: Any, dtype: torch.dtype) -> Tensor:
     """A number in a state: a 0-dim tensor of ``dtype``."""
     if not isinstance(value, Tensor) or value.ndim != 0 or value.dtype != dtype:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradacc import _donated, _tree
+from gradacc import _donated, _scalars, _tree
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _memory, _report
 from gradacc.optim._optimizer import Optimizer
@@ -94,7 +94,7 @@ def clip_by_global_norm(optimizer: Optimizer, max_norm: float | Tensor) -> Optim
 
 def _factor(norm: Tensor, max_norm: float | Tensor) -> Tensor:
     if isinstance(max_norm, Tensor):
-        max_norm = max_norm.to(norm.device)
+        max_norm = _scalars.beside(max_norm, norm)
     return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
 
 

@@ -40,7 +40,7 @@ def elementwise(name: str, kind: type, slots: Sequence[bool], lr: LearningRate, 
     def init(params: TensorTree) -> TensorTree:
         leaves, treedef = _check.params(name, params)
         return kind(
-            torch.zeros((), dtype=torch.int64),
+            _check.zero(),
             *(_tree.unflatten(treedef, [_zeros(leaf) for leaf in leaves]) if used else () for used in slots),
         )
 

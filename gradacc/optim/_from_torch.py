@@ -122,14 +122,14 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
     def model(like: _slots.Like) -> dict[str, _slots.Entry | None]:
         """What the slot of a parameter of this kind looks like, from a step of a small one."""
         leaf = torch.ones(_slots.SHAPE[: like.ndim], dtype=like.dtype, device=like.device)
-        count = torch.zeros((), dtype=torch.int64)
+        count = _check.zero()
         (kept,) = stepped([leaf], [torch.zeros_like(leaf)], None, count, current(count))
         return _slots.entries(_slots.tensors(name, cls.__name__, kept), like)
 
     def init(params: TensorTree) -> TensorTree:
         _eagerly(name, cls)
         leaves, _ = _check.params(name, params)
-        count = torch.zeros((), dtype=torch.int64)
+        count = _check.zero()
         with torch.no_grad():
             trial = _memory.copies(leaves)
             kept = stepped(trial, [torch.zeros_like(leaf) for leaf in trial], None, count, current(count))

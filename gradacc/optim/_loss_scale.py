@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _donated, _dtypes, _options, _tree, _validate
+from gradacc import _donated, _dtypes, _options, _scalars, _tree, _validate
 from gradacc._mean import Mean
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _memory, _report
@@ -61,10 +61,10 @@ def dynamic_loss_scale(
     `gradacc.train_step` refuses one that takes no scale, whose steps would be smaller by the factor ``scale``. In a loop of
     one's own, nobody can know: the gradients that ``step`` is given are taken to be those of ``scale * loss``.
 
-    Eagerly the test is read; under a transform, both outcomes are computed and ``torch.where`` takes one, per member of an
-    ensemble, each of which has a scale of its own. With ``donate=True`` the scale is taken off in the memory of the
-    gradients, once ``optimizer`` has looked at its state and its learning rate. An `Optimizer` of the caller's own cannot be
-    asked beforehand: it gets unscaled copies.
+    Eagerly the test is read, one value a step (on an accelerator that waits for the gradients); under a transform, both
+    outcomes are computed and ``torch.where`` takes one, per member of an ensemble, each of which has a scale of its own. With
+    ``donate=True`` the scale is taken off in the memory of the gradients, once ``optimizer`` has looked at its state and its
+    learning rate. An `Optimizer` of the caller's own cannot be asked beforehand: it gets unscaled copies.
 
     **float16.** Gradients come in the dtype of their parameters. In float16 they underflow again as soon as the scale is
     taken off; such parameters are refused, as by GradScaler. Keep them in float32, and let ``torch.autocast`` compute in
@@ -109,8 +109,8 @@ def dynamic_loss_scale(
 
     def init(params: TensorTree) -> TensorTree:
         _wide_enough(*_check.params(_NAME, params))
-        zero = torch.zeros((), dtype=torch.int64)
-        return LossScaleState(torch.tensor(init_scale, dtype=torch.float32), zero, zero.clone(), optimizer.init(params))
+        scale = torch.full((), init_scale, dtype=torch.float32, device="cpu")
+        return LossScaleState(scale, _check.zero(), _check.zero(), optimizer.init(params))
 
     inner_check = _check.asked(optimizer)
 
@@ -194,7 +194,7 @@ def scaled_loss(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callab
         value, aux = _validate.returned(options, loss_fn(*args, **kwargs))
         target = _validate.loss(options, value)
         total = target.to(_dtypes.wide(target.dtype)) * (
-            factor.to(target.device) if isinstance(factor, Tensor) else factor
+            _scalars.beside(factor, target) if isinstance(factor, Tensor) else factor
         )
         loss = Mean(total, value.weight) if isinstance(value, Mean) else total
         return (loss, aux) if has_aux else loss

@@ -12,7 +12,8 @@ from gradacc._tree import TensorTree
 LearningRate: TypeAlias = float | Tensor | Callable[..., float | Tensor]
 """A number, a 0-dim floating tensor, or a function of the step (0, 1, …) that returns one of them.
 
-It may be called several times for a step: it depends on that alone.
+It may be called several times for a step: it depends on that alone. Eagerly what it says is read; a tensor on an accelerator
+makes a step wait for it.
 """
 
 

@@ -33,9 +33,9 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
         otherwise:             skipped += 1
 
     A skipped update changes neither the parameters nor the inner state, nor does it count as a step of an ``lr`` that is a
-    function of the step. Eagerly the test is read (on an accelerator that waits for the gradients), and of a skipped update
-    nothing is computed; under a transform, both outcomes are computed and ``torch.where`` takes one, per member of an ensemble.
-    `gradacc.train_step` reports how many were ``skipped``, and how many ``updates`` were made.
+    function of the step. Eagerly the test is read, one value a step (on an accelerator that waits for the gradients), and of
+    a skipped update nothing is computed; under a transform, both outcomes are computed and ``torch.where`` takes one, per
+    member of an ensemble. `gradacc.train_step` reports how many were ``skipped``, and how many ``updates`` were made.
 
     Arguments:
         optimizer: an `Optimizer`. It must return a state of the structure that it was given.
@@ -58,7 +58,7 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
     inner_check = _check.asked(optimizer)
 
     def init(params: TensorTree) -> TensorTree:
-        return SkipState(torch.zeros((), dtype=torch.int64), optimizer.init(params))
+        return SkipState(_check.zero(), optimizer.init(params))
 
     def checked(state: Any) -> Tensor:
         _check.state(name, state, SkipState)
@@ -110,7 +110,7 @@ def if_finite(
         finite = _finite(slopes, True)
         new, moved = take(False)
         return _where(finite, new, params), _where(finite, moved, inner), finite
-    finite = _finite(slopes, False)
+    finite = _finite(slopes, False).cpu()  # what is read; all else of it is on the CPU
     if bool(finite):
         return *take(donate), finite
     if look is not None:
