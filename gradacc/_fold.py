@@ -202,7 +202,7 @@ def unit(sums: Sums, outcome: Outcome) -> Any:
     return _units.first(weight, dtype) if sums.unit is None else _units.grown(sums.unit, weight, dtype)
 
 
-def _growth(sums: Sums, one: Any) -> float:
+def _growth(sums: Sums, one: Any) -> Any:
     """What has been summed is multiplied by, where the unit has grown."""
     old: Any = sums.unit
     return 1.0 if old is None or old is one else old / one

@@ -21,7 +21,7 @@ class Contribution(NamedTuple):
     share: float | Tensor
     """Of this micro-batch."""
 
-    growth: float = 1.0
+    growth: float | Tensor = 1.0
     """Not 1 where the unit has grown; NOTE [units] in ``_units.py``."""
 
     keeps: Tensor | None = None

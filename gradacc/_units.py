@@ -18,10 +18,11 @@ NOTE [units]
     The inverse of the unit is what a backward pass begins with, so the unit is in the range in which a normal number has a
     normal inverse: of a weight outside of it, the nearest ``weight * 2 ** k``.
 
-    A weight that cannot be read (on an accelerator, where reading waits for the device; batched; traced) cannot decide
-    anything. There the unit stays what the first micro-batch made it, the first weight moved by a power of two into the middle
-    half of the dtype's exponents (``2 ** -63`` to ``2 ** 63`` in float32, 1 where the first weight is 0). The sum then fits
-    float32 where ``W |g| / unit`` does: weights of any size below the first, and above it up to 1e38 times the first (or
+    A weight that cannot be read cannot decide whether to make that pass. Under torch.func's transforms, where it may be
+    batched, the pass is always made. On an accelerator, where reading waits for the device, and where Dynamo traces, it never
+    is: there the unit stays what the first micro-batch made it, the first weight moved by a power of two into the middle half
+    of the dtype's exponents (``2 ** -63`` to ``2 ** 63`` in float32; 1 where the first weight is 0). The sum then fits float32
+    where ``W |g| / unit`` does: with weights of any size below the first, and above it up to 1e38 times the first (or
     ``2 ** -63``, the larger) over the size of the gradients. Beyond that the result is inf or NaN, and never another number.
 
     In half precision what is in the backward pass must be near 1, too, for each micro-batch. There a weight has a unit of its
@@ -31,11 +32,12 @@ NOTE [units]
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradacc import _dtypes
+from gradacc import _dtypes, _engines
 
 GROWTH = 20
 """A weight of more than ``2 ** GROWTH`` units makes the unit larger."""
@@ -46,16 +48,21 @@ def first(weight: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     limit = _limit(_dtypes.wide(dtype))
     if isinstance(weight, Tensor):
         one = torch.where(weight == 0, 1.0, weight.detach())
-        mantissa, _ = torch.frexp(one)
-        power = one / mantissa  # of two, exactly
-        return mantissa * power.clamp(2.0 ** -(limit // 2), 2.0 ** (limit // 2))
+        power = _power(one)
+        return one / power * power.clamp(2.0 ** -(limit // 2), 2.0 ** (limit // 2))
     return weight if torch.compiler.is_compiling() else _within(weight, limit)
 
 
 def grown(unit: float | Tensor, weight: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """The unit of what has been summed and of one more ``weight``, not 0: ``unit``, or a power of two times it."""
-    if isinstance(unit, Tensor) or isinstance(weight, Tensor) or torch.compiler.is_compiling():
+    """The unit of what has been summed and of one more ``weight``: ``unit``, or a power of two times it."""
+    if torch.compiler.is_compiling():
         return unit
+    if isinstance(unit, Tensor) or isinstance(weight, Tensor):
+        if not _engines.transforming():
+            return unit
+        power = _power(weight / unit)
+        moved: Tensor = unit * torch.where(power > 2.0**GROWTH, power, 1.0)
+        return moved.clamp(max=2.0 ** _limit(_dtypes.wide(dtype)))
     more = math.frexp(weight)[1] - math.frexp(unit)[1]
     return unit if more <= GROWTH else _within(math.ldexp(unit, more), _limit(_dtypes.wide(dtype)))
 
@@ -64,9 +71,7 @@ def near(unit: float | Tensor, weight: float | Tensor, dtype: torch.dtype) -> fl
     """A power of two times the unit, near a ``weight`` of a loss of ``dtype``."""
     limit = _limit(dtype)
     if isinstance(unit, Tensor) or isinstance(weight, Tensor):
-        ratio = torch.as_tensor(weight / unit).detach()
-        ratio = torch.where(ratio == 0, 1.0, ratio)
-        own: Tensor = unit * (ratio / torch.frexp(ratio)[0])
+        own: Tensor = unit * _power(weight / unit)
         return own.clamp(2.0**-limit, 2.0**limit)
     if torch.compiler.is_compiling():
         return unit
@@ -78,6 +83,12 @@ def larger(a: float | Tensor, b: float | Tensor) -> float | Tensor:
     if isinstance(a, Tensor):
         return torch.maximum(a, b) if isinstance(b, Tensor) else a.clamp(min=b)
     return b.clamp(min=a) if isinstance(b, Tensor) else max(a, b)
+
+
+def _power(number: Any) -> Tensor:
+    """The power of two above a tensor ``>= 0``, exactly; 1 of 0."""
+    positive: Tensor = torch.where(number == 0, 0.5, number.detach()).clamp(max=2.0**1000)
+    return positive / torch.frexp(positive)[0]
 
 
 def _limit(dtype: torch.dtype) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradacc import _dtypes, _engines, _tree
+from gradacc import _engines, _tree
 from gradacc._describe import describe
 from gradacc._mean import Mean
 from gradacc._options import Options
@@ -298,12 +298,11 @@ def weight(options: Options, value: Any, like: Tensor) -> float | Tensor:
             )
         if value.is_meta:
             return 1.0  # nothing is computed from it
-        if _engines.transforming() and (value.is_floating_point() or not _engines.is_readable(value)):
-            return _nan_where_wrong(value.to(_dtypes.wide(like.dtype)))
-        if not value.is_cpu and not like.is_cpu:
+        transformed = _engines.transforming() and (value.is_floating_point() or not _engines.is_readable(value))
+        if transformed or not (value.is_cpu or like.is_cpu):
             # float64 counts to more than 2 ** 24; Apple's GPUs have none
             dtype = torch.float64 if like.device.type != "mps" else torch.float32
-            return _nan_where_wrong(value.detach().to(device=like.device, dtype=dtype))
+            return _nan_where_wrong(value.to(device=like.device, dtype=dtype))
         value = value.item()  # a count: it carries no derivative
     if not _is_number(value):
         raise TypeError(

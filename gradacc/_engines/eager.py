@@ -107,7 +107,7 @@ def update(
         leaf.dtype != dtype for leaf, dtype in zip(leaves, buffer.dtypes, strict=True)
     )
     counts = contribution(outcome, narrow)
-    if counts is not None and counts.growth != 1.0:
+    if counts is not None:
         _grow(buffer.grads, counts.growth)
     edge = get_gradient_edge(root) if counts is not None and root.requires_grad else None
     del root
@@ -197,11 +197,12 @@ def _like(target: Tensor, number: float | Tensor) -> Tensor:
     return torch.full_like(target, number)
 
 
-def _grow(grads: Sequence[Tensor | None], growth: float) -> None:
-    """All that has been summed in another unit."""
-    for grad in grads:
-        if grad is not None:
-            _times(grad, growth)
+def _grow(grads: Sequence[Tensor | None], growth: float | Tensor) -> None:
+    """All that has been summed, in a larger unit."""
+    if isinstance(growth, Tensor) or growth != 1.0:
+        for grad in grads:
+            if grad is not None:
+                _times(grad, growth)
 
 
 def _done(buffer: Buffer, deliver: Callable[[int, Tensor], None] | None, index: int) -> None:
