@@ -171,15 +171,20 @@ def accumulate_and_value(
         TypeError: parameters that are not floating or complex tensors (an ``nn.Module``, integers, a ``DTensor``); batch
             leaves that cannot be split (NumPy arrays, strings); a loss that is not a floating tensor or a `Mean` of one.
         ValueError: options that contradict each other; split dimensions that differ; a loss that is not 0-dim or does not
-            depend on the parameters; a negative or NaN weight (under a functorch transform only an integer one is checked, and
-            only where it is not batched); reentrant checkpointing.
+            depend on the parameters; a negative, infinite or NaN weight, where it is a number or on the CPU; reentrant
+            checkpointing.
+
+    On an accelerator nothing is read, so nothing waits for the device; with ``sync`` one record a call is. The weight of a
+    `Mean` stays there: a negative, infinite or NaN one makes all gradients and the value NaN (an error on every rank with
+    ``sync``), and so it does where it is batched, traced or, under a functorch transform, floating. Weights may be any finite
+    numbers, in any order. Only of weights that stay on an accelerator, or are traced, the sum must not be over 1e18, or 1e37
+    times the first, divided by the size of the gradients (in float32): beyond that the result is inf or NaN.
 
     When it is *not* equal: where examples see each other through the batch (BatchNorm in training mode, in-batch
     negatives); where the mean is over something else than examples (return a `Mean`); where the loss draws random
     numbers (they are drawn micro-batch after micro-batch; reproducible, but not the large batch's draw); and where a leaf
     of ``aux`` that is no batch dimension has, by chance, the micro-batch's size (a vector of 4 classes where micro-batches
-    have 4 examples: return ``Mean(vector, 1)`` for a sum). The weight of a `Mean` is read once a micro-batch, before its
-    backward pass: on a GPU that waits for its forward pass.
+    have 4 examples: return ``Mean(vector, 1)`` for a sum).
     `gradacc.testing.check_accumulation` finds out for a loss of yours.
 
     Example:

@@ -26,7 +26,8 @@ class Mean:
     Arguments:
         total: the sum. For a loss: a 0-dim floating tensor that depends on the parameters.
         weight: what the sum is divided by, ``>= 0``: a number, or a 0-dim tensor, counted from the data (it must not
-            depend on the parameters: the gradient of ``total / weight`` would have a second term).
+            depend on the parameters: the gradient of ``total / weight`` would have a second term). It is best left where it was
+            counted: on an accelerator it is not read, which would wait for the device.
 
     Example:
         >>> import torch, gradacc

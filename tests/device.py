@@ -13,6 +13,7 @@ Not covered, because Python cannot say it: pinned memory, ``torch.Generator(devi
 """
 
 import collections
+import contextlib
 from typing import Any
 
 import torch
@@ -24,10 +25,29 @@ WAITS: collections.Counter[str] = collections.Counter()
 """What has waited for the device so far."""
 
 
+class _Stream:
+    """The one queue of work; it is done when it is asked for."""
+
+    def synchronize(self) -> None:
+        pass
+
+
 class _Module(backend_registration._DummyBackendModule):
     """``torch.acc``: what torch asks of an accelerator's module, random numbers of its own among it."""
 
+    _initialized = True  # so that activation checkpointing keeps the state of the random numbers
+
+    def device(self, index: Any) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def stream(self, stream: Any) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def current_stream(self, device: Any = None) -> _Stream:
+        return self.queue
+
     def __init__(self) -> None:
+        self.queue = _Stream()
         self.state = torch.Generator().manual_seed(0).get_state()
 
     def get_rng_state(self, device: Any = None) -> torch.Tensor:

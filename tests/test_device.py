@@ -1,0 +1,21 @@
+"""Everything on a device: ``tests/on_device``, on a stand-in accelerator, in a process of its own (`tests.device` says why)."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+FILES = sorted(path.name for path in (HERE / "on_device").glob("test_*.py"))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_on_a_stand_in_device(name):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(HERE / "on_device" / name)]
+    done = subprocess.run(
+        command, cwd=HERE.parent, env={**os.environ, "GRADACC_STAND_IN": "1"}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-10_000:] + done.stderr[-2_000:]
+    assert " passed" in done.stdout
