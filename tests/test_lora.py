@@ -116,3 +116,16 @@ def test_freezing_and_unfreezing(kind):
     expected = imperative(start["module"], start["data"], cls, *options)
     assert_trees_close(dict(scope["module"].state_dict()), expected)
     assert len(scope["state"].opt_state.inner) == 1
+
+
+@pytest.mark.parametrize("kind", ["adamw", "from_torch", "sgd"])
+def test_the_state_of_another_parameter_of_the_same_shape_is_refused(kind):
+    optimizer = {
+        "adamw": gradacc.optim.adamw(0.1),
+        "from_torch": gradacc.optim.from_torch(torch.optim.AdamW, lr=0.1),
+        "sgd": gradacc.optim.sgd(0.1, momentum=0.9),
+    }[kind]
+    one, other = {"a": torch.ones(2)}, {"b": torch.ones(2)}
+    _, state = optimizer.step(one, one, optimizer.init(one))
+    with pytest.raises(ValueError, match=f"{kind}: state.*a.*other parameters"):
+        optimizer.step(other, other, state)

@@ -21,8 +21,8 @@ class TorchState(NamedTuple):
 
     step: Tensor
     """Updates so far, 0-dim int64."""
-    slots: tuple[_slots.Slot, ...]
-    """What the optimizer keeps for each leaf of the parameters, in order: tensors, under its own names."""
+    slots: TensorTree
+    """Like the parameters, with a dict in the place of each leaf: what the optimizer keeps for it, tensors under its names."""
 
 
 def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
@@ -66,7 +66,7 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
         >>> params, state = optimizer.step(params, {"w": torch.tensor([0.5, -3.0])}, state)
         >>> params["w"]
         tensor([0.9000, 2.1000])
-        >>> sorted(state.slots[0])
+        >>> sorted(state.slots["w"])
         ['momentum_buffer', 'square_avg', 'step']
     """
     name = "from_torch"
@@ -76,11 +76,11 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
     if lr is not None:
         _lr.option(name, lr)
 
-    def checked(state: Any, leaves: list[Tensor]) -> dict[str, Any]:
+    def checked(state: Any, leaves: list[Tensor], treedef: _tree.TreeDef) -> dict[str, Any]:
         """Of a state of such parameters: the options now."""
         _check.state(name, state, TorchState)
         count = _check.counter(name, "state.step", state.step)
-        _slots.check(name, cls.__name__, state.slots, leaves, model)
+        _slots.check(name, cls.__name__, state.slots, leaves, treedef, model)
         return current(count)
 
     def current(count: Tensor) -> dict[str, Any]:
@@ -128,13 +128,13 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
 
     def init(params: TensorTree) -> TensorTree:
         _eagerly(name, cls)
-        leaves, _ = _check.params(name, params)
+        leaves, treedef = _check.params(name, params)
         count = _check.zero()
         with torch.no_grad():
             trial = _memory.copies(leaves)
             kept = stepped(trial, [torch.zeros_like(leaf) for leaf in trial], None, count, current(count))
-            slots = tuple(_slots.zeros(name, cls.__name__, each) for each in kept)
-        return TorchState(count, slots)
+            slots = [_slots.zeros(name, cls.__name__, each) for each in kept]
+        return TorchState(count, _tree.unflatten(treedef, slots))
 
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
@@ -142,7 +142,7 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
         _eagerly(name, cls)
         leaves, treedef = _check.params(name, params)
         slopes = _check.grads(name, grads, leaves, treedef)
-        given = checked(state, leaves)
+        given = checked(state, leaves, treedef)
         with torch.no_grad():
             held, structure = _tree.flatten(state.slots)
             read_only = cls in _LEAVE_GRADIENTS and not options.get("nesterov")
@@ -155,8 +155,9 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
                 changed = [] if read_only else _memory.copies(slopes)
                 new, slots = _memory.copies(leaves), _memory.copies(held)
             used = [slope.detach() if slope.requires_grad else slope for slope in changed or slopes]
-            kept = stepped(new, used, _tree.unflatten(structure, slots), state.step, given)
-            after = TorchState(state.step + 1, _slots.written(name, cls.__name__, kept))
+            each = treedef.flatten_up_to(_tree.unflatten(structure, slots))
+            kept = stepped(new, used, each, state.step, given)
+            after = TorchState(state.step + 1, _tree.unflatten(treedef, _slots.written(name, cls.__name__, kept)))
             if donate:
                 _donated.retire(f"{name}.step", [state.step], leaves, slopes, held)
         return _tree.unflatten(treedef, new), after
@@ -171,7 +172,7 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
     def rate(state: Any) -> Any:
         return current(updates(state)).get("lr", None if usual is None else usual.default)
 
-    optimizer = _check.askable(init, step, lambda params, state: checked(state, _check.params(name, params)[0]))
+    optimizer = _check.askable(init, step, lambda params, state: checked(state, *_check.params(name, params)))
     return _report.reporting(optimizer, _report.Report(rate if known else None, updates))
 
 

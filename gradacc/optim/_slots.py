@@ -115,18 +115,26 @@ def entries(slot: Slot, like: Like) -> dict[str, Entry | None]:
 
 
 def check(
-    name: str, owner: str, slots: Any, leaves: Sequence[Tensor], model: Callable[[Like], dict[str, Entry | None]]
+    name: str,
+    owner: str,
+    slots: Any,
+    leaves: Sequence[Tensor],
+    treedef: _tree.TreeDef,
+    model: Callable[[Like], dict[str, Entry | None]],
 ) -> None:
-    """Slots are one dict for each parameter, with the entries and shapes that this optimizer gives one of its kind.
+    """Slots are like the parameters, one dict for each, with the entries and shapes that this optimizer gives one of its kind.
 
     Raises:
         ValueError: they are not.
     """
-    if not isinstance(slots, tuple) or len(slots) != len(leaves) or not all(isinstance(slot, dict) for slot in slots):
-        found = f"for {len(slots)} parameters" if isinstance(slots, tuple) else describe(slots)
-        raise ValueError(f"{name}: state.slots is {found}, where params has {len(leaves)} leaves. {_FIX}")
+    try:
+        each: list[Any] | None = treedef.flatten_up_to(slots)
+    except (ValueError, TypeError):
+        each = None
+    if each is None or not all(isinstance(slot, dict) for slot in each):
+        raise ValueError(f"{name}: state.slots has another structure than params: {_differing(slots, treedef)}. {_FIX}")
     models: dict[tuple[int, torch.dtype, torch.device], dict[str, Entry | None]] = {}
-    for index, (slot, leaf) in enumerate(zip(slots, leaves, strict=True)):
+    for index, (slot, leaf) in enumerate(zip(each, leaves, strict=True)):
         shape = leaf.shape
         like = len(shape), leaf.dtype, leaf.device
         expected = models.get(like)
@@ -134,17 +142,31 @@ def check(
             expected = models[like] = model(Like(*like))
         if slot.keys() != expected.keys():
             raise ValueError(
-                f"{name}: state.slots[{index}] has {sorted(slot)}, where {owner} keeps {sorted(expected)} for a parameter of "
-                f"shape {tuple(shape)}. {_FIX}"
+                f"{name}: {_path(treedef, index)} has {sorted(slot)}, where {owner} keeps {sorted(expected)} for a parameter "
+                f"of shape {tuple(shape)}. {_FIX}"
             )
         for key, entry in expected.items():
             given = slot[key]
             if entry is not None and not (isinstance(given, Tensor) and _fits(given, entry, shape)):
                 of = f" of {given.dtype} on {given.device}" if isinstance(given, Tensor) else ""
                 raise ValueError(
-                    f"{name}: state.slots[{index}][{key!r}] is {describe(given)}{of}, for a parameter of shape "
+                    f"{name}: {_path(treedef, index)}[{key!r}] is {describe(given)}{of}, for a parameter of shape "
                     f"{tuple(shape)}, {leaf.dtype}, on {leaf.device}. {_FIX}"
                 )
+
+
+def _path(treedef: _tree.TreeDef, index: int) -> str:
+    return _tree.paths(treedef, "state.slots")[index]
+
+
+def _differing(slots: Any, treedef: _tree.TreeDef) -> str:
+    """What is missing or too much in slots."""
+    here, there = _tree.paths(treedef, "state.slots"), _tree.paths(_tree.flatten(slots)[1], "state.slots")
+    missing = [path for path in here if not any(other.startswith(path) for other in there)]
+    odd = [other for other in there if not any(other.startswith(path) for path in here)]
+    if missing:
+        return f"it misses {missing[0]}" + (f" and {len(missing) - 1} more" if missing[1:] else "")
+    return f"it has {odd[0]}, which params has not" if odd else f"it is {describe(slots)}"
 
 
 def _fits(given: Tensor, entry: Entry, shape: torch.Size) -> bool:

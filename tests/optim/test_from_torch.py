@@ -127,7 +127,7 @@ def test_numbers_in_a_state_are_tensors_and_get_their_types_back():
     optimizer = optim.from_torch(Odd)
     out, state = trajectory(optimizer.step, params, many, optimizer.init(params))
     assert_same(out, imperative(Odd, params, many))
-    assert {key: leaf.dtype for key, leaf in state.slots[0].items() if isinstance(leaf, torch.Tensor)} == {
+    assert {key: leaf.dtype for key, leaf in state.slots["w"].items() if isinstance(leaf, torch.Tensor)} == {
         "count:int": torch.int64,
         "decay:float": torch.float64,
         "odd:bool": torch.bool,
@@ -180,6 +180,9 @@ OTHERS = {
     "fewer parameters": lambda params: optim.from_torch(torch.optim.Adam, lr=0.1).init({"w": params["w"]}),
     "other shapes": lambda params: optim.from_torch(torch.optim.Adam, lr=0.1).init(params | {"w": torch.ones(2, 5)}),
     "other dtypes": lambda params: optim.from_torch(torch.optim.Adam, lr=0.1).init(parameters(torch.float64)),
+    "the same shapes under other names": lambda params: optim.from_torch(torch.optim.Adam, lr=0.1).init(
+        {f"other {name}": leaf for name, leaf in params.items()}
+    ),
     "another kind": lambda params: optim.adam(0.1).init(params),
 }
 
