@@ -7,9 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from gradacc import _fold, _options, _split, _step, _sync, _validate
+from gradacc import _connect, _fold, _options, _split, _step, _sync, _tree, _validate
 from gradacc._all_reduce import AllReduce
+from gradacc._describe import describe
 from gradacc._engines import loop, loops
 from gradacc._options import Options
 
@@ -122,6 +124,7 @@ def accumulate_and_value(
     ``vmap`` over both                     yes                 yes                 yes
     ``grad``, ``jacrev``, ``hessian``      yes                 yes                 yes
     ``jvp``, ``jacfwd``                    yes                 yes                 yes
+    ``backward()`` through ``g``           yes                 yes                 yes
     ``torch.compile(g)``                   yes                 reverse [1]         yes
     ``accumulate(torch.compile(f))``       yes                 window [2]          yes
     ``torch.autocast``                     yes                 yes                 yes
@@ -163,9 +166,19 @@ def accumulate_and_value(
         ``grad_fn(params, batch, *args, **kwargs)``, which returns ``(grads, value)``, or ``(grads, (value, aux))`` with
         ``has_aux``. ``grads`` has the structure, shapes and (without ``dtype=``) dtypes of the differentiated arguments;
         ``value`` is of the type that ``loss_fn`` returns (a 0-dim tensor where an empty iterable says nothing of it). All are
-        new, detached tensors; nothing passed in is changed. Under a functorch transform they can be batched and
-        differentiated, as those of `torch.func.grad` (then activation checkpointing and saved-tensor hooks, which
-        torch.func refuses, are not available).
+        new tensors; nothing passed in is changed. Under a functorch transform they can be batched and differentiated, as
+        those of `torch.func.grad` (then activation checkpointing and saved-tensor hooks, which torch.func refuses, are not
+        available).
+
+        So they can by plain autograd: as `torch.func.grad`'s, they are detached, unless an argument requires grad and grad mode
+        is enabled. Then a backward pass through them (MAML, `torch.autograd.functional.jacobian`) makes the call once more,
+        with torch.func and in the memory of the whole batch; until then they hold the arguments, and ``p.grad = grad``
+        is a reference cycle. In training, where nobody wants that, pass parameters that do not require grad, as those of
+        `gradacc.functional`, or call ``grad_fn`` under ``torch.no_grad()``. Such a backward pass is an error where the
+        call cannot be made again: with ``sync=``; where the batch was an iterator; where an argument has changed in place;
+        where the value is then another one (random numbers that are not torch's own); and for activation checkpointing and
+        saved-tensor hooks. It is also one for a tensor that requires grad, is not an ``nn.Parameter``, and is closed over,
+        while no argument requires grad; parameters that are closed over are constants there.
 
     Raises:
         TypeError: parameters that are not floating or complex tensors (an ``nn.Module``, integers, a ``DTensor``); batch
@@ -241,6 +254,8 @@ def _run(
     try:
         differentiated, batch = _validate.positions(options, args)
         params, treedef = _step.parameters(options, args, differentiated)
+        rest = [arg for n, arg in enumerate(args) if n not in differentiated]
+        call = _connect.asked((args, kwargs), params, (rest, kwargs))
         fold = _step.start(options, params, treedef)
         engine = fold.engine
         if link is not None:
@@ -275,7 +290,26 @@ def _run(
         if link is not None:
             link.fail(error)
         raise
-    return _step.finish(fold, link, buffer, sums, lambda sums: _step.with_types(fold, evaluate, sums, empty))
+    results = _step.finish(fold, link, buffer, sums, lambda sums: _step.with_types(fold, evaluate, sums, empty))
+    if call is None:
+        return results
+    again = _only_once(link is not None, args[batch]) or functools.partial(_run, options, None, loss_fn)
+    return _connect.connect(options.name, call, results, buffer.closed.values(), again)
+
+
+def _only_once(crosses: bool, batch: Any) -> str | None:
+    """Why a call cannot be made again, where it cannot, and what to do."""
+    if crosses:
+        return (
+            "with sync= that is not possible: the other ranks would have to take part. "
+            "Call grad_fn under torch.no_grad(), or with parameters that do not require grad, for results without a graph"
+        )
+    if not isinstance(batch, Tensor) and _tree.is_leaf(batch):
+        return (
+            f"its batch was {describe(batch)}, which may not give the same micro-batches again. Pass them as a list, or "
+            "call grad_fn under torch.no_grad() for results without a graph"
+        )
+    return None
 
 
 def _with_last(parts: Iterable[_split.Microbatch], ahead: bool) -> Iterator[tuple[_split.Microbatch, bool]]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _donated, _fold, _options, _split, _state, _state_text, _step, _sync, _tree, _validate
+from gradacc import _connect, _donated, _fold, _options, _split, _state, _state_text, _step, _sync, _tree, _validate
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
 from gradacc._engines import eager
@@ -123,7 +123,10 @@ def accumulator(
         such update (of as many examples in all, where something is concatenated), not ``init``'s.
 
         All four can be called under torch.func's transforms and inside `torch.compile`; what `torch.vmap` returns are
-        batched states, which go on under `torch.vmap`.
+        batched states, which go on under `torch.vmap`. By plain autograd (a ``.backward()`` through the results, where an
+        argument requires grad and grad mode is enabled) nothing here is differentiated: a state keeps no micro-batches.
+        Such a backward pass is an error, and such a state has tensors that require grad, which ``copy.deepcopy`` refuses;
+        under ``torch.no_grad()``, or with parameters that do not require grad, there is neither.
 
     Raises:
         TypeError, ValueError: as `gradacc.accumulate_and_value`; and for what is not a state, for a state of an accumulator
@@ -184,6 +187,13 @@ def accumulator(
     return Accumulator(init, update, merge, finalize)
 
 
+_NO_GRAPH = (
+    "a state keeps no micro-batches, so nothing can be computed again. Differentiate with torch.func (torch.func.grad around "
+    "all of it) or through accumulate_and_value; or call update under torch.no_grad(), or with parameters that do not require "
+    "grad, for results without a graph"
+)
+
+
 def _init(options: Options, params: Any) -> State:
     leaves, treedef = _tree.flatten(params)
     return _state.nothing(options, _validate.parameters(options.name, leaves, treedef, "params"), treedef)
@@ -206,6 +216,8 @@ def _update(
     engine, readable = fold.engine, fold.engine is eager
     microbatch = _split.one(options, args, differentiated, batch)
     facts = before.facts._replace(params=like)  # on the devices where they are now
+    rest = [state, *(arg for n, arg in enumerate(args) if n not in differentiated), kwargs]
+    call = _connect.asked((state, args, kwargs), params, rest)
     if microbatch.empty:
         if facts.loss is not None:
             return before
@@ -217,16 +229,20 @@ def _update(
         with engine.guard():
             return _state.pack(facts, treedef, [None] * len(params), sums, False, readable, empty=True)
     evaluate = _step.evaluator(fold, loss_fn, differentiated, kwargs)
+    closed: list[Tensor] = []
 
     def more() -> State:
         grads, _, sums = _state.unpack(before, readable)
         known, sums = (facts._replace(plain=()), _fold.Sums()) if facts.empty else (facts, sums)
         buffer = engine.resume(params, fold.accumulated, grads, facts.arrived, donate)
         buffer, sums = _step.stepper(fold, evaluate)(buffer, sums, microbatch)
+        if call is not None:
+            closed.extend(buffer.closed.values())
         return _state.pack(known, treedef, buffer.grads, sums, engine.arrived(buffer), readable)
 
     with engine.guard():
-        return _donated.written_by("accumulator.update", before, more) if donate and readable else more()
+        after = _donated.written_by("accumulator.update", before, more) if donate and readable else more()
+    return after if call is None else _connect.connect(options.name, call, after, closed, _NO_GRAPH)
 
 
 class _RaisedError(Exception):
@@ -242,6 +258,7 @@ def _asked(loss_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def _merge(options: Options, donate: bool, one: Any, other: Any) -> State:
     a, b = _state.check(options, one, "merge(a, b)", "a"), _state.check(options, other, "merge(a, b)", "b")
+    call = _connect.asked((a, b), (), (a, b))
     engine = _step.engine()
     readable = engine is eager
     with engine.guard():
@@ -263,7 +280,8 @@ def _merge(options: Options, donate: bool, one: Any, other: Any) -> State:
             facts = a.facts._replace(plain=plain)
             return _state.pack(facts, treedef, total, merged, a.facts.arrived or b.facts.arrived, readable)
 
-        return _donated.written_by("accumulator.merge", (a, b), both) if donate and readable else both()
+        after = _donated.written_by("accumulator.merge", (a, b), both) if donate and readable else both()
+    return after if call is None else _connect.connect(options.name, call, after, (), _NO_GRAPH)
 
 
 def _counts(state: State) -> bool:
@@ -275,6 +293,7 @@ def _finalize(options: Options, agreed: _sync.Agreed | None, donate: bool, state
     link = _sync.connect(options, agreed)
     try:
         state = _state.check(options, state, "finalize(state)")
+        call = _connect.asked((state,), (), state)
         engine = _step.engine()
         with engine.guard():
             params, treedef = _state.like_params(state)
@@ -300,7 +319,8 @@ def _finalize(options: Options, agreed: _sync.Agreed | None, donate: bool, state
     def end() -> Any:
         return _step.finish(fold, link, buffer, sums, lambda sums: typed if sums.kind is None else sums)
 
-    return _donated.written_by("accumulator.finalize", state, end) if donate and engine is eager else end()
+    results = _donated.written_by("accumulator.finalize", state, end) if donate and engine is eager else end()
+    return results if call is None else _connect.connect(options.name, call, results, (), _NO_GRAPH)
 
 
 def _copy(value: Any) -> Any:

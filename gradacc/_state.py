@@ -144,6 +144,8 @@ def pack(
 def unpack(state: State, readable: bool) -> tuple[list[Tensor | None], _tree.TreeDef, _fold.Sums]:
     """The inverse: gradients, structure of the parameters, sums, with Python numbers where they are readable."""
     facts = state.facts
+    if readable and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in _tree.flatten(state)[0]):
+        state = _tree.map_tensors(lambda leaf: leaf.detach() if leaf.requires_grad else leaf, state)
     slots, treedef = _tree.flatten(state.grads, is_missing)
     grads = [None if isinstance(slot, Missing) else slot for slot in slots]
     if facts.loss is None:

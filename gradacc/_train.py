@@ -55,7 +55,8 @@ def train_step(
 
     Arguments:
         grad_fn: from `gradacc.accumulate_and_value`, differentiating its first argument; or any function that returns
-            ``(grads, value)`` or ``(grads, (value, aux))``, `torch.func.grad_and_value` for instance.
+            ``(grads, value)`` or ``(grads, (value, aux))``, `torch.func.grad_and_value` for instance. Leaves that require grad
+            (a module's own parameters) reach it, and the optimizer, detached: a training step has no graph of what was before.
         optimizer: a `gradacc.optim.Optimizer`. The state of `gradacc.optim.dynamic_loss_scale` (outermost) has a scale, which
             ``grad_fn`` then gets as ``loss_scale=state.opt_state.scale``: its loss is a `gradacc.optim.scaled_loss`, or it
             says that it multiplies the loss itself, by a parameter of that name.
@@ -120,8 +121,9 @@ def train_step(
                 "Begin with TrainState(params, optimizer.init(params))"
             )
         scale = _scale(state.opt_state, takes, kwargs)
+        start = state.params if _engines.transforming() else _tree.map_tensors(_started, state.params)
         named = {} if scale is None else {"loss_scale": scale}
-        grads, value, aux = _parts(grad_fn(state.params, batch, *args, **named, **kwargs))
+        grads, value, aux = _parts(grad_fn(start, batch, *args, **named, **kwargs))
         metrics = {"loss": value.value if isinstance(value, Mean) else value, "grad_norm": global_norm(grads, scale)}
         if scale is not None:
             metrics["loss"] = metrics["loss"] / _scalars.beside(scale, metrics["loss"])
@@ -137,7 +139,7 @@ def train_step(
         donated = donate and not _engines.transforming()
         given = _tree.flatten((state.params, grads, state.opt_state))[0] if donated else []
         metrics = _apart(_tree.map_tensors(Tensor.detach, metrics), given)
-        moved = optimizer.step(state.params, grads, state.opt_state, donate=donate)
+        moved = optimizer.step(start, grads, state.opt_state, donate=donate)
         params, opt_state = _donated.hand_over("train_step", given, moved)  # of an optimizer of the caller's own
         if report.skipped is not None:
             metrics["skipped"] = _report.numbers(report.skipped(opt_state), torch.int64)
@@ -146,6 +148,14 @@ def train_step(
         return TrainState(params, opt_state, number), metrics
 
     return step
+
+
+def _started(leaf: Tensor) -> Tensor:
+    """A parameter that a step begins with: those that a module holds are leaves that require grad, and training ends there.
+
+    Others are results of a step that is itself differentiated (with respect to its learning rate, say).
+    """
+    return leaf.detach() if leaf.requires_grad and leaf.is_leaf else leaf
 
 
 _UNSCALED = (

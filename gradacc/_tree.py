@@ -39,6 +39,12 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[li
     return flatten(tree, is_leaf)
 
 
+def is_leaf(tree: Any) -> bool:
+    """Whether a tree is nothing but one leaf."""
+    leaves, _ = flatten(tree)
+    return len(leaves) == 1 and leaves[0] is tree
+
+
 def unflatten(treedef: TreeDef, leaves: Iterable[Any]) -> Any:
     """The tree of structure ``treedef`` with these leaves."""
     return optree.tree_unflatten(treedef, leaves)

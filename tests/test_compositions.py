@@ -93,6 +93,7 @@ PLAIN = {  # row -> accumulated gradient, the loss that the whole batch's is tak
     "activation checkpointing": (lambda: accumulated(checkpointed), f, 1e-10),
     "saved-tensor hooks": (lambda: accumulated(hooked), f, 1e-10),
 }
+BACKWARD = "``backward()`` through ``g``"
 
 
 def vmapped(g: Gradient) -> Any:
@@ -124,9 +125,9 @@ def cells(*rows: str) -> list[tuple[str, str]]:
 
 
 def test_every_cell_is_walked_through():
-    walked = {*cells(*TRANSFORMS), *cells(*PLAIN), *cells("``sync=``")}
+    walked = {*cells(*TRANSFORMS), *cells(*PLAIN), *cells("``sync=``"), *cells(BACKWARD)}
     assert set(TABLE) == walked == {(row, column) for row in {row for row, _ in TABLE} for column in COLUMNS}
-    assert len(TABLE) == 33
+    assert len(TABLE) == 36
 
 
 @pytest.mark.parametrize(("row", "column"), cells(*TRANSFORMS))
@@ -143,6 +144,21 @@ def test_transforms(row, column):
             contains_the_others = transform is TRANSFORMS[row][-1]  # and compiling takes seconds
             if contains_the_others:
                 check(compiled(ours), theirs, lambda g: g(W, X))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo itself looks at it
+@pytest.mark.parametrize(("row", "column"), cells(BACKWARD))
+def test_backward(row, column):
+    """Plain autograd, with respect to a tensor that no transform knows of."""
+
+    def pulled_back(g: Gradient, call: Callable[[Gradient], Any]) -> Any:
+        scale = torch.ones(2, dtype=torch.float64, requires_grad=True)
+        return torch.autograd.grad(call(lambda w, x: g(w * scale, x)).square().sum(), scale)
+
+    assert TABLE[row, column] == "yes"
+    ours = compiled(accumulated(f)) if column == "compiled" else accumulated(f)
+    for call in (vmapped, reverse, forward) if column == "in a transform" else (lambda g: g(W, X),):
+        assert_trees_close(pulled_back(ours, call), pulled_back(grad(f), call))
 
 
 @pytest.mark.parametrize(("row", "column"), cells(*PLAIN))

@@ -42,6 +42,8 @@ from gradacc import _engines, _tree, _validate
 from gradacc._engines import fused
 from gradacc._outcome import Contribution, Outcome
 
+_LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # the node of a leaf
+
 
 class Buffer(NamedTuple):
     """The gradients so far, in the accumulators' dtypes; None where nothing arrived, or where it was delivered."""
@@ -51,6 +53,8 @@ class Buffer(NamedTuple):
     grads: list[Tensor | None]
     reached: set[int]
     """Parameters that got a gradient."""
+    closed: dict[int, Tensor]
+    """By identity, the leaves of the graphs that are no parameters: what else requires grad."""
 
 
 def guard() -> AbstractContextManager[None]:
@@ -60,7 +64,7 @@ def guard() -> AbstractContextManager[None]:
 
 def init(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Buffer:
     """Nothing accumulated."""
-    return Buffer([_normal(param) for param in params], list(dtypes), [None] * len(params), set())
+    return Buffer([_normal(param) for param in params], list(dtypes), [None] * len(params), set(), {})
 
 
 def resume(
@@ -74,7 +78,7 @@ def resume(
     alone = _alone(grads) if donated else set()
     held = [None if grad is None else _held(grad, i in alone) for i, grad in enumerate(grads)]
     reached = {i for i, grad in enumerate(grads) if grad is not None} if arrived else set()
-    return Buffer([_normal(param) for param in params], list(dtypes), held, reached)
+    return Buffer([_normal(param) for param in params], list(dtypes), held, reached, {})
 
 
 def calling() -> AbstractContextManager[None]:
@@ -115,6 +119,7 @@ def update(
     if counts is not None and edge is not None:
         uses = _engines.graph([edge.node])
         _validate.reentrant_checkpoint(CheckpointFunction._backward_cls in set(map(type, uses)))
+        _note_closed(buffer.closed, leaves, uses)
         _backward(buffer, leaves, edge, uses, outcome.target, counts, narrow, deliver)
     device = leaves[0].device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -189,6 +194,16 @@ def _backward(
         for i, leaf in enumerate(leaves):
             if leaf.grad is not None:
                 _take(grads, done, i, leaf)
+
+
+def _note_closed(closed: dict[int, Tensor], leaves: Sequence[Tensor], uses: Mapping[Node, int]) -> None:
+    own = set(map(id, leaves))
+    node: Any
+    for node in uses:
+        if type(node) is _LEAF:
+            leaf = node.variable
+            if id(leaf) not in own:
+                closed[id(leaf)] = leaf
 
 
 def _like(target: Tensor, number: float | Tensor) -> Tensor:
