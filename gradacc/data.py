@@ -14,7 +14,9 @@ from torch import Tensor
 
 from gradacc._describe import describe
 from gradacc._options import positive_int
+from gradacc._sync import channel as channels
 from gradacc._sync import group as groups
+from gradacc._sync import turn as turns
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -106,10 +108,10 @@ def windows(loader: Iterable[T], steps: Steps, *, group: dist.ProcessGroup | Dev
 
     What ``steps`` returns is looked at when its window begins; with a group and a ``len()``, before the first one. If the
     loader or ``steps`` raises, its exception passes through, and the micro-batches that were read for that window are lost
-    with it; the state that earlier windows led to stays valid. With a group, other ranks then get a RuntimeError that names
-    this one, if it raised in the first window, or if flags cross before each. Otherwise they go on to the step's all-reduce,
-    which this rank misses: an error there, too, as soon as this process ends, and within the group's timeout if it does not.
-    With a group, do not catch it and go on.
+    with it; the state that earlier windows led to stays valid. With a group, the other ranks then get a RuntimeError that
+    names this one: of the loop if it raised in the first window, or if flags cross before each; otherwise of their next call
+    with ``sync=`` in this group, if the loop's last round made one (this rank waits for them in its place). Where it made none,
+    this rank is missed by whatever the others wait for. The loop is over on this rank: let it be so on all of them.
 
     Example:
         >>> import torch, gradacc
@@ -166,7 +168,8 @@ def _together(loader: Iterable[T], steps: Steps, group: dist.ProcessGroup) -> It
     """The same, then empty ones, as many as the rank with the most has."""
     length = _length(loader)
     counted: int | None = None
-    own, total = _cut(loader, steps), None
+    calls = channels.of(group)
+    own, total, speaks = _cut(loader, steps), None, False
     for number in itertools.count():
         window: list[T] = []
         error: Exception | None = None
@@ -183,11 +186,15 @@ def _together(loader: Iterable[T], steps: Steps, group: dist.ProcessGroup) -> It
             ):  # the own error is to be seen
                 unknown, most = _exchange(group, counted is None, left, error is not None)
                 total = number if most <= 0 else None if unknown else most
+        elif error is not None and speaks:
+            turns.give_up(_NAME, group, error)  # who are in the call that this rank does not make
         if error is not None:
             raise error
         if total is not None and number >= total:
             break
+        before = calls.number
         yield window
+        speaks = calls.number > before
     if window:
         raise ValueError(
             f"{_NAME}: the loader's len() is {length}, but it yields more; with a group, ranks rely on it. "

@@ -82,6 +82,8 @@ class Channel:
         """Whether the others may have a result of the latest call, and this rank has not."""
         self._latest: deque[tuple[int, Shape]] = deque(maxlen=32)
         """Of the latest calls that went through: which ``grad_fn``, and the shape."""
+        self._same = 0
+        """How many of them, at the end, are of one ``grad_fn``."""
 
     def begin(self) -> int:
         """The number of a new call."""
@@ -100,9 +102,9 @@ class Channel:
 
     def crossed(self, identity: int, shape: Shape) -> None:
         """A call of this ``grad_fn`` has gone through."""
+        self._same = self._same + 1 if self._latest and self._latest[-1][0] == identity else 1
         self._latest.append((identity, shape))
-        again = all(each == identity for each, _ in self._latest)
-        self.expected = shape if again else _following(list(self._latest))
+        self.expected = shape if self._same >= len(self._latest) else _following(list(self._latest))
 
 
 _channels: WeakKeyDictionary[Any, Channel] = WeakKeyDictionary()

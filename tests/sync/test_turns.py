@@ -361,3 +361,46 @@ def test_a_skipped_call_is_a_call_with_the_next_window(pool):
     one, other = pool.run(2, a_skipped_call)
     assert one == other
     assert one == [pytest.approx([value / 3] * 3) for value in (0.0, (1 + 4) / 2, (4 + 9) / 2, 9.0)]
+
+
+class Loader:
+    """Four micro-batches, of which the third is not to be had in the first epoch of rank 1."""
+
+    def __init__(self, rank):
+        self.rank, self.epoch = rank, 0
+
+    def __len__(self):
+        return 4
+
+    def __iter__(self):
+        self.epoch += 1
+        for number in range(4):
+            if self.rank == 1 and self.epoch == 1 and number == 2:
+                raise Own("no more data")
+            yield ones(self.rank)
+
+
+def a_loader_that_raises(group, calls):
+    rank = dist.get_rank(group)
+    grad_fn = gradacc.accumulate(squares, sync=gradacc.all_reduce(group))
+    windows, epochs = gradacc.data.windows(Loader(rank), 1, group=group), []
+    for _ in range(2):
+        answers = []
+        try:
+            for window in windows:
+                answers += [grad_fn(torch.ones(3), window).tolist() for _ in range(calls)]
+        except (Own, RuntimeError) as error:
+            answers.append(f"{type(error).__name__}: {error}")
+        epochs.append(answers)
+    return epochs
+
+
+@pytest.mark.parametrize("calls", [1, 2])
+def test_a_loader_that_raises_in_a_later_window(pool, calls):
+    """The others are told in the call that this rank misses, and the next loop is in step."""
+    right = pytest.approx([14 / 9] * 3)
+    for rank, (first, second) in enumerate(pool.run(3, a_loader_that_raises, calls)):
+        *before, error = first
+        assert before == [right] * 2 * calls
+        assert error.startswith("Own") if rank == 1 else "because the call raised on rank 1 of process group" in error
+        assert second == [right] * 4 * calls

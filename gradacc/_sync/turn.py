@@ -1,0 +1,194 @@
+"""One call's walk through what crosses in it, which all ranks take together: NOTE [turns] in ``channel.py``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gradacc._sync import agreement as agreements
+from gradacc._sync import channel as channels
+from gradacc._sync import wire
+from gradacc._sync.channel import APART, RAISED, SWITCHING, Channel
+from gradacc._sync.sending import Sending
+
+DESCRIPTIONS, GREETING, SUMS, REST, NAMES, NOTHING = range(6)
+"""What crosses: descriptions (NOTE [agreement]); sums, or records that say that they are of another shape; sums; what was
+withheld from them (NOTE [scales]); what each rank has called, where that differs; nothing any more."""
+
+
+class Next(NamedTuple):
+    """What crosses next, on every rank alike."""
+
+    kind: int
+    shape: wire.Shape | None = None
+
+
+class Turn:
+    """One call of this rank in a group.
+
+    Every rank takes the same steps, those too that have raised: they `abandon` the call, which is the same walk with nothing
+    to give.
+    """
+
+    def __init__(self, name: str, title: str, group: dist.ProcessGroup, channel: Channel) -> None:
+        self.name, self.title, self.group, self.channel = name, title, group, channel
+        self.number = channel.begin()
+        self._begun: Next | None = None
+        self._sending: Sending | None = None
+        self._problem: Exception | None = None
+
+    def begin(self) -> None:
+        """First of all, what earlier calls have left."""
+        try:
+            with torch.inference_mode(False):
+                self.channel.settle(self.name, self.group)
+        except BaseException:
+            self.leave()
+            raise
+
+    def fail(self, error: BaseException) -> None:
+        """This rank's call raises: the others are told; where they cannot be waited for, in this rank's next call."""
+        if not isinstance(error, Exception):
+            self.leave()
+            return
+        try:
+            with torch.inference_mode(False):
+                self.abandon()
+        except Exception:  # this rank's own error is the one to see
+            self.leave()
+
+    def abandon(self) -> None:
+        """Take part in what is left of the call without anything to give, and say that it has raised."""
+        while self.next.kind != NOTHING:
+            if self.next.kind == DESCRIPTIONS:
+                with self.exchanging():
+                    agreements.tell(self.name, self.group, self.number, self.title)
+            elif self.next.kind == NAMES:
+                with contextlib.suppress(RuntimeError):
+                    self.check()
+            else:
+                sending = self.open()
+                sending.launch_rest(self.record(sending.shape.columns, RAISED))
+                self.conclude(keep=False)
+
+    def leave(self) -> None:
+        """For the next call of this group."""
+        if (self._begun is None or self._begun.kind != NOTHING) and self not in self.channel.unfinished:
+            self.channel.unfinished.append(self)
+
+    @property
+    def next(self) -> Next:
+        """At first what the channel expects: not before the call sends something, as its iterator may make other calls."""
+        if self._begun is None:
+            expected = self.channel.expected
+            self._begun = Next(DESCRIPTIONS) if expected is None else Next(GREETING, expected)
+        return self._begun
+
+    def go(self, kind: int, shape: wire.Shape | None = None) -> None:
+        """The next step."""
+        self._begun, self._sending = Next(kind, shape), None
+        if kind == NOTHING and self in self.channel.unfinished:
+            self.channel.unfinished.remove(self)
+
+    def open(self) -> Sending:
+        """What is sent in this step."""
+        if self._sending is None:
+            assert self.next.shape is not None
+            self._sending = Sending(self.name, self.group, self.next.shape)
+        return self._sending
+
+    @property
+    def is_open(self) -> bool:
+        """Whether anything of this step has been sent, or packed."""
+        return self._sending is not None
+
+    @contextlib.contextmanager
+    def telling(self) -> Iterator[None]:
+        """Around what can raise on this rank alone."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(error)
+            raise
+
+    @contextlib.contextmanager
+    def exchanging(self) -> Iterator[None]:
+        """Around exchanges, which end a call where they raise, and cannot be taken up again where they are interrupted."""
+        try:
+            yield
+        except Exception:
+            self.go(NOTHING)
+            raise
+        except BaseException:
+            self.go(NOTHING)
+            self.channel.broken = True
+            raise
+        self.go(NOTHING)
+
+    def record(self, columns: int, status: int, identity: int = 0) -> Tensor:
+        """Of a rank that has nothing to give."""
+        record = torch.zeros(columns, dtype=torch.int64)
+        record[0] = channels.bits(status, APART * self.channel.apart)
+        record[channels.NUMBER], record[channels.IDENTITY] = self.number, identity
+        return record
+
+    def conclude(self, keep: bool = True) -> None:
+        """Wait for what was sent; then this rank takes the step that all of them take, and knows what is wrong.
+
+        ``keep``: whether this rank needs the sums.
+        """
+        sending, (kind, shape) = self.open(), self.next
+        assert shape is not None
+        table, finite = sending.table(self.came(sending, keep))
+        self.go(NOTHING)
+        name, group, channel = self.name, self.group, self.channel
+        rows = channels.rows(name, group, table)
+        channel.number = max(channel.number, *(row.number for row in rows))
+        statuses = {row.status for row in rows}
+        if RAISED in statuses:
+            self._problem = agreements.of_statuses(name, group, [row.status == RAISED for row in rows])
+        elif len({(row.status, row.number, row.identity) for row in rows}) > 1:
+            self.go(NAMES)
+        elif len({row.bits & APART for row in rows}) > 1:
+            channel.apart = False
+            self._problem = agreements.of_apart(name, group, [bool(row.bits & APART) for row in rows])
+        elif SWITCHING in statuses:
+            channel.apart = False
+            self.go(*self.own())
+        elif kind != REST:
+            channel.apart = True  # until `done`
+            channel.crossed(rows[0].identity, shape)
+            self.learn(table, finite)
+
+    def check(self) -> None:
+        """Raise what all ranks have found, if anything."""
+        if self.next.kind == NAMES:
+            with self.exchanging():
+                agreements.raise_for_calls(self.name, self.group, self.number, self.title)
+        if self._problem is not None:
+            raise self._problem
+
+    def came(self, sending: Sending, keep: bool) -> Tensor | None:
+        """Wait for everything; a 0-dim bool that is to be read with the records."""
+        for at in range(len(sending.works)):
+            sending.wait(at)
+        return None
+
+    def own(self) -> Next:
+        """What crosses if all ranks make a call of another shape than was expected."""
+        return Next(DESCRIPTIONS)
+
+    def learn(self, table: Tensor, finite: bool) -> None:
+        """What later calls rely on, after one that went through on all ranks; and whether something crosses once more."""
+
+
+def give_up(name: str, group: dist.ProcessGroup, error: BaseException) -> None:
+    """Take the place of a call that this rank would make now, if it had not raised."""
+    turn = Turn(name, name, group, channels.of(group))
+    turn.begin()
+    turn.fail(error)
