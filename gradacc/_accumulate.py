@@ -102,11 +102,14 @@ def accumulate_and_value(
     ``Mean(total, weight)``                   ``total / weight``             ``weight``, counted from the data
     ========================================  =============================  =======================================
 
+    The sum of several means (classes and boxes, two tasks) is none of these, however it is spelled: `Mean` shows what works.
+
     Edge cases:
 
     ========================================  ======================================================================
     micro-batch of weight 0 (all padding)     contributes exactly 0, whatever its total and gradient are
     empty batch, or nothing but weight 0      gradients 0; value NaN (``reduction="sum"``: 0; `Mean`: weight 0)
+    micro-batch without rows, but a number    is evaluated like any other: of a sum it counts, in gradient and value
     fewer examples than ``steps``             as many micro-batches as examples
     parameter that the loss does not use      zeros
     tied tensors (one tensor, two leaves)     a gradient for each leaf, of that leaf's uses (as `torch.func.grad`)
@@ -146,16 +149,19 @@ def accumulate_and_value(
         steps: at most this many micro-batches, of `torch.tensor_split`'s sizes: they differ by at most one.
         microbatch_size: micro-batches of this many examples, the last one smaller.
         split: ``split(batch)`` yields the micro-batches. With none of these three, the batch *is* an iterable of
-            micro-batches of any sizes, consumed lazily, one at a time.
+            micro-batches of any sizes, consumed lazily, one at a time. A list or tuple of bare tensors may also be one batch in
+            parts (a ``DataLoader`` yields ``[x, y]``): an error where they do not go together, a warning where they are alike;
+            ``split=iter`` says that they are micro-batches.
         in_dims: what is split, as in `torch.vmap`: a tuple with an int, None ("passed whole") or a pytree prefix of them
             for each positional argument, ``(None, 0, 0)`` for ``loss_fn(params, x, y)``. By default the first argument
-            that is not differentiated, along dim 0. Split are tensors, by views; Python numbers, bools and None pass
-            through. An iterable's micro-batches are counted along these dims.
+            that is not differentiated, along dim 0. Tensors are split by views; Python numbers, bools, None and a lone string
+            are passed whole, but a list of numbers as long as the batch is an error, and so is any list of strings. An
+            iterable's micro-batches are counted along these dims.
         argnums: which arguments are differentiated: an int, or a tuple of ints for a tuple of gradients. Each is a pytree
             of floating or complex tensors of any shapes.
         has_aux: ``loss_fn`` returns ``(loss, aux)``. Of a pytree ``aux``, `Mean` leaves add up, tensors with a leading
-            batch dimension are concatenated, 0-dim floating tensors are averaged with the loss's weights (with numbers of
-            examples where ``reduction="sum"``), and anything else is an error.
+            batch dimension are concatenated (from copies), 0-dim floating tensors are averaged with the loss's weights (with
+            numbers of examples where ``reduction="sum"``), and anything else is an error.
         has_carry, through: not available in this version.
         reduction: what a loss that is a plain tensor is over its examples, ``"mean"`` or ``"sum"``.
         dtype: accumulate in this floating dtype, and return gradients in it (complex ones in its complex counterpart).
@@ -182,7 +188,8 @@ def accumulate_and_value(
 
     Raises:
         TypeError: parameters that are not floating or complex tensors (an ``nn.Module``, integers, a ``DTensor``); batch
-            leaves that cannot be split (NumPy arrays, strings); a loss that is not a floating tensor or a `Mean` of one.
+            leaves that cannot be split (NumPy arrays, lists with an item for each example, sparse and nested tensors); a loss
+            that is not a floating tensor or a `Mean` of one.
         ValueError: options that contradict each other; split dimensions that differ; a loss that is not 0-dim or does not
             depend on the parameters; a negative, infinite or NaN weight, where it is a number or on the CPU; reentrant
             checkpointing.

@@ -1,17 +1,23 @@
-"""``aux``: what a loss returns beside itself, put together as the large batch would have returned it, leaf by leaf."""
+"""``aux``: what a loss returns beside itself, put together as the large batch would have returned it, leaf by leaf.
+
+NOTE [copies of aux]
+    What is concatenated at the end is held until then, one piece a micro-batch. Each is copied when its micro-batch is done:
+    the loss may write the next one's into the same buffer, with or without a graph, and a slice (``logits[:, -1]``) would
+    keep all of what it was cut from.
+"""
 
 from __future__ import annotations
 
-import numbers
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradacc import _dtypes, _tree
+from gradacc import _batch, _dtypes, _tree
 from gradacc._describe import describe
-from gradacc._mean import Mean
+from gradacc._mean import Mean, with_plain_weight
 
 
 class Aux(NamedTuple):
@@ -128,11 +134,18 @@ def scaled(tensor: Tensor, share: float | Tensor | None) -> Tensor:
 
 
 def summable(mean: Mean) -> Mean:
-    """A new Mean in what is summed; what has weight 0 is made exactly 0, whatever its total says."""
+    """A new Mean in what is summed, of the same shapes; what has weight 0 is made exactly 0, whatever its total says."""
     total, weight = wide(mean.total), mean.weight
     if not isinstance(weight, Tensor):
         return Mean(total.clone() if weight else torch.zeros_like(total), weight)
-    return Mean(torch.where(weight == 0, torch.zeros_like(total), total), wide(weight).clone())
+    return Mean(torch.where(_is_nothing(weight, total), torch.zeros_like(total), total), wide(weight).clone())
+
+
+def _is_nothing(weight: Tensor, total: Tensor) -> Tensor:
+    """Of each total, in its shape or a narrower one, whether all weights that divide it are 0."""
+    if weight.ndim == 0 or (shape := _broadcast(weight, total)) == total.shape:
+        return weight == 0
+    return (weight != 0).expand(shape).to(torch.int64).sum_to_size(total.shape) == 0
 
 
 def restored(mean: Mean, dtype: torch.dtype) -> Mean:
@@ -143,17 +156,24 @@ def restored(mean: Mean, dtype: torch.dtype) -> Mean:
 def _partial(
     name: str, leaf: Any, share: float | Tensor | None, sizes: tuple[int, ...], aux: Aux, index: int
 ) -> Partial:
-    if isinstance(leaf, Mean) and isinstance(leaf.total, Tensor) and isinstance(leaf.weight, (Tensor, numbers.Real)):
-        return Total(summable(leaf), leaf.total.dtype)
-    if isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.shape[0] in sizes:
-        return [leaf]
-    if isinstance(leaf, Tensor) and leaf.ndim == 0 and leaf.is_floating_point() and share is not None:
-        return Average(scaled(leaf, share), leaf.dtype)
+    if isinstance(leaf, Mean):
+        mean = with_plain_weight(leaf)
+        if _can_be_summed(mean):
+            return Total(summable(mean), leaf.total.dtype)
+    elif isinstance(leaf, Tensor) and (_batch.is_dense(leaf) or leaf.layout == torch.sparse_coo):
+        if leaf.ndim > 0 and leaf.shape[0] in sizes:
+            return [leaf.clone()]  # NOTE [copies of aux]
+        if leaf.ndim == 0 and leaf.is_floating_point() and share is not None:
+            return Average(scaled(leaf, share), leaf.dtype)
     path = _tree.paths(aux.treedef, "aux")[index]
     if isinstance(leaf, Mean):
         raise TypeError(
             f"{name}: {path} is a Mean of {describe(leaf.total)} and {describe(leaf.weight)}; its total must be a tensor "
-            "(torch.as_tensor), and its weight a number or a tensor"
+            "(torch.as_tensor), and its weight a finite number or a tensor, of a shape that goes with the total's"
+        )
+    if isinstance(leaf, Tensor) and not _batch.is_dense(leaf):
+        raise TypeError(
+            f"{name}: {path} is {describe(leaf)} and layout {leaf.layout}, which cannot be concatenated; return it dense"
         )
     what = f"a {leaf.dtype} tensor of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else describe(leaf)
     batch = " or ".join(map(str, sorted(sizes))) or "unknown"
@@ -164,12 +184,37 @@ def _partial(
     )
 
 
+def _can_be_summed(mean: Mean) -> bool:
+    total: Any = mean.total
+    weight: Any = mean.weight
+    if not isinstance(total, Tensor):
+        return False
+    if not isinstance(weight, Tensor):
+        return isinstance(weight, (int, float)) and math.isfinite(weight)
+    try:
+        _broadcast(total, weight)
+    except RuntimeError:
+        return False
+    return True
+
+
+def _broadcast(a: Tensor, b: Tensor) -> torch.Size:
+    shape: torch.Size = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]  # torch's
+    return shape
+
+
 def _times(part: Partial, share: float | Tensor) -> Partial:
     return Average((part.total * share).to(part.total.dtype), part.dtype) if isinstance(part, Average) else part
 
 
 def _add(name: str, a: Partial, b: Partial, treedef: _tree.TreeDef, index: int) -> Partial:
     if isinstance(a, Total) and isinstance(b, Total):
+        if _shapes(a.mean) != _shapes(b.mean):
+            raise ValueError(
+                f"{name}: {_tree.paths(treedef, 'aux')[index]} is a Mean of shapes {_shapes(a.mean)} (total, weight) in one "
+                f"micro-batch and {_shapes(b.mean)} in another, which are not added. Sum over the examples first: "
+                "Mean(total.sum(0), weight)"
+            )
         return Total(a.mean + b.mean, a.dtype)
     if isinstance(a, Average) and isinstance(b, Average):
         return Average(a.total + b.total, a.dtype)
@@ -184,6 +229,10 @@ def _add(name: str, a: Partial, b: Partial, treedef: _tree.TreeDef, index: int) 
         f"{name}: {_tree.paths(treedef, 'aux')[index]} is not of the same kind in every micro-batch "
         "(0-dim in one, with a batch dimension in another)"
     )
+
+
+def _shapes(mean: Mean) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(mean.total.shape), tuple(mean.weight.shape) if isinstance(mean.weight, Tensor) else ()
 
 
 def _final(partial: Partial, factor: float | Tensor) -> Any:

@@ -10,6 +10,8 @@ from torch import Tensor
 def describe(value: Any) -> str:
     """What arrived, for a message: a value where it is short, else its type."""
     if isinstance(value, Tensor):
+        if value.is_nested:
+            return f"a nested tensor of {value.size(0)} items"
         return f"a tensor of shape {tuple(value.shape)}"
     if value is None or isinstance(value, (bool, int, float)):
         return f"{value!r} ({type(value).__name__})" if value is not None else "None"

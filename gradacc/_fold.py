@@ -90,7 +90,7 @@ def update(options: Options, sums: Sums, outcome: Outcome, sizes: tuple[int, ...
         assert weight is not None
         value: Any = _summand(outcome.value, weight)
     elif options.reduction == "sum":
-        value = _aux.scaled(outcome.value, 0.0 if not isinstance(share, Tensor) and share == 0.0 else 1.0)
+        value = _aux.scaled(outcome.value, 1.0)
     else:
         value = _aux.scaled(outcome.value, share)
     sofar = None if sums.aux is None else _aux.times(sums.aux, _growth(sums, one))
@@ -105,8 +105,12 @@ def update(options: Options, sums: Sums, outcome: Outcome, sizes: tuple[int, ...
 
 
 def update_with_nothing(options: Options, sums: Sums, outcome: Outcome, sizes: tuple[int, ...]) -> Sums:
-    """``sums`` and an empty batch, which only says what types to return."""
-    return update(options, sums, outcome._replace(weight=0.0), sizes)._replace(differentiated=False)
+    """``sums`` and an empty batch, which only says what types to return; its value is 0, of weight 0."""
+    value = _tree.map_tensors(torch.zeros_like, outcome.value)
+    if isinstance(value, Mean) and not isinstance(value.weight, Tensor):
+        value = Mean(value.total, value.weight * 0)
+    nothing = outcome._replace(value=value, weight=0.0)
+    return update(options, sums, nothing, sizes)._replace(differentiated=False)
 
 
 def merge(options: Options, a: Sums, b: Sums) -> tuple[Sums, tuple[float | Tensor, float | Tensor]]:

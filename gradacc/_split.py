@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gradacc import _tree, _validate
+from gradacc import _batch, _tree, _validate
 from gradacc._options import Options
 
 
@@ -67,6 +67,8 @@ def microbatches(options: Options, args: Sequence[Any], differentiated: Sequence
     dims = _validate.in_dims(options, args, differentiated, batch)
     if options.steps is None and options.microbatch_size is None:
         _validate.only_the_batch(options, dims, batch)
+        if options.split is None:
+            _batch.check_parts(options.name, args[batch], dims[batch])
         parts = _validate.iterable(options, args[batch])
         return Microbatches(_iterate(options, parts, args, dims, batch), None, None)
     return _slice(options, args, dims)
@@ -88,6 +90,9 @@ def _slice(options: Options, args: Sequence[Any], dims: Sequence[Any]) -> Microb
         for leaf in zip(flat[n][0], leaf_dims[n], paths[n], strict=True)
     ]
     total = _validate.batch_size(options.name, sizes, [path for n in split for path in paths[n]])
+    for n, (leaves, _) in flat.items():
+        if not all(isinstance(leaf, Tensor) for leaf in leaves):
+            _batch.check_lists(options.name, args[n], leaf_dims[n], f"args[{n}]", total)
 
     dims_of = [
         dim if isinstance(leaf, Tensor) else None
@@ -175,13 +180,13 @@ def _counted(options: Options, args: tuple[Any, ...], dims: Sequence[Any]) -> Mi
         leaves, treedef = _tree.flatten(args[n])
         number += len(leaves)
         if options.in_dims is None:  # nothing was said, and nothing is split: what has a size along dim 0 has one
-            sizes += [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
+            sizes += [leaf.size(0) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
             continue
         each, paths = _leaf_dims(options, dim, args[n], n), _tree.paths(treedef, f"args[{n}]")
         sizes += [
-            leaf.shape[d]
+            _validate.size(options.name, leaf, d, path)
             for leaf, d, path in zip(leaves, each, paths, strict=True)
-            if isinstance(leaf, Tensor) and _validate.splittable(options.name, leaf, d, path) is not None
+            if isinstance(leaf, Tensor) and d is not None
         ]
     empty = bool(sizes) and not any(sizes) and len(sizes) == number
     different = [size for n, size in enumerate(sizes) if size not in sizes[:n]]  # no set: Dynamo would fix the sizes

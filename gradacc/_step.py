@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradacc import _aux, _dtypes, _fold, _split, _sync, _tree, _validate
 from gradacc._engines import eager, functional, transforming
-from gradacc._mean import Mean
+from gradacc._mean import Mean, with_plain_weight
 from gradacc._options import Options
 from gradacc._outcome import Contribution, Outcome
 
@@ -138,6 +138,7 @@ def _outcome(options: Options, out: Any, microbatch: _split.Microbatch) -> Outco
     value, aux = _validate.returned(options, out)
     target = _validate.loss(options, value)
     if isinstance(value, Mean):
+        value = with_plain_weight(value)
         weight: float | Tensor | None = _validate.weight(options, value.weight, target)
     else:
         weight = _validate.examples(options, microbatch.examples, microbatch.sizes)

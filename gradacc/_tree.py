@@ -133,6 +133,16 @@ def register(cls: type, to_children: Callable[[Any], tuple[Any, ...]], names: tu
     )
 
 
+def register_list(cls: type) -> None:
+    """Make a kind of list a pytree node as lists are: for torch, from which `flatten` adopts it."""
+    torch_pytree.register_pytree_node(
+        cls,
+        lambda node: (list(node), None),
+        lambda items, _: cls(items),
+        serialized_type_name=f"gradacc.{cls.__name__}",
+    )
+
+
 def register_with_facts(cls: type, names: tuple[str, ...], facts: str) -> None:
     """Make ``cls`` a pytree node: its children are the attributes ``names``, and it is ``cls(*children, facts)``.
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradacc import _engines, _tree
+from gradacc import _batch, _engines, _tree
 from gradacc._describe import describe
-from gradacc._mean import Mean
+from gradacc._mean import SEVERAL_MEANS, Mean, are_means
 from gradacc._options import Options
 
 
@@ -84,7 +84,7 @@ def _is_parameter(leaf: Any) -> bool:
 
 
 def _is_odd(leaf: Tensor) -> bool:
-    return leaf.layout == torch.sparse_coo or leaf.is_nested
+    return not _batch.is_dense(leaf)
 
 
 def _is_sharded(leaf: Any) -> bool:
@@ -125,18 +125,11 @@ def splittable(name: str, leaf: Any, dim: Any, path: str) -> int | None:
     """The size along ``dim`` of a leaf of what is split; None for what is passed through (numbers, bools)."""
     if dim is None:
         return None
-    if isinstance(dim, bool) or not isinstance(dim, int):
-        raise TypeError(f"{name}: in_dims has {describe(dim)} for {path}; an entry is an int or None")
     if isinstance(leaf, Tensor):
-        if leaf.ndim == 0:
-            raise ValueError(
-                f"{name}: {path} is a 0-dim tensor, which has no dimension to split. Pass a Python number, give it "
-                "None in in_dims, or pass it as another argument of loss_fn"
-            )
-        if not -leaf.ndim <= dim < leaf.ndim:
-            raise ValueError(f"{name}: in_dims has {dim} for {path}, a tensor of shape {tuple(leaf.shape)}")
-        return leaf.shape[dim]
-    if isinstance(leaf, (bool, int, float, complex)):
+        _batch.check_layout(name, leaf, path)
+        return size(name, leaf, dim, path)
+    _check_dim(name, dim, path)
+    if _batch.is_passed_through(leaf):
         return None
     if hasattr(leaf, "__array__"):
         fix = "Convert it with torch.as_tensor"
@@ -150,12 +143,34 @@ def splittable(name: str, leaf: Any, dim: Any, path: str) -> int | None:
     )
 
 
+def size(name: str, leaf: Tensor, dim: Any, path: str) -> int:
+    """Of a tensor of any layout along ``dim``."""
+    _check_dim(name, dim, path)
+    if leaf.dim() == 0:
+        raise ValueError(
+            f"{name}: {path} is a 0-dim tensor, which has no dimension to split. Pass a Python number, give it "
+            "None in in_dims, or pass it as another argument of loss_fn"
+        )
+    if not -leaf.dim() <= dim < leaf.dim():
+        raise ValueError(f"{name}: in_dims has {dim} for {path}, {describe(leaf)}")
+    if leaf.is_nested and dim % leaf.dim():
+        raise ValueError(f"{name}: in_dims has {dim} for {path}, {describe(leaf)}: its examples are along dim 0")
+    size: int = leaf.size(dim)
+    return size
+
+
+def _check_dim(name: str, dim: Any, path: str) -> None:
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"{name}: in_dims has {describe(dim)} for {path}; an entry is an int or None")
+
+
 def batch_size(name: str, sizes: Sequence[int | None], paths: Sequence[str]) -> int:
     """The one size that all split leaves have."""
     known = [(size, path) for size, path in zip(sizes, paths, strict=True) if size is not None]
     if not known:
         raise TypeError(
-            f"{name}: there is no tensor to split in the batch; by default that is the argument after params"
+            f"{name}: there is no tensor to split in the batch; by default that is the argument after params. What is split "
+            "are tensors: lists of numbers or strings are converted first (torch.tensor)"
         )
     size, path = known[0]
     others = [(other, where) for other, where in known if other != size]
@@ -188,14 +203,20 @@ def _hint_for_lists(first: str, other: str) -> str:
 
 def note_unsplit(error: Exception, options: Options, args: Sequence[Any]) -> None:
     """Add to a loss's own error what was passed whole, or split, where that is likely not what was meant."""
-    if options.in_dims is not None or (options.steps is None and options.microbatch_size is None):
-        return
+    if torch.compiler.is_compiling():
+        return  # Dynamo knows no tracebacks
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
-    if trace is not None and trace.tb_frame.f_globals is globals():
-        return  # an error from here says it all
+    if trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("gradacc."):
+        return  # an error of ours says it all
     differentiated, batch = positions(options, args)
+    if options.steps is None and options.microbatch_size is None:
+        if options.split is None and _batch.may_be_one(args[batch]):
+            error.add_note(_batch.note_parts(options.name, args[batch]))
+        return
+    if options.in_dims is not None:
+        return
     size = _leading(args[batch])
     whole = [
         n for n, arg in enumerate(args) if n not in (*differentiated, batch) and size > 1 and _leading(arg) == size
@@ -237,9 +258,9 @@ def iterable(options: Options, batch: Any) -> Any:
 
 
 def is_iterable(batch: Any) -> bool:
-    """Whether it can be micro-batches: a record (a dict, a ``NamedTuple``) or a tensor is one batch."""
-    is_record = isinstance(batch, (Tensor, str, bytes)) or hasattr(batch, "keys") or hasattr(batch, "_fields")
-    return hasattr(batch, "__iter__") and not is_record
+    """Whether it can be micro-batches: a record (a dict, a ``NamedTuple``), a tensor or an array is one batch."""
+    is_one = isinstance(batch, (str, bytes)) or any(hasattr(batch, name) for name in ("__array__", "keys", "_fields"))
+    return hasattr(batch, "__iter__") and not is_one
 
 
 def returned(options: Options, out: Any) -> tuple[Any, Any]:
@@ -247,11 +268,14 @@ def returned(options: Options, out: Any) -> tuple[Any, Any]:
     if not options.has_aux:
         if isinstance(out, tuple):
             raise TypeError(
-                f"{options.name}: loss_fn returned a tuple of {len(out)}; pass has_aux=True for (loss, aux)"
+                f"{options.name}: loss_fn returned {_pair(out)}; pass has_aux=True for (loss, aux), of which the loss alone is "
+                f"differentiated{_several(out, '. Or are they several losses? Return their sum')}"
             )
         return out, None
     if not (isinstance(out, tuple) and len(out) == 2):
-        raise TypeError(f"{options.name}: with has_aux=True loss_fn must return (loss, aux), got {_pair(out)}")
+        raise TypeError(
+            f"{options.name}: with has_aux=True loss_fn must return (loss, aux), got {_pair(out)}{_several(out, '')}"
+        )
     return out
 
 
@@ -259,6 +283,12 @@ def loss(options: Options, value: Any) -> Tensor:
     """The tensor to differentiate: the loss itself, or the total of a `Mean`."""
     total = value.total if isinstance(value, Mean) else value
     what = f"{options.name}: loss_fn returned " + ("a Mean whose total is " if isinstance(value, Mean) else "")
+    if isinstance(value, Mean) and value._pooled:
+        raise ValueError(
+            f"{options.name}: loss_fn returned a sum of Means. `a + b` is the mean of both together, (a.total + b.total) / "
+            "(a.weight + b.weight), and not a.value + b.value. Where it is meant, for one mean that is computed in chunks, "
+            f"return gradacc.Mean(pooled.total, pooled.weight) of it, pooled = a + b. {SEVERAL_MEANS}"
+        )
     if isinstance(value, Mean) and options.reduction == "sum":
         raise ValueError(
             f"{options.name}: loss_fn returned a Mean, which says by itself what to divide by; "
@@ -267,8 +297,10 @@ def loss(options: Options, value: Any) -> Tensor:
     if total is None:
         raise TypeError(f"{what}None; is a return statement missing?")
     if not isinstance(total, Tensor):
-        fix = "; a loss turned into a number (.item(), float()) cannot be differentiated" if _is_number(total) else ""
-        raise TypeError(f"{what}{describe(total)}; it must return a 0-dim floating tensor, or a Mean of one{fix}")
+        is_number = isinstance(total, numbers.Real)
+        fix = "; a loss turned into a number (.item(), float()) cannot be differentiated" if is_number else ""
+        fix += _several(total, "")
+        raise TypeError(f"{what}{_pair(total)}; it must return a 0-dim floating tensor, or a Mean of one{fix}")
     if total.ndim != 0:
         raise ValueError(
             f"{what}a tensor of shape {tuple(total.shape)}; it must be 0-dim. "
@@ -379,7 +411,14 @@ def nothing_with_aux(options: Options) -> None:
 
 
 def _pair(out: Any) -> str:
-    return f"a tuple of {len(out)}" if isinstance(out, tuple) else describe(out)
+    if not isinstance(out, (tuple, list, dict)):
+        return describe(out)
+    return f"a {type(out).__name__} of {len(out)}" + (" Means" if are_means(out) else "")
+
+
+def _several(out: Any, otherwise: str) -> str:
+    """What a message about a container says of losses in it."""
+    return f". {SEVERAL_MEANS}" if are_means(out) else otherwise
 
 
 def _is_number(value: Any) -> bool:

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gradacc import _tree
 from gradacc._describe import describe
 from gradacc._options import positive_int
 from gradacc._sync import channel as channels
@@ -27,6 +28,13 @@ Steps: TypeAlias = int | Callable[[int], int]
 """Micro-batches in a window, or a function of its number (0, 1, …) that returns them."""
 
 _NAME = "windows"
+
+
+class _Window(list[T]):
+    """A list that can only be micro-batches: NOTE [one batch or micro-batches] in ``_batch.py``."""
+
+
+_tree.register_list(_Window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +165,7 @@ def _cut(loader: Iterable[T], steps: Steps) -> Iterator[list[T]]:
     left = iter(loader)
     for update, first in enumerate(left):
         size = _size(steps, update)
-        window = [first, *itertools.islice(left, size - 1)]
+        window = _Window([first, *itertools.islice(left, size - 1)])
         ended = len(window) < size  # before the caller has it
         yield window
         if ended:
@@ -171,12 +179,12 @@ def _together(loader: Iterable[T], steps: Steps, group: dist.ProcessGroup) -> It
     calls = channels.of(group)
     own, total, speaks = _cut(loader, steps), None, False
     for number in itertools.count():
-        window: list[T] = []
+        window: list[T] = _Window()
         error: Exception | None = None
         try:
             if number == 0 and length is not None:
                 counted = _number(length, steps)
-            window = next(own, [])
+            window = next(own, window)
         except Exception as raised:  # whatever a loader raises, or a schedule
             error = raised
         if total is None:  # not everyone can count

@@ -72,7 +72,8 @@ def test_nothing_is_dropped_and_nothing_comes_twice(n, steps, kind):
     assert [item for window in found for item in window] == list(range(n))
     assert [len(window) for window in found[:-1]] == [steps] * (len(found) - 1)
     assert len(found) == math.ceil(n / steps)
-    assert all(type(window) is list for window in found)
+    assert all(isinstance(window, list) for window in found)
+    assert torch.utils._pytree.tree_map(lambda item: 2 * item, found) == [[2 * item for item in w] for w in found]
 
 
 @pytest.mark.parametrize("n", [0, 1, 6, 7])

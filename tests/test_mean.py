@@ -1,5 +1,9 @@
 """`Mean`: an element of a commutative monoid, and a pytree node."""
 
+from decimal import Decimal
+from fractions import Fraction
+
+import numpy as np
 import optree
 import pytest
 import torch
@@ -8,6 +12,8 @@ from hypothesis import strategies as st
 
 import gradacc
 from gradacc import Mean
+from gradacc.testing import check_accumulation
+from tests.helpers import ENGINES, assert_trees_close
 
 numbers = st.integers(-100, 100)
 means = st.builds(
@@ -55,3 +61,230 @@ def test_it_is_a_pytree_node_to_optree_and_to_torch():
 def test_it_is_immutable():
     with pytest.raises(AttributeError):
         Mean(torch.ones(()), 1).weight = 2
+
+
+# --- several means: NOTE [one sum, two meanings]
+
+D = torch.float64
+
+
+def test_arithmetic_of_values_is_refused_and_names_what_works():
+    mean = Mean(torch.tensor(6.0), 4)
+    t = torch.tensor(2.0)
+    cases = {
+        r"Mean\(factor \* mean.total, mean.weight\)": [
+            lambda: 5.0 * mean,
+            lambda: mean * 5,
+            lambda: t * mean,
+            lambda: mean * t,
+            lambda: mean * mean,
+            lambda: np.float64(5.0) * mean,
+        ],
+        r"Mean\(mean.total / divisor, mean.weight\)": [lambda: mean / 2, lambda: mean / t, lambda: mean / mean],
+        r"Mean\(-mean.total, mean.weight\)": [lambda: -mean],
+        r"Mean\(mean.total \+ mean.weight \* term, mean.weight\)": [
+            lambda: mean + 1.0,
+            lambda: 1.0 + mean,
+            lambda: 1 + mean,
+            lambda: mean + t,
+            lambda: t + mean,
+            lambda: mean - t,
+            lambda: t - mean,
+            lambda: mean - mean,
+            lambda: sum([mean], start=1.0),
+        ],
+    }
+    for message, operations in cases.items():
+        for operation in operations:
+            with pytest.raises(TypeError, match=rf"^gradacc\.Mean: .*{message}.*reduction='sum'"):
+                operation()
+
+
+def test_a_factor_and_a_penalty_as_the_error_says():
+    x = torch.arange(7, dtype=D).sin()
+
+    def loss(w, x):
+        mean, penalty = Mean((w * x).square().sum(), len(x)), w.square()
+        mean = Mean(5.0 * mean.total, mean.weight)
+        return Mean(mean.total + mean.weight * penalty, mean.weight)
+
+    w = torch.tensor(2.0, dtype=D)
+    actual = gradacc.accumulate(loss, steps=3)(w, x)
+    torch.testing.assert_close(actual, torch.func.grad(lambda w: 5 * (w * x).square().mean() + w.square())(w))
+
+
+def detection(params, batch):
+    """A mean over tokens and a mean over boxes."""
+    ce = (batch["ce"] * batch["tokens"] * params).sum()
+    box = (batch["box"] * batch["boxes"] * params.square()).sum()
+    return Mean(ce, batch["tokens"].sum()), Mean(box, batch["boxes"].sum())
+
+
+BATCH = {
+    "ce": torch.tensor([3.0, 1.0, 2.0, 5.0, 4.0], dtype=D),
+    "tokens": torch.tensor([10, 1, 7, 3, 0]),
+    "box": torch.tensor([30.0, 40.0, 50.0, 20.0, 70.0], dtype=D),
+    "boxes": torch.tensor([1, 0, 0, 2, 0]),
+}
+P = torch.tensor(1.5, dtype=D)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_what_the_errors_name_is_the_large_batch(steps, engine):
+    def loss(params, batch, tokens, boxes):
+        ce, box = detection(params, batch)
+        return ce.total / tokens + box.total / boxes
+
+    def large(params):
+        ce, box = detection(params, BATCH)
+        return ce.value + box.value
+
+    counts = BATCH["tokens"].sum(), BATCH["boxes"].sum()
+    grad_fn = gradacc.accumulate_and_value(loss, steps=steps, reduction="sum")
+    actual = ENGINES[engine](lambda: grad_fn(P, BATCH, *counts))
+    assert_trees_close(actual, torch.func.grad_and_value(large)(P))
+    pooled = detection(P, BATCH)[0] + detection(P, BATCH)[1]
+    assert abs(pooled.value - actual[1]) > 0.5 * actual[1]  # what a + b would have been taken for
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "make", [lambda means: means[0] + means[1], sum, lambda means: Mean(0, 0) + means[0] + means[1]]
+)
+def test_pooled_it_is_refused_as_a_loss_until_it_is_said(make, engine):
+    def summed(params, batch):
+        return make(detection(params, batch))
+
+    def said(params, batch):
+        pooled = summed(params, batch)
+        return Mean(pooled.total, pooled.weight)
+
+    def large(params):
+        ce, box = detection(params, BATCH)
+        return (ce.total + box.total) / (ce.weight + box.weight)
+
+    with pytest.raises(ValueError, match="^accumulate: loss_fn returned a sum of Means"):
+        ENGINES[engine](lambda: gradacc.accumulate(summed, steps=2)(P, BATCH))
+    with pytest.raises(ValueError, match="^accumulate: loss_fn returned a sum of Means"):
+        ENGINES[engine](lambda: gradacc.accumulate(lambda *a: (summed(*a), {}), steps=2, has_aux=True)(P, BATCH))
+    init, update, *_ = gradacc.accumulator(summed)
+    with pytest.raises(ValueError, match="^accumulator: loss_fn returned a sum of Means"):
+        ENGINES[engine](lambda: update(init(P), P, BATCH))
+    with pytest.raises(ValueError, match="^scaled_loss: loss_fn returned a sum of Means"):
+        ENGINES[engine](lambda: gradacc.optim.scaled_loss(summed)(P, BATCH, loss_scale=2.0))
+    with pytest.raises(ValueError, match="^check_accumulation: loss_fn returned a sum of Means"):
+        check_accumulation(summed, P, BATCH)
+    actual = ENGINES[engine](lambda: gradacc.accumulate(said, steps=2)(P, BATCH))
+    torch.testing.assert_close(actual, torch.func.grad(large)(P))
+
+
+def test_one_mean_is_no_sum():
+    loss = lambda params, batch: sum([detection(params, batch)[0]])  # noqa: E731
+    expected = torch.func.grad(lambda p: detection(p, BATCH)[0].value)(P)
+    torch.testing.assert_close(gradacc.accumulate(loss, steps=2)(P, BATCH), expected)
+
+
+def test_what_comes_out_may_be_added_and_goes_in_again():
+    """Pooling outside of a loss, of values and of aux, is what ``+`` is for."""
+    loss = lambda params, batch: (detection(params, batch)[0], detection(params, batch)[0])  # noqa: E731
+    grad_fn = gradacc.accumulate_and_value(loss, steps=2, has_aux=True)
+    _, (value, aux) = grad_fn(P, BATCH)
+    _, (more, _) = grad_fn(P, BATCH)
+    both = value + more
+    assert both.value == value.value == aux.value
+    assert repr(both) == repr(Mean(both.total, both.weight))
+    assert optree.tree_structure(both, namespace="gradacc") == optree.tree_structure(value, namespace="gradacc")
+    # an aux that is pooled is what the large batch's would be
+    pooled = gradacc.accumulate(lambda p, b: (detection(p, b)[0], sum(detection(p, b))), steps=2, has_aux=True)
+    assert pooled(P, BATCH)[1].weight == 24
+    # and what came out of a fold is no sum that somebody wrote
+    again = gradacc.accumulate(lambda w, x: Mean(w * value.total, value.weight), steps=2)
+    assert again(torch.ones((), dtype=D), torch.ones(2)) == value.value
+    assert not value._pooled
+    assert not aux._pooled
+
+
+def test_compiled_a_sum_of_means_is_refused():
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        gradacc.accumulate(lambda *a: sum(detection(*a)), steps=2), fullgraph=True, backend="eager"
+    )
+    with pytest.raises(Exception, match="a sum of Means"):
+        compiled(P, BATCH)
+    right = torch.compile(gradacc.accumulate(lambda *a: detection(*a)[0], steps=2), fullgraph=True, backend="eager")
+    torch.testing.assert_close(right(P, BATCH), torch.func.grad(lambda p: detection(p, BATCH)[0].value)(P))
+
+
+# --- weights of every kind of number
+
+
+WEIGHTS = {
+    # name: (a weight, what it is in float64)
+    "bool": (True, 1.0),
+    "int": (100, 100.0),
+    "a large int": (10**30, 1e30),
+    "Fraction": (Fraction(1, 3), 1 / 3),
+    "Decimal": (Decimal("0.25"), 0.25),
+    "NumPy bool": (np.bool_(True), 1.0),
+    "NumPy int8": (np.int8(100), 100.0),
+    "NumPy uint64": (np.uint64(2**63), 2.0**63),
+    "NumPy float16": (np.float16(60000.0), float(np.float16(60000.0))),
+    "NumPy float64": (np.float64(0.25), 0.25),
+    "NumPy array": (np.array(3), 3.0),
+    "tensor": (torch.tensor(3), 3.0),
+    "bool tensor": (torch.tensor(True), 1.0),
+    "uint8 tensor": (torch.tensor(200, dtype=torch.uint8), 200.0),
+    "float16 tensor": (torch.tensor(60000.0, dtype=torch.float16), float(np.float16(60000.0))),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", WEIGHTS)
+def test_a_weight_is_any_number(kind, engine):
+    """In three micro-batches, of the loss and of aux; in one call, and streamed."""
+    weight, number = WEIGHTS[kind]
+    x = torch.arange(3, dtype=D)
+
+    def loss(w, x):
+        return Mean((w * x).sum(), weight), {"m": Mean(x.sum(), weight), "v": Mean(torch.stack([x.sum(), w]), weight)}
+
+    def streamed(w, x):
+        init, update, merge, finalize = gradacc.accumulator(loss, has_aux=True)
+        return finalize(merge(update(update(init(w), w, x[:1]), w, x[1:2]), update(init(w), w, x[2:])))
+
+    w = torch.tensor(2.0, dtype=D)
+    for run in (gradacc.accumulate_and_value(loss, steps=3, has_aux=True), streamed):
+        grads, (value, aux) = ENGINES[engine](lambda run=run: run(w, x))
+        torch.testing.assert_close(grads, torch.tensor(3.0 / (3 * number), dtype=D))
+        for mean in (value, aux["m"], aux["v"]):
+            assert float(mean.weight) == pytest.approx(3 * number, rel=1e-12)
+        torch.testing.assert_close(aux["v"].total, torch.tensor([3.0, 6.0], dtype=D))
+
+
+BAD_WEIGHTS = {
+    "too large": (10**400, "inf"),
+    "infinite": (float("inf"), "inf"),
+    "NaN": (float("nan"), "nan"),
+    "NumPy NaN": (np.float64("nan"), "nan"),
+    "complex": (1j, "complex"),
+    "NumPy complex": (np.complex128(1), "complex128"),
+    "string": ("3", "str"),
+    "None": (None, "None"),
+    "NumPy vector": (np.ones(2), "numpy.ndarray"),
+    "list": ([1], "list"),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("kind", BAD_WEIGHTS)
+def test_what_is_no_weight_is_refused_where_it_comes_from(kind, engine):
+    weight, named = BAD_WEIGHTS[kind]
+    as_loss = gradacc.accumulate(lambda w, x: Mean((w * x).sum(), weight), steps=2)
+    with pytest.raises(
+        (TypeError, ValueError), match=f"^accumulate: loss_fn returned a Mean whose weight is .*{named}"
+    ):
+        ENGINES[engine](lambda: as_loss(torch.ones(()), torch.ones(2)))
+    as_aux = gradacc.accumulate(lambda w, x: ((w * x).mean(), {"m": Mean(x.sum(), weight)}), steps=2, has_aux=True)
+    with pytest.raises(TypeError, match=r"^accumulate: aux\['m'\] is a Mean of a tensor.*its weight a finite number"):
+        ENGINES[engine](lambda: as_aux(torch.ones(()), torch.ones(2)))

@@ -145,9 +145,15 @@ CALL = {
     ),
     "string": (
         dict(steps=2),
+        (PARAMS, {"x": ["a", "b"], "y": torch.ones(4)}),
+        TypeError,
+        r"args\[1\]\['x'\] is a list of 2 items \(strings\), which cannot be split",
+    ),
+    "nothing but strings": (
+        dict(steps=2),
         (PARAMS, {"x": ["a", "b"]}),
         TypeError,
-        r"args\[1\]\['x'\]\[0\] is a str, which cannot be split",
+        "no tensor to split in the batch.* lists .* are converted first",
     ),
     "class": (dict(steps=2), (PARAMS, Unregistered()), TypeError, r"args\[1\] is a .*Unregistered.*register its class"),
     "no tensor": (dict(steps=2), (PARAMS, {"x": 3, "y": None}), TypeError, "no tensor to split"),
@@ -314,7 +320,11 @@ LOSSES = {
     "tuple": (lambda p, b: (linear(p, b), b), TypeError, "returned a tuple of 2; pass has_aux=True"),
     "None": (lambda p, b: None, TypeError, "returned None; is a return statement missing"),
     "number": (lambda p, b: 1.0, TypeError, r"returned 1.0 \(float\).*\.item\(\)"),
-    "dict": (lambda p, b: {"loss": linear(p, b)}, TypeError, "returned a dict; it must return a 0-dim floating tensor"),
+    "dict": (
+        lambda p, b: {"loss": linear(p, b)},
+        TypeError,
+        "returned a dict of 1; it must return a 0-dim floating tensor",
+    ),
     "negative weight": (
         mean(linear, lambda p, b: torch.tensor(-1)),
         ValueError,
@@ -342,6 +352,41 @@ LOSSES = {
         mean(lambda p, b: b["x"].sum().long(), lambda p, b: 2),
         TypeError,
         "total is a tensor of dtype torch.int64",
+    ),
+    "sum of Means": (
+        lambda p, b: gradacc.Mean(linear(p, b), 2) + gradacc.Mean(linear(p, b), 3),
+        ValueError,
+        r"a sum of Means.*not a.value \+ b.value.*Mean\(pooled.total, pooled.weight\).*reduction='sum'",
+    ),
+    "sum() of Means": (
+        lambda p, b: sum(gradacc.Mean(linear(p, b), n) for n in (1, 2, 3)),
+        ValueError,
+        r"a sum of Means.*not a.value \+ b.value",
+    ),
+    "tuple of Means": (
+        lambda p, b: (gradacc.Mean(linear(p, b), 2), gradacc.Mean(linear(p, b), 3)),
+        TypeError,
+        r"a tuple of 2 Means; pass has_aux=True for .* the loss alone is differentiated\. .*reduction='sum'",
+    ),
+    "tuple of three Means": (
+        lambda p, b: (gradacc.Mean(linear(p, b), 2),) * 3,
+        TypeError,
+        r"a tuple of 3 Means.*reduction='sum'",
+    ),
+    "list of Means": (
+        lambda p, b: [gradacc.Mean(linear(p, b), 2)] * 2,
+        TypeError,
+        r"a list of 2 Means; it must return.*reduction='sum'",
+    ),
+    "dict of Means": (
+        lambda p, b: {"ce": gradacc.Mean(linear(p, b), 2), "box": gradacc.Mean(linear(p, b), 3)},
+        TypeError,
+        r"a dict of 2 Means; it must return.*reduction='sum'",
+    ),
+    "tuple of losses": (
+        lambda p, b: (linear(p, b), linear(p, b)),
+        TypeError,
+        "a tuple of 2; pass has_aux=True .* the loss alone is differentiated. Or are they several losses. Return their sum",
     ),
     "two kinds": (
         lambda p, b: gradacc.Mean(linear(p, b), 1) if b["x"][0] == 0 else linear(p, b),
@@ -385,7 +430,9 @@ NOTES = {
     "two sizes": (dict(steps=2), (X, {"y": X, "z": torch.ones(2)}), []),
     "one example": (dict(steps=2), (X[:1], X[:1]), []),
     "said so": (dict(steps=2, in_dims=(None, 0, None)), (X, X), []),
-    "micro-batches": ({}, ([X], torch.ones(1)), []),
+    "micro-batches": ({}, ([{"x": X}], torch.ones(1)), []),
+    "parts": ({}, ([X],), [r"the batch is a list of 1 \(float32\[6, 2\]\), read as 1 micro-batch; .* pass steps="]),
+    "parts, said so": (dict(split=iter), ([X],), []),
     "micro-batches, split": (dict(steps=2), ([{"x": X}, {"x": X}],), [r"args\[1\] is a list, .* passed without steps"]),
     "a pair": (dict(steps=2), ((X, X),), []),
 }
@@ -421,6 +468,20 @@ def test_a_mean_is_not_a_sum():
 def test_has_aux_needs_a_pair(out):
     with pytest.raises(TypeError, match=r"with has_aux=True loss_fn must return \(loss, aux\), got"):
         gradacc.accumulate(out, steps=2, has_aux=True)(PARAMS, BATCH)
+
+
+@pytest.mark.parametrize(
+    ("out", "kind"),
+    [
+        (lambda m: (m, m, m), "must return .* a tuple of 3 Means"),
+        (lambda m: [m, m], "must return .* a list of 2 Means"),
+        (lambda m: ({"a": m, "b": m}, 1), "returned a dict of 2 Means"),
+        (lambda m: ((m, m), 1), "returned a tuple of 2 Means"),
+    ],
+)
+def test_several_means_and_aux_name_what_works(out, kind):
+    with pytest.raises(TypeError, match=rf"{kind}.*count what each is a mean of.*reduction='sum'"):
+        gradacc.accumulate(lambda p, b: out(gradacc.Mean(linear(p, b), 2)), steps=2, has_aux=True)(PARAMS, BATCH)
 
 
 def test_sharded_parameters_are_refused(tmp_path):

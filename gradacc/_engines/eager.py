@@ -265,8 +265,8 @@ def _add(
 
 
 def _bare(tensor: Tensor) -> Tensor:
-    """Without its graph. In a storage of its own where it may be someone else's, or larger than it is (mse_loss's is)."""
-    return tensor.detach().clone() if tensor.ndim == 0 or tensor.grad_fn is None else tensor.detach()
+    """Without its graph; a number in a storage of its own, which may be larger than it is (mse_loss's is)."""
+    return tensor.detach().clone() if tensor.dim() == 0 else tensor.detach()
 
 
 def _normal(tensor: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradacc import _options, _split, _tree, _validate
+from gradacc import _batch, _options, _split, _tree, _validate
 from gradacc._describe import describe
 from gradacc._engines import transforming
 from gradacc.testing import _diagnose, _sandbox
@@ -213,8 +213,10 @@ def _holds_microbatches(
 ) -> bool:
     """Where the loss refuses the batch: whether it is an iterable of micro-batches (it takes the first one of a list)."""
     whole = args[batch]
-    if not _validate.is_iterable(whole) or hasattr(whole, "__array__"):
+    if not _validate.is_iterable(whole):
         return False
+    if _batch.may_be_one(whole) and not all(isinstance(item, Tensor) for item in whole):
+        return False  # a tensor beside something else: parts of one batch
     if not isinstance(whole, (list, tuple)):
         return _tree.flatten(whole)[0] == [whole]  # a loader, a generator: nothing that could be split
 

@@ -134,7 +134,9 @@ def _interaction(evidence: Evidence, measured: Probe, parts: _additive.Parts, to
             "may add means over different things (one over tokens, one over examples), or choose among examples (a maximum, "
             "the k largest).",
             "accumulate each mean in a call of its own, the one over tokens as gradacc.Mean(loss_sum, number), and add their "
-            "gradients. What chooses among the examples of a batch needs the whole batch.",
+            "gradients; or count first what each is a mean of, and add up the sums divided by the whole batch's counts, with "
+            "reduction='sum' (help(gradacc.Mean) has an example). "
+            "What chooses among the examples of a batch needs the whole batch.",
         )
     evidence_for = []
     if shaken is not None:
