@@ -905,4 +905,4 @@ def test_aux_of_different_shapes_is_named(engine):
     with pytest.raises(
         ValueError, match=r"aux\['each'\] has shape \(2, 3\) in one micro-batch and \(2, 4\) in another"
     ):
-        ENGINES[engine](lambda: gradacc.accumulate(loss, has_aux=True)(torch.ones(()), batch))
+        ENGINES[engine](lambda: gradacc.accumulate(loss, split=iter, has_aux=True)(torch.ones(()), batch))
