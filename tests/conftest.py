@@ -17,6 +17,7 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(items):
     """Tests of ranks go to one process of pytest-xdist, so that there is one pool."""
     for item in items:

@@ -76,7 +76,8 @@ def test_any_layout_is_one_process_with_the_union(pool, layout, name, seed, step
         args = [(name, part, {"steps": 2}, overlap) for part in per_rank]
     else:
         args = [
-            (name, cut(part, sizes) if sizes else [], {}, overlap) for part, sizes in zip(per_rank, layout, strict=True)
+            (name, cut(part, sizes) if sizes else [], {"split": iter}, overlap)
+            for part, sizes in zip(per_rank, layout, strict=True)
         ]
     if not total:
         return  # nothing anywhere: tests.sync
