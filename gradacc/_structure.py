@@ -111,7 +111,7 @@ def _fields(node: Any) -> dict[str, Any] | None:
         return dict(zip(node._fields, node, strict=True))
     if not dataclasses.is_dataclass(node):
         return None
-    found = {field.name: getattr(node, field.name) for field in dataclasses.fields(node)}
+    found = {field.name: getattr(node, field.name) for field in dataclasses.fields(node) if field.init}
     inside = [id(leaf) for leaf in _tree.flatten(list(found.values()))[0]]
     children = [id(leaf) for leaf in _tree.flatten(node)[0]]
     return found if sorted(inside) == sorted(children) else None
