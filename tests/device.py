@@ -193,7 +193,13 @@ _library.fallback(
 )  # factories: torch.zeros(3, device="acc")
 _library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
 
-_autocast = torch.library.Library("aten", "IMPL")
+_aten = torch.library.Library("aten", "IMPL")
+for _overload in ("arange", "arange.start", "arange.start_step"):  # which would resize an empty tensor
+    _aten.impl(
+        _overload,
+        lambda *args, device=None, pin_memory=None, **kwargs: OnDevice(torch.arange(*args, **kwargs)),
+        "PrivateUse1",
+    )
 
 
 def _casting(name: str) -> None:
@@ -207,7 +213,7 @@ def _casting(name: str) -> None:
         with torch._C._ExcludeDispatchKeyGuard(keys):
             return op(*cast, **kwargs)
 
-    _autocast.impl(name, kernel, "AutocastPrivateUse1")
+    _aten.impl(name, kernel, "AutocastPrivateUse1")
 
 
 for _name in ("mm", "addmm", "bmm", "linear", "matmul"):

@@ -183,6 +183,23 @@ def of_apart(name: str, group: dist.ProcessGroup, apart: Sequence[bool]) -> Exce
     )
 
 
+def of_weights(name: str, group: dist.ProcessGroup, wrong: Sequence[bool]) -> Exception:
+    """An error that names the ranks with a weight that nobody has read before."""
+    return ValueError(
+        f"{name}: loss_fn returned a Mean whose weight is negative, infinite or NaN on {_named(group, wrong)} of "
+        f"{groups.title(group)}; it must be finite and not negative. Nothing was returned"
+    )
+
+
+def of_far(name: str, group: dist.ProcessGroup, far: Sequence[bool]) -> Exception:
+    """An error that names the ranks whose gradients did not fit."""
+    return RuntimeError(
+        f"{name}: on {_named(group, far)} of {groups.title(group)} the weights differ from the last call's by a factor of over "
+        "a billion, and they are on an accelerator, where that is known too late. Nothing was returned; the same call once "
+        "more goes through"
+    )
+
+
 def _named(group: dist.ProcessGroup, flags: Sequence[bool]) -> str:
     found = [str(rank) for rank, flag in zip(dist.get_process_group_ranks(group), flags, strict=True) if flag]
     return f"rank{'s' if len(found) > 1 else ''} {', '.join(found)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from gradacc._sync import layout as layouts
 from gradacc._sync import scale as scales
 from gradacc._sync import wire
 from gradacc._sync.agreement import Agreed, Agreement
-from gradacc._sync.channel import APART, ARRIVED, COLUMNS, DIFFERENTIATED, FINE, SWITCHING, WITHHELD, Channel
+from gradacc._sync.channel import APART, ARRIVED, COLUMNS, DIFFERENTIATED, FAR, FINE, SWITCHING, WITHHELD, Channel
 from gradacc._sync.layout import Layout
 from gradacc._sync.sending import Sending
 from gradacc._sync.traced import Traced
@@ -32,10 +33,12 @@ class Link(Turn):
         super().__init__(options.name, agreed.title, group, channel)
         self.options, self.agreed = options, agreed
         self.agreement: Agreement | None = None
-        self.factor: float = 1.0
+        self.factor: float | Tensor = 1.0
         """What a gradient is multiplied by on its way: from this rank's unit to the common one."""
         self.withholds = False
         """Whether this rank's gradients do not fit that unit: NOTE [scales]."""
+        self.far: Tensor | None = None
+        """The same where the weight is not read: 0-dim, bool; zeros are sent in their place."""
         self.delivered: set[int] = set()
         self.held: dict[int, Tensor] = {}
         """Gradients that were delivered and cannot be packed yet, or perhaps once more, in the order in which they came."""
@@ -59,8 +62,12 @@ class Link(Turn):
     def set_unit(self, unit: float | Tensor | None, weight: float | Tensor) -> None:
         """Say in which unit this rank's gradients are, and how much they count for, before the first one is packed."""
         if self.agreement is not None and self.options.reduction == "mean":
-            self.withholds = scales.is_far(float(weight), self.agreement.scale, self.agreement.plan)
-            self.factor = 0.0 if self.withholds else float(unit or 0.0) / self.agreement.scale
+            far = scales.is_far(weight, self.agreement.scale, self.agreement.plan)
+            factor = 0.0 if unit is None else unit / self.agreement.scale
+            if isinstance(far, Tensor):
+                self.far, self.factor = far, (~far).to(torch.float64) * factor
+            else:
+                self.withholds, self.factor = far, 0.0 if far else factor
 
     def deliver(self, index: int, grad: Tensor) -> None:
         """A gradient that is final: it is packed, and its bucket leaves when it is full and its turn has come."""
@@ -114,10 +121,9 @@ class Link(Turn):
                 grads[index] = grad
             self.held = {}
             here = None if sums.kind is None else layouts.of(options, sums)
-            weight = float(sums.weight)
-            described = None
+            weight, described = sums.weight, None
             if self.agreement is None:
-                described = agreements.describe(options, self.params, self.treedef, here, weight, order)
+                described = agreements.describe(options, self.params, self.treedef, here, float(weight), order)
         if self.next.kind == GREETING and not self._is_expected():
             with self.telling():
                 sending = self.open()
@@ -163,7 +169,7 @@ class Link(Turn):
         grads: list[Tensor | None],
         sums: _fold.Sums,
         here: Layout | None,
-        weight: float,
+        weight: float | Tensor,
         arrived: bool,
     ) -> None:
         """Everything that has not been delivered."""
@@ -175,12 +181,15 @@ class Link(Turn):
             WITHHELD * (kept and self.withholds),
             APART * self.channel.apart,
         )
+        bits: int | Tensor = channels.bits(FINE, *flags)
+        if self.far is not None:
+            bits = bits + FAR * self.far.to(torch.int64)
         fixed = [
-            channels.bits(FINE, *flags),
+            bits,
             self.number,
             agreement.identity,
-            weight if kept else 0.0,
-            float(sums.unit or 0.0) if kept else 0.0,
+            _floating(weight if kept else 0.0),
+            _floating(0.0 if sums.unit is None or not kept else sums.unit),
         ]
         record = wire.record(plan, fixed, values, plan.buckets[plan.header].device)
         sending = self.open()
@@ -222,7 +231,15 @@ class Link(Turn):
         if self._lasting:
             self.channel.agreements = agreement.identity + 1
         if self._lasting or self.signature in known:
-            known[self.signature] = agreement._replace(scale=scales.scale(weight)) if weight else agreement
+            learnt = weight and math.isfinite(weight)
+            known[self.signature] = agreement._replace(scale=scales.scale(weight)) if learnt else agreement
+        wrong, far = floats[:, channels.WEIGHT].isnan().tolist(), (bits & FAR).tolist()
+        if any(wrong):
+            self._problem = agreements.of_weights(self.options.name, self.group, wrong)
+            return
+        if any(far):
+            self._problem = agreements.of_far(self.options.name, self.group, far)
+            return
         again = bool((bits & WITHHELD).any())
         if agreement.plan.narrow:
             again = not finite or (self.options.reduction == "mean" and scales.is_wrong(weight, agreement.scale))
@@ -287,7 +304,9 @@ class Link(Turn):
         plan, self._received = self._rest, ([], [])
         assert plan is not None
         with self.telling():
-            factor = float(sums.unit or 0.0) / unit if self.options.reduction == "mean" else 1.0
+            factor: float | Tensor = 1.0
+            if self.options.reduction == "mean":
+                factor = 0.0 if sums.unit is None else sums.unit / unit
             sending = self.open()
             for at, bucket in enumerate(plan.buckets):
                 flat = sending.flat(at)
@@ -338,17 +357,24 @@ def _is_finite(plan: wire.Plan, flats: Sequence[Tensor]) -> Tensor:
     return torch.stack(each).all()
 
 
+def _floating(number: float | Tensor) -> float | Tensor:
+    return number if isinstance(number, Tensor) else float(number)
+
+
 def _restored(value: Tensor, spec: layouts.Spec, device: torch.device) -> Any:
     if spec.dtype is None:
         number = float(value.item())
         return int(number) if spec.whole and number.is_integer() else number
+    if value.is_cpu and not value.ndim:  # of the records: a number, which needs no copy to the device
+        return torch.full((), value.item(), dtype=spec.dtype, device=device)
     return value.to(device=device, dtype=spec.dtype)
 
 
-def _pack(place: wire.Place, flat: Tensor, grad: Tensor | None, factor: float) -> None:
+def _pack(place: wire.Place, flat: Tensor, grad: Tensor | None, factor: float | Tensor) -> None:
     part = flat.narrow(0, place.offset, place.numel)
     if grad is None:
         part.zero_()
     else:
         numbers = wire.real(grad.detach())
+        factor = factor.to(part.device) if isinstance(factor, Tensor) else factor
         torch.mul(numbers, factor, out=part.view(numbers.shape))

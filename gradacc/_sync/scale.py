@@ -13,12 +13,19 @@ NOTE [scales]
     scale, and where a sum is not finite: which is NaN or inf in the end only if it is without float16 too. Its gradients are
     therefore kept until the records have come.
 
+    On an accelerator a rank does not read its weight, and so cannot withhold anything: its gradients are out of its hands when
+    it reads the records. Where they do not fit, it has sent zeros and said so, and the call is an error on all ranks, after
+    which the scale is the right one. A weight that is not what it must be (NOTE [weights that are not read] in ``_fold.py``) is
+    NaN in the record, and an error on all ranks, too.
+
     With ``reduction="sum"`` there are no weights: gradients cross as they are.
 """
 
 from __future__ import annotations
 
 import math
+
+from torch import Tensor
 
 from gradacc._sync.wire import Plan
 
@@ -33,8 +40,12 @@ def scale(weight: float) -> float:
     return 2.0 ** max(-1000, min(1000, round(math.log2(weight))))
 
 
-def is_far(weight: float, one: float, plan: Plan) -> bool:
+def is_far(weight: float | Tensor, one: float, plan: Plan) -> bool | Tensor:
     """Whether gradients of so much weight would lose digits in this scale, whatever the others send."""
+    if isinstance(weight, Tensor):
+        ratio = weight / one
+        far: Tensor = (weight != 0) & ~((ratio >= 1.0 / plan.limit) & (ratio <= plan.limit))
+        return far & (not plan.narrow)
     return bool(weight) and not plan.narrow and not 1.0 / plan.limit <= weight / one <= plan.limit
 
 

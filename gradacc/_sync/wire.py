@@ -197,7 +197,10 @@ def record(plan: Plan, fixed: Sequence[Any], values: Sequence[Any] | None, devic
 
     ``values`` None: zeros.
     """
-    columns = [_bits(value, isinstance(value, (float, Tensor)), device) for value in fixed]
+    columns = [
+        _bits(value, value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, float), device)
+        for value in fixed
+    ]
     for n, spec in enumerate(plan.specs):
         if spec.shape:
             continue
@@ -212,7 +215,10 @@ def record(plan: Plan, fixed: Sequence[Any], values: Sequence[Any] | None, devic
 
 
 def _bits(value: Any, floating: bool, device: torch.device) -> Tensor:
-    number = torch.as_tensor(value, dtype=torch.float64 if floating else torch.int64, device=device)
+    dtype = torch.float64 if floating else torch.int64
+    number = (
+        value.to(device, dtype) if isinstance(value, Tensor) else torch.zeros((), dtype=dtype, device=device) + value
+    )
     return number.view(torch.int64) if floating else number
 
 
