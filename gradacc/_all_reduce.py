@@ -86,7 +86,9 @@ def all_reduce(
 
     Raises (when ``grad_fn`` is called):
         RuntimeError: the environment says WORLD_SIZE > 1 and no process group was initialised.
-        RuntimeError: on another rank the call has raised, or it made another call.
+        RuntimeError: on another rank the call has raised, or it made another call. And once where the weights of a `Mean`, on
+            an accelerator, differ from the last call's by a factor of over a billion; the same call again goes through.
+        ValueError: a weight on an accelerator, of any rank, is negative, infinite or NaN.
         ValueError: this process is not in ``group``; a mesh of several dimensions; parameters, options or losses that differ.
 
     Example:
