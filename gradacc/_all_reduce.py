@@ -53,6 +53,11 @@ def all_reduce(
     RuntimeError that names the group, at the latest after the process group's timeout
     (``init_process_group(timeout=...)``). A NaN on one rank is a NaN on all.
 
+    **The end.** With gloo, end a script by ``torch.distributed.destroy_process_group()`` in a ``finally``. Otherwise one of its
+    threads may still hold the last collective's tensors when Python takes itself apart, and end the process by SIGABRT
+    ("terminate called without an active exception"), after a last call that raised and after one that did not. It is so in
+    plain torch. It waits for that thread unless something else still holds the group (a variable, ``all_reduce(group)``).
+
     **Order.** Ranks must make the same calls in the same order. The n-th call of a rank in a group meets the n-th call of the
     others, and each says what it is (of which ``grad_fn``, and its number); where that differs, every rank gets the same
     RuntimeError, which names all the calls, and nothing is returned. Catch it on every rank and go on from the same place on

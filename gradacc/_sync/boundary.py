@@ -97,8 +97,9 @@ class Link(Turn):
         """
         try:
             return self._cross(grads, sums, arrived)
-        except BaseException:
+        except BaseException as error:
             self.leave()
+            groups.release(error)
             raise
 
     def done(self) -> None:

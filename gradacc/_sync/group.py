@@ -1,16 +1,28 @@
-"""Process groups: which one is meant, and what to say when it breaks."""
+"""Process groups: which one is meant, what to say when it breaks, and who holds it.
+
+NOTE [the end of a process]
+    A thread of gloo's lets go of a collective's tensors some time after the collective is complete, for which it needs the
+    interpreter. Where that is being taken apart already (a script that ends, or raises, right after a call), Python ends the
+    thread, and with it the process: "terminate called without an active exception", SIGABRT. Plain torch does it too. The way
+    out is ``torch.distributed.destroy_process_group()`` in a ``finally``: it waits for these threads, but only if it was the
+    last one who held the group. So nothing here holds one longer than a call: turns refer to theirs weakly, and frames that an
+    error has in its traceback are cleared (`release`), those of gradacc that take part in collectives, and torch's.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from gradacc._describe import describe
+
+_HOLDERS = ("gradacc._sync.", "gradacc.checkpoint.", "torch.distributed.")
+"""Modules whose frames have groups among their locals."""
 
 
 def resolve(name: str, group: Any) -> dist.ProcessGroup | None:
@@ -66,3 +78,28 @@ def speaking(name: str, group: dist.ProcessGroup) -> Iterator[None]:
             f"{name}: the collective of {title(group)} failed on rank {dist.get_rank()}: another rank has ended, did not "
             f"come within the group's timeout, or made another call. Nothing was returned. torch says: {error}"
         ) from error
+
+
+@contextmanager
+def releasing() -> Iterator[None]:
+    """Around everything that holds a group: an error lets go of it. NOTE [the end of a process]"""
+    try:
+        yield
+    except BaseException as error:
+        release(error)
+        raise
+
+
+def release(error: BaseException) -> None:
+    """Let go of groups in the frames that an error, and what it came from, have left. NOTE [the end of a process]"""
+    left, seen = [error], set()
+    while left:
+        each = left.pop()
+        seen.add(id(each))
+        left += [other for other in (each.__cause__, each.__context__) if other is not None and id(other) not in seen]
+        trace = each.__traceback__
+        while trace is not None:
+            if trace.tb_frame.f_globals.get("__name__", "").startswith(_HOLDERS):
+                with suppress(RuntimeError):  # it still runs
+                    trace.tb_frame.clear()
+            trace = trace.tb_next

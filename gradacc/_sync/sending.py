@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,7 +16,8 @@ class Sending:
     """The all-reduces of one `wire.Shape`, launched in order."""
 
     def __init__(self, name: str, group: dist.ProcessGroup, shape: wire.Shape) -> None:
-        self.name, self.group, self.shape = name, group, shape
+        self.name, self.shape = name, shape
+        self._group = weakref.ref(group)  # NOTE [the end of a process] in `group.py`
         self.flats: list[Tensor | None] = [None] * len(shape.flats)
         self.works: list[dist.Work] = []
 
@@ -30,12 +33,13 @@ class Sending:
         """The next all-reduce; the one at whose end the records ride needs this rank's."""
         at = len(self.works)
         flat = self.flat(at)
+        group = self._held()
         if at == self.shape.header:
             assert record is not None
             slots = self._slots(flat).zero_()
-            slots[self.group.rank()].copy_(wire.encode(record, flat.dtype))
-        with groups.speaking(self.name, self.group):
-            self.works.append(dist.all_reduce(flat, group=self.group, async_op=True))
+            slots[group.rank()].copy_(wire.encode(record, flat.dtype))
+        with groups.speaking(self.name, group):
+            self.works.append(dist.all_reduce(flat, group=group, async_op=True))
 
     def launch_rest(self, record: Tensor) -> None:
         """What has not been launched, without anything in it but the record."""
@@ -46,7 +50,7 @@ class Sending:
 
     def wait(self, at: int) -> Tensor:
         """The sum, of all-reduce number ``at``."""
-        with groups.speaking(self.name, self.group):
+        with groups.speaking(self.name, self._held()):
             self.works[at].wait()
         return self.flat(at)
 
@@ -59,5 +63,10 @@ class Sending:
         return wire.decode(numbers[:-1].view(slots.shape), self.shape.columns), bool(numbers[-1])
 
     def _slots(self, flat: Tensor) -> Tensor:
-        world = self.group.size()
+        world = self._held().size()
         return flat[len(flat) - world * wire.digits(self.shape.columns, flat.dtype) :].view(world, -1)
+
+    def _held(self) -> dist.ProcessGroup:
+        group = self._group()
+        assert group is not None
+        return group

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from gradacc._sync import agreement as agreements
 from gradacc._sync import channel as channels
+from gradacc._sync import group as groups
 from gradacc._sync import wire
 from gradacc._sync.channel import APART, RAISED, SWITCHING, Channel
 from gradacc._sync.sending import Sending
@@ -36,23 +38,34 @@ class Turn:
     """
 
     def __init__(self, name: str, title: str, group: dist.ProcessGroup, channel: Channel) -> None:
-        self.name, self.title, self.group, self.channel = name, title, group, channel
+        self.name, self.title, self.channel = name, title, channel
+        self._group = weakref.ref(group)
         self.number = channel.begin()
         self._begun: Next | None = None
         self._sending: Sending | None = None
         self._problem: Exception | None = None
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """Held by torch alone: NOTE [the end of a process] in ``group.py``."""
+        group = self._group()
+        if group is None:
+            raise RuntimeError(f"{self.name}: the process group was destroyed while the call ran")
+        return group
 
     def begin(self) -> None:
         """First of all, what earlier calls have left."""
         try:
             with torch.inference_mode(False):
                 self.channel.settle(self.name, self.group)
-        except BaseException:
+        except BaseException as error:
             self.leave()
+            groups.release(error)
             raise
 
     def fail(self, error: BaseException) -> None:
         """This rank's call raises: the others are told; where they cannot be waited for, in this rank's next call."""
+        groups.release(error)
         if not isinstance(error, Exception):
             self.leave()
             return

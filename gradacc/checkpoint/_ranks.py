@@ -11,6 +11,11 @@ import torch.distributed as dist
 
 from gradacc._sync import group as groups
 
+if dist.is_available() and not dist.is_initialized():
+    # Its default arguments hold the group that exists when it is imported, which torch.distributed.checkpoint does later.
+    # See NOTE [the end of a process] in `_sync/group.py`.
+    import torch.distributed.nn.functional  # noqa: F401
+
 Mine = TypeVar("Mine")
 Shared = TypeVar("Shared")
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from gradacc._sync import group as groups
 from gradacc.checkpoint import _dcp, _folder, _leaves, _ranks
 
 if TYPE_CHECKING:
@@ -87,6 +88,12 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
 
     Source: ``torch.distributed.checkpoint``, whose format the data folder has; orbax (atomic by renaming).
     """
+    with groups.releasing():
+        _save_alike(path, tree)
+
+
+def _save_alike(path: str | os.PathLike[str], tree: Any) -> None:
+    """What ranks have alike is compared before anything is written."""
     group = _ranks.world(_NAME)
     rank = 0 if group is None else group.rank()
     (folder, planned), parts = _ranks.together(_NAME, group, lambda: _prepare(path, tree, rank, group is not None))
