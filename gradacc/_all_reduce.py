@@ -89,7 +89,8 @@ def all_reduce(
             iterable of micro-batches is read one ahead. It pays where the network takes longer than packing
             (``benchmarks/boundary.py``).
 
-    Raises (when ``grad_fn`` is called):
+    Raises:
+        TypeError: an option of another type. What follows comes when ``grad_fn`` is called.
         RuntimeError: the environment says WORLD_SIZE > 1 and no process group was initialised.
         RuntimeError: on another rank the call has raised, or it made another call. And once where the weights of a `Mean`, on
             an accelerator, differ from the last call's by a factor of over a billion; the same call again goes through.
