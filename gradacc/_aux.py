@@ -190,7 +190,7 @@ def _can_be_summed(mean: Mean) -> bool:
     if not isinstance(total, Tensor):
         return False
     if not isinstance(weight, Tensor):
-        return isinstance(weight, (int, float)) and math.isfinite(weight)
+        return isinstance(weight, (int, float)) and -math.inf < weight < math.inf
     try:
         _broadcast(total, weight)
     except RuntimeError:

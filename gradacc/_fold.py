@@ -58,12 +58,12 @@ class Sums(NamedTuple):
 def contribution(options: Options, sums: Sums, outcome: Outcome, narrow: bool) -> Contribution | None:
     """What a micro-batch's gradient counts for; None: exactly nothing. ``narrow``: NOTE [cotangents and shares]."""
     if options.reduction == "sum":
-        return Contribution(1.0, 1.0)
+        return Contribution(1.0, 1.0, 1.0, None)
     one, weight = unit(sums, outcome), outcome.weight
     if one is None or weight is None or (not isinstance(weight, Tensor) and not weight):
         return None
     if not isinstance(outcome.value, Mean):
-        return Contribution(1.0, weight / one)
+        return Contribution(1.0, weight / one, 1.0, None)
     own = _units.near(one, weight, outcome.target.dtype) if narrow else one
     return Contribution(
         1.0 / own,

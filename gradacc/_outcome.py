@@ -13,7 +13,10 @@ from gradacc._mean import Mean
 
 
 class Contribution(NamedTuple):
-    """``buffer = growth * buffer + cotangent * share * gradient``; NOTE [cotangents and shares] in ``_fold.py``."""
+    """``buffer = growth * buffer + cotangent * share * gradient``; NOTE [cotangents and shares] in ``_fold.py``.
+
+    Without defaults: with ``dynamic=True`` Dynamo holds a float that is one symbolic.
+    """
 
     cotangent: float | Tensor
     """Goes through the backward pass."""
@@ -21,10 +24,10 @@ class Contribution(NamedTuple):
     share: float | Tensor
     """Of this micro-batch."""
 
-    growth: float | Tensor = 1.0
+    growth: float | Tensor
     """Not 1 where the unit has grown; NOTE [units] in ``_units.py``."""
 
-    keeps: Tensor | None = None
+    keeps: Tensor | None
     """Where the weight is not read, whether it is not 0: else nothing is added, whatever the gradient says."""
 
 

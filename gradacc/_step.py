@@ -140,6 +140,8 @@ def _outcome(options: Options, out: Any, microbatch: _split.Microbatch) -> Outco
     if isinstance(value, Mean):
         value = with_plain_weight(value)
         weight: float | Tensor | None = _validate.weight(options, value.weight, target)
+        if isinstance(weight, Tensor) and not isinstance(value.weight, Tensor):
+            value = Mean(value.total, weight)  # a float in a graph
     else:
         weight = _validate.examples(options, microbatch.examples, microbatch.sizes)
     return Outcome(target, value, weight, _aux.flatten(aux))

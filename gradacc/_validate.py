@@ -29,7 +29,9 @@ def positions(
             f"{name}: argnums={argnums} does not fit a call with {len(args)} positional arguments; "
             f"call {call}, these positionally"
         )
-    differentiated = tuple(n % len(args) for n in numbers)
+    # a list's items are constants, where Dynamo (with dynamic=True) holds `argnums` symbolic
+    places = list(range(len(args)))
+    differentiated = tuple(places[n] for n in numbers)
     if len(set(differentiated)) < len(differentiated):
         raise ValueError(f"{name}: argnums={argnums} names an argument of the call twice; name each once")
     rest = [n for n in range(len(args)) if n not in differentiated]
@@ -340,9 +342,12 @@ def weight(options: Options, value: Any, like: Tensor) -> float | Tensor:
         raise TypeError(
             f"{name}: loss_fn returned a Mean whose weight is {describe(value)}; it must be a number or tensor"
         )
-    if not (math.isfinite(value) and value >= 0):
+    if torch.compiler.is_compiling() and isinstance(value, float):
+        # one that changes from call to call is symbolic, and its arithmetic beside tensors is guarded wrongly by torch 2.13
+        return _nan_where_wrong(torch.zeros((), dtype=torch.float64, device=like.device) + value)
+    if not 0 <= value < math.inf:
         raise ValueError(f"{name}: loss_fn returned a Mean whose weight is {value}; it must be finite and not negative")
-    return float(value)
+    return value if torch.compiler.is_compiling() else float(value)  # of a symbolic number Dynamo makes none
 
 
 def _nan_where_wrong(weight: Tensor) -> Tensor:

@@ -2,11 +2,14 @@
 
 import gc
 
+import optree
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import gradacc
 from gradacc._engines import fused
@@ -354,3 +357,71 @@ def test_anomaly_mode_sees_every_gradient(products):
     with torch.autograd.set_detect_anomaly(True, check_nan=True), pytest.raises(RuntimeError, match="returned nan"):
         gradacc.accumulate(lambda w, x: squared((x @ w).nan_to_num()), steps=3)(w, x)
     assert products == []
+
+
+def loop(loss, params, batch):
+    """The hand-written one."""
+    leaves, treedef = optree.tree_flatten(params)
+    leaves = [leaf.clone().requires_grad_() for leaf in leaves]
+    for part in batch.tensor_split(3):
+        loss(optree.tree_unflatten(treedef, leaves), part).backward()
+
+
+def flops(run) -> int:
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("loss", "shapes", "nodes"), LOSSES)
+def test_flops_are_those_of_the_hand_written_loop(products, loss, shapes, nodes):
+    """Exactly: tied, transposed and embedded parameters, too."""
+    params = {name: doubles(*shape) for name, shape in shapes.items()} if isinstance(shapes, dict) else doubles(*shapes)
+    x = doubles(7, 4)
+    counted = flops(lambda: gradacc.accumulate(loss, steps=3)(params, x))
+    assert counted == flops(lambda: loop(loss, params, x)) > 0
+    assert sorted(products) == sorted(nodes * 2)
+
+
+def test_flops_of_each_module_are_those_of_the_hand_written_loop(products):
+    """Its forward hooks leave the fused products alone."""
+
+    def by_module(run):
+        with FlopCounterMode(display=False) as counter:
+            run()
+        return {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+
+    module = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    apply, params, _ = gradacc.functional(module)
+    tokens = torch.arange(14).view(7, 2) % 5
+    ours = by_module(lambda: gradacc.accumulate(lambda p, x: squared(apply(p, x)), steps=3)(params, tokens))
+    theirs = by_module(lambda: [squared(module(part)).backward() for part in tokens.tensor_split(3)])
+    assert ours == theirs
+    assert sorted(products) == sorted(["AddmmBackward0", "AddmmBackward0", "EmbeddingBackward0"] * 2)
+
+
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # one cycle is what is wanted
+def test_the_profilers_flops_are_those_of_the_hand_written_loop(products):
+    """Of matrix products: it counts elementwise ones too, and there are fewer additions here."""
+
+    def products_of(run):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_flops=True) as profile:
+            run()
+        return sum(event.flops for event in profile.events() if event.name in ("aten::mm", "aten::addmm"))
+
+    w, x = doubles(4, 4), doubles(7, 4)
+    counted = products_of(lambda: gradacc.accumulate(tied, steps=3)(w, x))
+    assert counted == products_of(lambda: loop(tied, w, x)) > 0
+    assert products == ["MmBackward0"] * 4
+
+
+def test_a_dispatch_mode_sees_the_additions(products):
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    with Seen():
+        gradacc.accumulate(tied, steps=3)(doubles(4, 4), doubles(7, 4))
+    assert names.count("aten.addmm.out") == len(products) == 4

@@ -5,8 +5,10 @@ NOTE [what cannot be a loop]
     list or count its calls, and the tensors that it closes over must not share memory (parameters that are views of one flat
     tensor do). Such a loss traces where the loop is unrolled. What Dynamo raises about a body ends the compilation: no ``try``
     in traced code sees it. So an attempt is an operator, traced by a class of our own: there it can be caught, and what it left
-    behind be taken back (what was noted of side effects, the modes and functorch levels that it had entered). This uses
-    Dynamo's internals; where a version has other names, the attempt is made, and its error raised.
+    behind be taken back (what was noted of side effects, the modes and functorch levels that it had entered, the operator
+    itself: a float that changes from call to call is symbolic to Dynamo, which makes it an input of the body, where a
+    ``scan`` takes tensors and integers only). This uses Dynamo's internals; where a version has other names, the attempt is
+    made, and its error raised.
 """
 
 from __future__ import annotations
@@ -69,15 +71,17 @@ def _tell() -> bool:
                 restore = _saved(tx)
             except (AttributeError, TypeError):  # other names
                 return first.call_function(tx, [], {})
+            before = set(tx.output.graph.nodes)
             try:
                 return first.call_function(tx, [], {})
             except (Unsupported, UncapturedHigherOrderOpError, TorchRuntimeError) as error:
                 failed = error
+            why = _forget(tx.output.graph, before) or f"torch says: {_summary(failed)}"
             with discarding(tx):  # leaving a mode is a node, too
                 restore()
             result = second.call_function(tx, [], {})
             try:
-                warnings.warn(f"{otherwise.as_python_constant()}. torch says: {_summary(failed)}", stacklevel=2)
+                warnings.warn(f"{otherwise.as_python_constant()}. {why}", stacklevel=2)
             except UserWarning as warning:
                 raise failed from warning
             return result
@@ -115,6 +119,34 @@ def _saved(tx: Any) -> Callable[[], None]:
         output.side_effects = effects
 
     return restore
+
+
+def _forget(graph: torch.fx.Graph, before: set[torch.fx.Node]) -> str | None:
+    """Remove operators with bodies that are in a graph though tracing them failed; and what they failed for, if it is known."""
+    left = [n for n in graph.nodes if n not in before and isinstance(n.target, HigherOrderOperator) and not n.users]
+    floats = [number for node in left for number in node.all_input_nodes if _is_float(number)]
+    for node in left:
+        graph.erase_node(node)
+    if not floats:
+        return None
+    names = ", ".join(dict.fromkeys(map(_origin, floats)))
+    return (
+        f"It uses a Python float that changes from call to call ({names}), and torch takes no float into the body of a loop: "
+        "pass it as a 0-dim tensor, in an argument that is not split"
+    )
+
+
+def _is_float(node: torch.fx.Node) -> bool:
+    return isinstance(node.meta.get("example_value"), torch.SymFloat)
+
+
+def _origin(number: torch.fx.Node) -> str:
+    """Where a float comes from: Dynamo makes a 0-dim tensor of it, an input of the graph, and reads that."""
+    for node in (number, *number.all_input_nodes):
+        source = getattr(node.meta.get("grapharg"), "source", None)
+        if source is not None:
+            return str(source.name)
+    return str(number.name)
 
 
 def _summary(error: Any) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -164,7 +165,7 @@ def check(case: Case, backend: Any, dynamic: bool | None = None) -> None:
 
 def _numbers(tree: Any) -> Any:
     """With tensors for numbers: a compiled `Mean`'s weight is a tensor where it depends on the data."""
-    return optree.tree_map(lambda leaf: torch.as_tensor(leaf).to(D), tree, namespace="gradacc")
+    return optree.tree_map(lambda leaf: torch.as_tensor(leaf, dtype=D), tree, namespace="gradacc")
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -209,15 +210,77 @@ def test_the_graph_does_not_grow_with_steps(loss):
     assert nodes[0] == nodes[1]
 
 
+@pytest.mark.parametrize("loss", [plain, counted])
 @pytest.mark.parametrize("sizes", [(16, 16, 24, 32, 40), (21, 29, 37)])
-def test_at_most_one_more_graph_for_other_batch_sizes(sizes):
+def test_at_most_one_more_graph_for_other_batch_sizes(sizes, loss):
     torch._dynamo.reset()
     backend = Counting()
-    grad_fn = gradacc.accumulate_and_value(plain, steps=8)
+    grad_fn = gradacc.accumulate_and_value(loss, steps=8)
     compiled = torch.compile(grad_fn, fullgraph=True, backend=backend)
     for size in sizes:
-        assert_trees_close(compiled(PARAMS, data(size)), grad_fn(PARAMS, data(size)))
+        assert_trees_close(_numbers(compiled(PARAMS, data(size))), _numbers(grad_fn(PARAMS, data(size))))
     assert len(backend.graphs) <= 2
+
+
+@pytest.mark.parametrize("name", ["aux, few steps", "Mean over a number", "tuple argnums"])
+def test_with_everything_dynamic(name):
+    """Dynamo holds numbers of the options symbolic, too: which argument is differentiated, and which split."""
+    check(CASES[name], "eager", dynamic=True)
+
+
+def in_the_batch(params, batch):
+    return plain(params, batch) * batch["s"]
+
+
+def in_an_argument(params, batch, s):
+    return plain(params, batch) * s
+
+
+def as_a_weight(params, batch):
+    return Mean(residual(params, batch).square().sum(), batch["s"])
+
+
+def closed_over(params, batch):
+    return plain(params, batch) * COUNTER.scale
+
+
+def _set_scale(s):
+    COUNTER.scale = s
+    return (PARAMS, data(12)), {}
+
+
+NUMBERS = {  # loss, the call's arguments for a number
+    "batch": (in_the_batch, lambda s: ((PARAMS, {**data(12), "s": s}), {})),
+    "args": (in_an_argument, lambda s: ((PARAMS, data(12), s), {})),
+    "kwargs": (in_an_argument, lambda s: ((PARAMS, data(12)), {"s": s})),
+    "weight": (as_a_weight, lambda s: ((PARAMS, {**data(12), "s": s}), {})),
+    "closed over": (closed_over, _set_scale),
+}
+VALUES = {float: (0.5, 0.7, 0.9, 0.0), int: (3, 4, 7, 0), bool: (True, False)}
+
+
+@pytest.mark.parametrize("kind", VALUES)
+@pytest.mark.parametrize("place", NUMBERS)
+def test_a_number_that_changes_between_calls(place, kind):
+    """Six micro-batches: a loop, or unrolled with one warning, which for a float names it."""
+    torch._dynamo.reset()
+    loss, arguments = NUMBERS[place]
+    grad_fn = gradacc.accumulate_and_value(loss, steps=6)
+    compiled = torch.compile(grad_fn, fullgraph=True, backend="aot_eager")
+    messages = []
+    for value in VALUES[kind]:
+        args, kwargs = arguments(value)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            actual = compiled(*args, **kwargs)
+        messages += [str(warning.message) for warning in caught]
+        assert_trees_close(_numbers(actual), _numbers(grad_fn(*args, **kwargs)))
+    assert len(messages) <= 1
+    for message in messages:
+        assert message.startswith("accumulate_and_value: the loss cannot be traced as the body of a loop")
+        if kind is float:
+            assert "pass it as a 0-dim tensor" in message
+            assert {"batch": "['s']", "weight": "['s']", "kwargs": "'s'"}[place] in message
 
 
 def test_a_whole_training_step():
@@ -293,6 +356,7 @@ class Counter:
     """What a loss may count with."""
 
     calls = 0
+    scale = 1.0
 
 
 COUNTER = Counter()
