@@ -78,7 +78,7 @@ def test_a_wrong_weight_makes_everything_nan(weight, device):
     def loss(w, weight):
         return Mean(w * 2.0, weight)
 
-    weights = [torch.tensor(3.0, device=device), torch.tensor(weight, device=device)]
+    weights = [torch.tensor(3.0, device=device), torch.tensor(float(weight), device=device)]
     if device.type == "cpu":
         with pytest.raises(ValueError, match="weight is"):
             gradacc.accumulate(loss)(torch.ones(()), weights)
