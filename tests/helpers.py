@@ -1,5 +1,6 @@
 """What several test modules share: comparing trees, fingerprints, and running under a functorch transform."""
 
+import gc
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -31,6 +32,15 @@ def assert_trees_close(actual: Any, expected: Any, *, rtol: float = 1e-10, atol:
     assert treedef == other
     for a, b in zip(leaves, others, strict=True):
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol, equal_nan=True)
+
+
+def living_tensors() -> dict[int, Tensor]:
+    """All tensors that the garbage collector knows, by ``id``.
+
+    What a call leaves behind is what this has got that an earlier answer has not (while that one is held, no ``id`` is
+    given out twice). The number of tensors says less: what earlier tests left behind may go in the meantime.
+    """
+    return {id(thing): thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)}
 
 
 def assert_trees_equal(actual: Any, expected: Any) -> None:
