@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradacc import _connect, _fold, _options, _split, _step, _sync, _tree, _validate
+from gradacc import _call, _connect, _fold, _options, _split, _step, _sync, _tree
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
-from gradacc._engines import loop, loops
+from gradacc._engines import loop
 from gradacc._options import Options
+from gradacc._where import loops
 
 
 def accumulate(
@@ -259,8 +260,8 @@ def _run(
     """One call of ``grad_fn``: ``finalize . sync . fold(update) . init``."""
     link = _sync.connect(options, agreed)
     try:
-        differentiated, batch = _validate.positions(options, args)
-        params, treedef = _step.parameters(options, args, differentiated)
+        differentiated, batch = _call.positions(options, args)
+        params, treedef = _call.parameters(options, args, differentiated)
         rest = [arg for n, arg in enumerate(args) if n not in differentiated]
         call = _connect.asked((args, kwargs), params, (rest, kwargs))
         fold = _step.start(options, params, treedef)
@@ -291,7 +292,7 @@ def _run(
             if not isinstance(link, _sync.Link):
                 sums = _step.with_types(fold, evaluate, sums, empty)
         except Exception as error:
-            _validate.note_unsplit(error, options, args)
+            _call.note_unsplit(error, options, args)
             raise
     except BaseException as error:
         if link is not None:

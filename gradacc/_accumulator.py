@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _connect, _donated, _fold, _options, _split, _state, _state_text, _step, _sync, _tree, _validate
+from gradacc import _call, _connect, _donated, _fold, _options, _split, _state, _state_text, _step, _sync, _tree
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
 from gradacc._engines import eager
@@ -196,7 +196,7 @@ _NO_GRAPH = (
 
 def _init(options: Options, params: Any) -> State:
     leaves, treedef = _tree.flatten(params)
-    return _state.nothing(options, _validate.parameters(options.name, leaves, treedef, "params"), treedef)
+    return _state.nothing(options, _call.check_parameters(options.name, leaves, treedef, "params"), treedef)
 
 
 def _update(
@@ -208,8 +208,8 @@ def _update(
     kwargs: dict[str, Any],
 ) -> State:
     before = _state.check(options, state, _UPDATE)
-    differentiated, batch = _validate.positions(options, args, _UPDATE)
-    params, treedef = _step.parameters(options, args, differentiated)
+    differentiated, batch = _call.positions(options, args, _UPDATE)
+    params, treedef = _call.parameters(options, args, differentiated)
     like = _state.of_params(params)
     _state.check_alike(options, before, like, treedef, params, "params")
     fold = _step.start(options, params, treedef)

@@ -96,6 +96,12 @@ def check_layout(name: str, leaf: Tensor, path: str) -> None:
     )
 
 
+def is_iterable(batch: Any) -> bool:
+    """Whether it can be micro-batches: a record (a dict, a ``NamedTuple``), a tensor or an array is one batch."""
+    is_one = isinstance(batch, (str, bytes)) or any(hasattr(batch, name) for name in ("__array__", "keys", "_fields"))
+    return hasattr(batch, "__iter__") and not is_one
+
+
 def check_parts(name: str, batch: Any, dim: Any) -> None:
     """Where a batch comes divided: whether a list of tensors may be one batch; NOTE [one batch or micro-batches].
 

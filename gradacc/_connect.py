@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from gradacc import _tree
-from gradacc._engines import functorch_is_active, inside_a_loss, transforming
+from gradacc._where import functorch_is_active, inside_a_loss, transforming
 
 Function = Callable[[Sequence[Tensor]], Sequence[Any]]
 """A function of tensors, differentiable where grad mode is enabled; what is no tensor of its results has no derivative."""

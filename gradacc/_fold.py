@@ -25,10 +25,29 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _aux, _dtypes, _tree, _units, _validate
+from gradacc import _aux, _dtypes, _tree, _units
+from gradacc._loss import Outcome
 from gradacc._mean import Mean
 from gradacc._options import Options
-from gradacc._outcome import Contribution, Outcome
+
+
+class Contribution(NamedTuple):
+    """``buffer = growth * buffer + cotangent * share * gradient``; NOTE [cotangents and shares].
+
+    Without defaults: with ``dynamic=True`` Dynamo holds a float that is one symbolic.
+    """
+
+    cotangent: float | Tensor
+    """Goes through the backward pass."""
+
+    share: float | Tensor
+    """Of this micro-batch."""
+
+    growth: float | Tensor
+    """Not 1 where the unit has grown; NOTE [units] in ``_units.py``."""
+
+    keeps: Tensor | None
+    """Where the weight is not read, whether it is not 0: else nothing is added, whatever the gradient says."""
 
 
 class Kind(NamedTuple):
@@ -77,7 +96,7 @@ def update(options: Options, sums: Sums, outcome: Outcome, sizes: tuple[int, ...
     """``sums`` and one more micro-batch."""
     kind = Kind(isinstance(outcome.value, Mean), outcome.target.dtype, outcome.aux.treedef)
     first = sums.kind or kind
-    _validate.same_kind(options, first.is_mean, kind.is_mean, first.aux, kind.aux)
+    _check_kind(options, first.is_mean, kind.is_mean, first.aux, kind.aux)
     one, weight = unit(sums, outcome), outcome.weight
     share: float | Tensor | None
     if weight is None:
@@ -117,7 +136,7 @@ def merge(options: Options, a: Sums, b: Sums) -> tuple[Sums, tuple[float | Tenso
     """Two sums as one, in the larger of their units; and each one's share: what its gradients are multiplied by."""
     if a.kind is None or b.kind is None:
         return (b if a.kind is None else a), (1.0, 1.0)
-    _validate.same_kind(options, a.kind.is_mean, b.kind.is_mean, a.kind.aux, b.kind.aux)
+    _check_kind(options, a.kind.is_mean, b.kind.is_mean, a.kind.aux, b.kind.aux)
     one: Any
     shares: tuple[float | Tensor, float | Tensor] = (1.0, 1.0)
     if a.unit is None or b.unit is None:
@@ -183,7 +202,7 @@ def gradient_factor(options: Options, sums: Sums) -> float | Tensor:
 def finalize(options: Options, sums: Sums, like: Tensor) -> tuple[Tensor | Mean, Any]:
     """The large batch's value and aux; ``like``: a parameter, of whose dtype and device a value of nothing is."""
     if sums.kind is None:
-        _validate.nothing_with_aux(options)
+        _check_without_aux(options)
         number = 0.0 if options.reduction == "sum" else math.nan
         return torch.full((), number, dtype=_dtypes.real(like.dtype), device=like.device), None
     rest = factor(sums)
@@ -204,6 +223,25 @@ def unit(sums: Sums, outcome: Outcome) -> Any:
         return sums.unit
     dtype = outcome.target.dtype
     return _units.first(weight, dtype) if sums.unit is None else _units.grown(sums.unit, weight, dtype)
+
+
+def _check_kind(options: Options, first: bool, is_mean: bool, aux_first: _tree.TreeDef, aux: _tree.TreeDef) -> None:
+    """All micro-batches return the same kind of value and the same structure of aux."""
+    if first is not is_mean:
+        raise TypeError(
+            f"{options.name}: loss_fn returned a Mean for one micro-batch and a tensor for another; return one of them always"
+        )
+    if aux_first != aux:
+        raise ValueError(
+            f"{options.name}: aux has another structure in another micro-batch: {aux_first}, then {aux}; "
+            "return the same one always (None is an empty one)"
+        )
+
+
+def _check_without_aux(options: Options) -> None:
+    """Without a single micro-batch there is no aux to return."""
+    if options.has_aux:
+        raise ValueError(f"{options.name}: no micro-batch arrived, so nothing says what aux is; has_aux=True needs one")
 
 
 def _growth(sums: Sums, one: Any) -> Any:

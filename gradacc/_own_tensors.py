@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradacc import _engines
+from gradacc import _graph
 
 _refused: ContextVar[Mapping[int, str]] = ContextVar("own tensors that a replica must not use, by id", default={})  # noqa: B039
 _users: dict[int, int] = {}
@@ -81,7 +81,7 @@ def copied(tensor: Tensor, replaced: Mapping[str, Tensor]) -> Tensor:
     if shared is not None:
         return _stale(tensor, shared, False)
     if tensor.grad_fn is not None:
-        variables = {id(getattr(node, "variable", None)) for node in _engines.graph([tensor.grad_fn])}
+        variables = {id(getattr(node, "variable", None)) for node in _graph.nodes([tensor.grad_fn])}
         name = next((name for name, own in replaced.items() if id(own) in variables), None)
         if name is not None:
             return _stale(tensor, name, True)

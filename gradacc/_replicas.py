@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gradacc import _engines, _own_tensors
+from gradacc import _own_tensors, _where
 
 New = dict[int, Any]
 """What stands in a replica for an object of the module's, by the object's id; and, under `_COPY`, how a tensor is copied."""
@@ -184,7 +184,7 @@ def _shallow(module: nn.Module) -> nn.Module:
 
 def _markable(given: Tensor) -> Tensor:
     """A given tensor as an object on which attributes may be set: another one, if the caller may hold this one."""
-    fresh = _engines.is_inside_a_loss() and given.is_leaf and given.requires_grad  # the eager engine's leaf
+    fresh = _where.is_inside_a_loss() and given.is_leaf and given.requires_grad  # the eager engine's leaf
     return given if fresh else given.view_as(given)
 
 

@@ -15,12 +15,12 @@ import numbers
 import torch
 from torch import Tensor
 
-from gradacc import _engines
+from gradacc import _where
 
 
 def beside(scalar: Tensor, tensor: Tensor) -> Tensor:
     """A 0-dim tensor as an operand beside another: on its device, or on the CPU."""
-    batched = torch.compiler.is_compiling() or _engines.functorch_is_active()  # then it is more than a number
+    batched = torch.compiler.is_compiling() or _where.functorch_is_active()  # then it is more than a number
     return scalar if scalar.is_cpu and not batched else scalar.to(tensor.device)
 
 

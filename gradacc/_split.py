@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gradacc import _batch, _tree, _validate
+from gradacc import _batch, _call, _sizes, _tree
+from gradacc._describe import describe
 from gradacc._options import Options
 
 
@@ -22,11 +23,6 @@ class Microbatch(NamedTuple):
 
     empty: bool = False
     """Whether there is nothing in it: tensors without examples, and no other leaf that a weight could be counted from."""
-
-    @property
-    def examples(self) -> int | None:
-        """How many examples it has; None where that cannot be told."""
-        return self.sizes[0] if len(self.sizes) == 1 else None
 
 
 class Run(NamedTuple):
@@ -64,19 +60,19 @@ class Cut(NamedTuple):
 
 def microbatches(options: Options, args: Sequence[Any], differentiated: Sequence[int], batch: int) -> Microbatches:
     """Divide a call's arguments as ``options`` say; ``batch`` is the position of the batch."""
-    dims = _validate.in_dims(options, args, differentiated, batch)
+    dims = _call.in_dims(options, args, differentiated, batch)
     if options.steps is None and options.microbatch_size is None:
-        _validate.only_the_batch(options, dims, batch)
+        _call.only_the_batch(options, dims, batch)
         if options.split is None:
             _batch.check_parts(options.name, args[batch], dims[batch])
-        parts = _validate.iterable(options, args[batch])
+        parts = _iterable(options, args[batch])
         return Microbatches(_iterate(options, parts, args, dims, batch), None, None)
     return _slice(options, args, dims)
 
 
 def one(options: Options, args: Sequence[Any], differentiated: Sequence[int], batch: int) -> Microbatch:
     """Undivided: a call's arguments as one micro-batch."""
-    return _counted(options, tuple(args), _validate.in_dims(options, args, differentiated, batch))
+    return _counted(options, tuple(args), _call.in_dims(options, args, differentiated, batch))
 
 
 def _slice(options: Options, args: Sequence[Any], dims: Sequence[Any]) -> Microbatches:
@@ -85,11 +81,11 @@ def _slice(options: Options, args: Sequence[Any], dims: Sequence[Any]) -> Microb
     leaf_dims = {n: _leaf_dims(options, dims[n], args[n], n) for n in split}
     paths = {n: _tree.paths(treedef, f"args[{n}]") for n, (_, treedef) in flat.items()}
     sizes = [
-        _validate.splittable(options.name, *leaf)
+        _sizes.splittable(options.name, *leaf)
         for n in split
         for leaf in zip(flat[n][0], leaf_dims[n], paths[n], strict=True)
     ]
-    total = _validate.batch_size(options.name, sizes, [path for n in split for path in paths[n]])
+    total = _sizes.batch_size(options.name, sizes, [path for n in split for path in paths[n]])
     for n, (leaves, _) in flat.items():
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             _batch.check_lists(options.name, args[n], leaf_dims[n], f"args[{n}]", total)
@@ -163,6 +159,21 @@ def cuts(total: int, steps: int | None = None, microbatch_size: int | None = Non
             yield run.offset + i * run.size, run.size
 
 
+def _iterable(options: Options, batch: Any) -> Any:
+    """The micro-batches, where nothing says how to split: the batch must be an iterable of them."""
+    if options.split is not None:
+        batch = options.split(batch)
+        if not _batch.is_iterable(batch):
+            raise TypeError(f"{options.name}: split returned {describe(batch)}; it must yield or return micro-batches")
+        return batch
+    if not _batch.is_iterable(batch):
+        raise TypeError(
+            f"{options.name}: without steps, microbatch_size or split, the batch must be an iterable of micro-batches, "
+            f"got {describe(batch)}. Pass steps= to have it split, or a list of micro-batches"
+        )
+    return batch
+
+
 def _iterate(
     options: Options, parts: Iterable[Any], args: Sequence[Any], dims: Sequence[Any], batch: int
 ) -> Iterator[Microbatch]:
@@ -184,7 +195,7 @@ def _counted(options: Options, args: tuple[Any, ...], dims: Sequence[Any]) -> Mi
             continue
         each, paths = _leaf_dims(options, dim, args[n], n), _tree.paths(treedef, f"args[{n}]")
         sizes += [
-            _validate.size(options.name, leaf, d, path)
+            _sizes.size(options.name, leaf, d, path)
             for leaf, d, path in zip(leaves, each, paths, strict=True)
             if isinstance(leaf, Tensor) and d is not None
         ]

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _aux, _dtypes, _fold, _split, _sync, _tree, _validate
-from gradacc._engines import eager, functional, transforming
-from gradacc._mean import Mean, with_plain_weight
+from gradacc import _dtypes, _fold, _loss, _split, _sync, _tree
+from gradacc._engines import eager, functional
+from gradacc._fold import Contribution
+from gradacc._loss import Outcome
 from gradacc._options import Options
-from gradacc._outcome import Contribution, Outcome
+from gradacc._where import transforming
 
 Evaluate = Callable[[_split.Microbatch, Sequence[Tensor]], Outcome]
 """``evaluate(microbatch, leaves)``: the loss of one micro-batch, with these leaves as parameters."""
@@ -43,15 +44,6 @@ def start(options: Options, params: list[Tensor], treedef: _tree.TreeDef) -> Fol
     return Fold(options, engine(), params, treedef, accumulated, returned)
 
 
-def parameters(
-    options: Options, args: Sequence[Any], differentiated: Sequence[int]
-) -> tuple[list[Tensor], _tree.TreeDef]:
-    """Leaves and structure of the arguments that are differentiated: of the one, or of the tuple of them."""
-    single = isinstance(options.argnums, int)
-    leaves, treedef = _tree.flatten(args[differentiated[0]] if single else tuple(args[n] for n in differentiated))
-    return _validate.parameters(options.name, leaves, treedef, "params"), treedef
-
-
 def evaluator(
     fold: Fold, loss_fn: Callable[..., Any], differentiated: Sequence[int], kwargs: dict[str, Any]
 ) -> Evaluate:
@@ -66,7 +58,7 @@ def evaluator(
         named = engine.admit(kwargs)
         with engine.calling():
             out = loss_fn(*positional, **named)
-        return _outcome(options, out, microbatch)
+        return _loss.outcome(options, out, microbatch.sizes)
 
     return evaluate
 
@@ -115,13 +107,22 @@ def finish(
             grads, sums, arrived = link.cross(buffer.grads, sums, arrived)
             buffer = buffer._replace(grads=grads)
             sums = typed(sums)
-        _validate.dependence(options, not sums.differentiated or arrived)
+        check_dependence(options.name, not sums.differentiated or arrived)
         value, aux = _fold.finalize(options, sums, fold.params[0])
         results = engine.finalize(buffer, fold.returned, _fold.gradient_factor(options, sums))
         grads = _tree.unflatten(fold.treedef, results)
     if link is not None:
         link.done()
     return grads, ((value, aux) if options.has_aux else value)
+
+
+def check_dependence(name: str, depends: bool) -> None:
+    """A loss that no parameter reaches is a mistake, not a gradient of zero."""
+    if not depends:
+        raise ValueError(
+            f"{name}: the loss does not depend on any parameter. Does loss_fn use the params it is given "
+            "(and not a module's own), without detach(), no_grad() or .item()?"
+        )
 
 
 def _contribution(
@@ -131,17 +132,3 @@ def _contribution(
     if link is not None:
         link.set_unit(_fold.unit(sums, outcome), sums.weight + (0.0 if outcome.weight is None else outcome.weight))
     return _fold.contribution(options, sums, outcome, narrow)
-
-
-def _outcome(options: Options, out: Any, microbatch: _split.Microbatch) -> Outcome:
-    """What ``loss_fn`` returned, checked, in the one shape that the rest knows."""
-    value, aux = _validate.returned(options, out)
-    target = _validate.loss(options, value)
-    if isinstance(value, Mean):
-        value = with_plain_weight(value)
-        weight: float | Tensor | None = _validate.weight(options, value.weight, target)
-        if isinstance(weight, Tensor) and not isinstance(value.weight, Tensor):
-            value = Mean(value.total, weight)  # a float in a graph
-    else:
-        weight = _validate.examples(options, microbatch.examples, microbatch.sizes)
-    return Outcome(target, value, weight, _aux.flatten(aux))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _donated, _dtypes, _engines, _scalars, _tree
+from gradacc import _donated, _dtypes, _scalars, _tree, _where
 from gradacc._describe import describe
 from gradacc._mean import Mean
 from gradacc.optim import _check, _memory, _report
@@ -121,7 +121,7 @@ def train_step(
                 "Begin with TrainState(params, optimizer.init(params))"
             )
         scale = _scale(state.opt_state, takes, kwargs)
-        start = state.params if _engines.transforming() else _tree.map_tensors(_started, state.params)
+        start = state.params if _where.transforming() else _tree.map_tensors(_started, state.params)
         named = {} if scale is None else {"loss_scale": scale}
         grads, value, aux = _parts(grad_fn(start, batch, *args, **named, **kwargs))
         metrics = {"loss": value.value if isinstance(value, Mean) else value, "grad_norm": global_norm(grads, scale)}
@@ -136,7 +136,7 @@ def train_step(
         if scale is not None:
             metrics["loss_scale"] = scale.clone()
         number = state.step + 1  # here, where an error loses nothing
-        donated = donate and not _engines.transforming()
+        donated = donate and not _where.transforming()
         given = _tree.flatten((state.params, grads, state.opt_state))[0] if donated else []
         metrics = _apart(_tree.map_tensors(Tensor.detach, metrics), given)
         moved = optimizer.step(start, grads, state.opt_state, donate=donate)

@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradacc import _dtypes, _engines
+from gradacc import _dtypes, _where
 
 GROWTH = 20
 """A weight of more than ``2 ** GROWTH`` units makes the unit larger."""
@@ -58,7 +58,7 @@ def grown(unit: float | Tensor, weight: float | Tensor, dtype: torch.dtype) -> f
     if torch.compiler.is_compiling():
         return unit
     if isinstance(unit, Tensor) or isinstance(weight, Tensor):
-        if not _engines.transforming():
+        if not _where.transforming():
             return unit
         power = _power(weight / unit)
         moved: Tensor = unit * torch.where(power > 2.0**GROWTH, power, 1.0)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import gradacc
-from gradacc import _options, _validate
+from gradacc import _call, _loss, _options
 from tests.helpers import ENGINES, fingerprint
 
 
@@ -443,7 +443,7 @@ def test_a_losss_own_error_tells_what_was_not_split(case):
     given, args, notes = NOTES[case]
     error = RuntimeError("shapes differ")
     options = _options.options("accumulate", loss_fn, _options.Given(**given))
-    _validate.note_unsplit(error, options, (PARAMS, *args))
+    _call.note_unsplit(error, options, (PARAMS, *args))
     found = getattr(error, "__notes__", [])
     assert len(found) == len(notes)
     assert all(re.match(f"accumulate: {note}", text) for note, text in zip(notes, found, strict=True)), found
@@ -452,8 +452,8 @@ def test_a_losss_own_error_tells_what_was_not_split(case):
 def test_an_error_of_ours_gets_no_note():
     options = _options.options("accumulate", loss_fn, _options.Given(steps=2))
     with pytest.raises(TypeError) as caught:
-        _validate.loss(options, None)
-    _validate.note_unsplit(caught.value, options, (PARAMS, X, X))
+        _loss.target_of(options, None)
+    _call.note_unsplit(caught.value, options, (PARAMS, X, X))
     assert not hasattr(caught.value, "__notes__")
 
 

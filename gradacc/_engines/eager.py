@@ -38,9 +38,10 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.checkpoint import CheckpointFunction
 
-from gradacc import _engines, _tree, _validate
+from gradacc import _graph, _tree, _where
 from gradacc._engines import fused
-from gradacc._outcome import Contribution, Outcome
+from gradacc._fold import Contribution
+from gradacc._loss import Outcome
 
 _LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # the node of a leaf
 
@@ -83,7 +84,7 @@ def resume(
 
 def calling() -> AbstractContextManager[None]:
     """Around the loss: another ``grad_fn`` that it calls must be differentiable."""
-    return _engines.inside_a_loss()
+    return _where.inside_a_loss()
 
 
 def admit(tree: Any) -> Any:
@@ -106,7 +107,7 @@ def update(
         outcome = evaluate(leaves)
         # a node of our own, through which no other pass goes: a hook of the loss may differentiate it again
         root = outcome.target.view_as(outcome.target)
-    _validate.untouched(leaves)
+    _check_untouched(leaves)
     narrow = outcome.target.dtype.itemsize < 4 or any(
         leaf.dtype != dtype for leaf, dtype in zip(leaves, buffer.dtypes, strict=True)
     )
@@ -117,8 +118,8 @@ def update(
     del root
     outcome = outcome.map(_bare)  # from here on the edge alone keeps the graph
     if counts is not None and edge is not None:
-        uses = _engines.graph([edge.node])
-        _validate.reentrant_checkpoint(CheckpointFunction._backward_cls in set(map(type, uses)))
+        uses = _graph.nodes([edge.node])
+        _check_checkpoints(uses)
         _note_closed(buffer.closed, leaves, uses)
         _backward(buffer, leaves, edge, uses, outcome.target, counts, narrow, deliver)
     device = leaves[0].device.type
@@ -194,6 +195,24 @@ def _backward(
         for i, leaf in enumerate(leaves):
             if leaf.grad is not None:
                 _take(grads, done, i, leaf)
+
+
+def _check_untouched(leaves: Sequence[Tensor]) -> None:
+    """A loss that calls ``.backward()`` on the parameters would add to what is accumulated."""
+    if any(leaf.grad is not None for leaf in leaves):
+        raise ValueError(
+            "gradacc: the loss called .backward() through the parameters that it was given. Use torch.autograd.grad or "
+            "torch.func.grad for a gradient inside a loss, or detach() the parameters there"
+        )
+
+
+def _check_checkpoints(uses: Mapping[Node, int]) -> None:
+    """NOTE [reentrant checkpoints]"""
+    if CheckpointFunction._backward_cls in set(map(type, uses)):
+        raise ValueError(
+            "gradacc: the loss uses torch.utils.checkpoint with use_reentrant=True, which torch cannot combine with a "
+            "backward pass restricted to the parameters. Pass use_reentrant=False"
+        )
 
 
 def _note_closed(closed: dict[int, Tensor], leaves: Sequence[Tensor], uses: Mapping[Node, int]) -> None:

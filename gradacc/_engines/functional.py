@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc._engines import inductor, loops
-from gradacc._outcome import Contribution, Outcome
+from gradacc._engines import inductor
+from gradacc._fold import Contribution
+from gradacc._loss import Outcome
+from gradacc._where import loops
 
 
 class Buffer(NamedTuple):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradacc import _engines, _fold, _tree
+from gradacc import _fold, _tree, _where
 from gradacc._options import Options
 from gradacc._sync import agreement as agreements
 from gradacc._sync import channel as channels
@@ -335,9 +335,9 @@ def connect(options: Options, agreed: Agreed | None) -> Link | Traced | None:
     group = groups.resolve(options.name, options.sync.group)
     if group is None:
         return None
-    if _engines.loops():
+    if _where.loops():
         return Traced(options, group)
-    if _engines.transforming():
+    if _where.transforming():
         raise NotImplementedError(
             f"{options.name}: sync=all_reduce() inside a functorch transform or another grad_fn's loss is not available in "
             "this version; call it outside, or leave sync out"

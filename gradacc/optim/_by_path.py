@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from gradacc import _donated, _engines, _tree
+from gradacc import _donated, _tree, _where
 from gradacc._describe import describe
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _memory, _report
@@ -86,7 +86,7 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
 
     def init(params: TensorTree) -> TensorTree:
         leaves, treedef = _check.params(name, params)
-        paths = _paths(treedef) if _engines.transforming() else remembered(treedef)
+        paths = _paths(treedef) if _where.transforming() else remembered(treedef)
         parts = _route(name, predicates, leaves, paths)
         return ByPathState(
             tuple(
@@ -103,7 +103,7 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
                 f"{name}: state is of {len(state.inner)} optimizers, not of these {len(optimizers)}; pass what init(params) "
                 "or the last step returned"
             )
-        paths = _paths(treedef) if _engines.transforming() else remembered(treedef)
+        paths = _paths(treedef) if _where.transforming() else remembered(treedef)
         return _route(name, predicates, leaves, paths)
 
     def look(leaves: Sequence[Tensor], parts: Sequence[dict[str, int]], states: Sequence[TensorTree]) -> None:

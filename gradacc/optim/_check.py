@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from gradacc import _engines, _tree
+from gradacc import _tree, _where
 from gradacc._describe import describe
 from gradacc._tree import TensorTree
 from gradacc.optim._optimizer import Init, Optimizer, Step
@@ -192,7 +192,7 @@ def learning_rate(name: str, value: Any, where: str = "lr") -> float | Tensor:
                 f"{name}: {where} is a {value.dtype} tensor of shape {tuple(value.shape)}; it must be a number or a 0-dim "
                 "floating tensor. For one learning rate per member of an ensemble, torch.vmap over lr"
             )
-        if not _engines.transforming():
+        if not _where.transforming():
             number(name, where, value.detach().item())
         return value
     return number(name, where, value)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _donated, _engines, _tree
+from gradacc import _donated, _tree, _where
 from gradacc._describe import describe
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _lr, _memory, _report, _slots
@@ -225,7 +225,7 @@ def _accepted(name: str, cls: Any, options: dict[str, Any]) -> None:
 
 
 def _eagerly(name: str, cls: type) -> None:
-    if _engines.transforming():
+    if _where.transforming():
         raise ValueError(
             f"{name}: {cls.__name__} reads values and writes in place, which torch.vmap, torch.func and torch.compile do not "
             "allow; gradacc.optim.sgd, adam and adamw run there"

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gradacc import _donated, _engines, _tree
+from gradacc import _donated, _tree, _where
 from gradacc._describe import describe
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _memory
@@ -136,7 +136,7 @@ def _apart(tree: TensorTree, given: Iterable[Any]) -> TensorTree:
 
 def _place(leaf: Tensor) -> int:
     """Whose memory it is, views included; under a transform, where memory cannot be told, who it is."""
-    return id(leaf) if _engines.transforming() else leaf.untyped_storage().data_ptr() or id(leaf)
+    return id(leaf) if _where.transforming() else leaf.untyped_storage().data_ptr() or id(leaf)
 
 
 def _state(name: str, given: TensorTree, expected: TensorTree) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _donated, _dtypes, _options, _scalars, _tree, _validate
+from gradacc import _donated, _dtypes, _loss, _options, _scalars, _tree
 from gradacc._mean import Mean
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _memory, _report
@@ -191,8 +191,8 @@ def scaled_loss(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callab
     @functools.wraps(loss_fn, updated=())
     def scaled(*args: Any, loss_scale: Any = _MISSING, **kwargs: Any) -> Any:
         factor = _factor(loss_scale)
-        value, aux = _validate.returned(options, loss_fn(*args, **kwargs))
-        target = _validate.loss(options, value)
+        value, aux = _loss.returned(options, loss_fn(*args, **kwargs))
+        target = _loss.target_of(options, value)
         total = target.to(_dtypes.wide(target.dtype)) * (
             _scalars.beside(factor, target) if isinstance(factor, Tensor) else factor
         )

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
-from gradacc import _engines
+from gradacc import _where
 from gradacc._describe import describe
 from gradacc._options import positive_int
 from gradacc.optim import _check
@@ -30,7 +30,7 @@ def at(name: str, lr: LearningRate, count: Tensor) -> float | Tensor:
     """
     if not callable(lr):
         return lr
-    step = count if _engines.transforming() else int(count)
+    step = count if _where.transforming() else int(count)
     return _check.learning_rate(name, lr(step), f"lr({step if isinstance(step, int) else 'step'})")
 
 
@@ -106,7 +106,7 @@ def schedule(
     def scheduled(step: int | Tensor) -> float | Tensor:
         if not isinstance(step, Tensor):
             return value(step)
-        if not _engines.transforming():
+        if not _where.transforming():
             return value(int(step))
         if table is None:
             raise ValueError(

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradacc import _engines
+from gradacc import _where
 
 CHUNK = 1 << 19
 """Elements of parameters that are updated together on a CPU: one list op after another finds them in the cache."""
@@ -27,7 +27,7 @@ CHUNK = 1 << 19
 
 def differentiable(lr: object, grads: Iterable[Tensor]) -> bool:
     """Whether the result is differentiated, batched or traced, so that nothing can be read or written in place."""
-    if _engines.transforming():
+    if _where.transforming():
         return True
     if not torch.is_grad_enabled():
         return False

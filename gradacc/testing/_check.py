@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradacc import _batch, _options, _split, _tree, _validate
+from gradacc import _batch, _call, _loss, _options, _split, _tree
 from gradacc._describe import describe
-from gradacc._engines import transforming
+from gradacc._where import transforming
 from gradacc.testing import _diagnose, _sandbox
 from gradacc.testing._evidence import Evidence, attempt
 from gradacc.testing._probe import Errors, Probe, Result, copy, errors
@@ -185,10 +185,10 @@ def _probe(
     before: _sandbox.Snapshot,
 ) -> tuple[Probe, Result]:
     """The loss on this batch, and what the large batch gives."""
-    differentiated, batch = _validate.positions(options, args)
+    differentiated, batch = _call.positions(options, args)
     for n in differentiated:
         root = "params" if n == 0 else f"args[{n}]"
-        for leaf in _validate.parameters(_NAME, *_tree.flatten(args[n]), root):
+        for leaf in _call.check_parameters(_NAME, *_tree.flatten(args[n]), root):
             if leaf.is_meta:
                 raise ValueError(f"{_NAME}: {root} holds meta tensors, which have no values to compare")
     try:
@@ -196,7 +196,7 @@ def _probe(
         if examples is None or examples < 2:
             raise ValueError(f"{_NAME}: the batch has {examples} examples; a split needs at least 2")
         own = tuple(_tree.map_tensors(copy, arg) if n in differentiated else arg for n, arg in enumerate(args))
-        dims = _validate.in_dims(options, args, differentiated, batch)
+        dims = _call.in_dims(options, args, differentiated, batch)
         probe = Probe(loss_fn, given, options, own, differentiated, dims, examples, before)
         return probe, probe.evaluate()
     except Exception as error:
@@ -213,7 +213,7 @@ def _holds_microbatches(
 ) -> bool:
     """Where the loss refuses the batch: whether it is an iterable of micro-batches (it takes the first one of a list)."""
     whole = args[batch]
-    if not _validate.is_iterable(whole):
+    if not _batch.is_iterable(whole):
         return False
     if _batch.may_be_one(whole) and not all(isinstance(item, Tensor) for item in whole):
         return False  # a tensor beside something else: parts of one batch
@@ -222,7 +222,7 @@ def _holds_microbatches(
 
     def first() -> Tensor:
         own = _tree.map_tensors(copy, (*args[:batch], whole[0], *args[batch + 1 :]))
-        return _validate.loss(options, _validate.returned(options, loss_fn(*own))[0])
+        return _loss.target_of(options, _loss.returned(options, loss_fn(*own))[0])
 
     return attempt(first) is not None
 

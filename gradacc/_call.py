@@ -1,0 +1,174 @@
+"""A call's arguments: which are differentiated, which is the batch, and what of them is split."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gradacc import _batch, _tree
+from gradacc._describe import describe
+from gradacc._options import Options
+
+
+def positions(
+    options: Options, args: Sequence[Any], call: str = "grad_fn(params, batch)"
+) -> tuple[tuple[int, ...], int]:
+    """Where the differentiated arguments are, and where the batch is: the first one that is not differentiated."""
+    name, argnums = options.name, options.argnums
+    numbers = argnums if isinstance(argnums, tuple) else (argnums,)
+    if any(not -len(args) <= n < len(args) for n in numbers):
+        raise ValueError(
+            f"{name}: argnums={argnums} does not fit a call with {len(args)} positional arguments; "
+            f"call {call}, these positionally"
+        )
+    # a list's items are constants, where Dynamo (with dynamic=True) holds `argnums` symbolic
+    places = list(range(len(args)))
+    differentiated = tuple(places[n] for n in numbers)
+    if len(set(differentiated)) < len(differentiated):
+        raise ValueError(f"{name}: argnums={argnums} names an argument of the call twice; name each once")
+    rest = [n for n in range(len(args)) if n not in differentiated]
+    if not rest:
+        raise ValueError(
+            f"{name}: no batch among the {len(args)} positional arguments: each is differentiated (argnums={argnums}). "
+            f"Call {call}, with the batch positionally: keyword arguments are never split"
+        )
+    return differentiated, rest[0]
+
+
+def parameters(
+    options: Options, args: Sequence[Any], differentiated: Sequence[int]
+) -> tuple[list[Tensor], _tree.TreeDef]:
+    """Leaves and structure of the arguments that are differentiated: of the one, or of the tuple of them."""
+    single = isinstance(options.argnums, int)
+    leaves, treedef = _tree.flatten(args[differentiated[0]] if single else tuple(args[n] for n in differentiated))
+    return check_parameters(options.name, leaves, treedef, "params"), treedef
+
+
+def check_parameters(name: str, leaves: Sequence[Any], treedef: _tree.TreeDef, root: str) -> list[Tensor]:
+    """Leaves that can be differentiated: floating or complex tensors, at least one."""
+    for leaf, path in zip(leaves, _paths_if_wrong(leaves, treedef, root), strict=True):
+        if _is_parameter(leaf):
+            continue
+        if isinstance(leaf, nn.Module):
+            raise TypeError(
+                f"{name}: {path} is an nn.Module ({type(leaf).__name__}); pass its parameters: "
+                "apply, params, buffers = gradacc.functional(module), and call apply(params, ...) in the loss"
+            )
+        if _is_sharded(leaf):
+            raise TypeError(
+                f"{name}: {path} is a DTensor of shape {tuple(leaf.shape)}; sharded parameters are not supported yet. "
+                "Pass local tensors (DTensor.to_local()), or full ones (DTensor.full_tensor())"
+            )
+        if isinstance(leaf, Tensor) and _is_odd(leaf):
+            raise TypeError(
+                f"{name}: {path} is a sparse or nested tensor; parameters must be dense. Pass it as to_dense()"
+            )
+        if isinstance(leaf, Tensor):
+            raise TypeError(
+                f"{name}: {path} is a tensor of dtype {leaf.dtype} and shape {tuple(leaf.shape)}; only floating and "
+                "complex tensors can be differentiated. Pass it as another argument of loss_fn, or close over it"
+            )
+        raise TypeError(
+            f"{name}: {path} is {describe(leaf)}; parameters are a pytree of floating or complex tensors"
+            + ("; did you mean dict(module.named_parameters())?" if hasattr(leaf, "__next__") else "")
+        )
+    if not leaves:
+        raise ValueError(
+            f"{name}: {root} holds no tensor: there is nothing to differentiate. (gradacc.functional returns the "
+            "parameters that require a gradient; is the whole module frozen?)"
+        )
+    return list(leaves)
+
+
+def _paths_if_wrong(leaves: Sequence[Any], treedef: _tree.TreeDef, root: str) -> Sequence[str]:
+    # Writing paths costs more than checking leaves, and is needed only for a message.
+    return [""] * len(leaves) if all(map(_is_parameter, leaves)) else _tree.paths(treedef, root)
+
+
+def _is_parameter(leaf: Any) -> bool:
+    if not isinstance(leaf, Tensor) or _is_sharded(leaf) or _is_odd(leaf):
+        return False
+    return leaf.is_floating_point() or leaf.is_complex()
+
+
+def _is_odd(leaf: Tensor) -> bool:
+    return not _batch.is_dense(leaf)
+
+
+def _is_sharded(leaf: Any) -> bool:
+    # A DTensor can only exist where its module was imported; importing it here would slow every start.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(leaf, module.DTensor)
+
+
+def in_dims(options: Options, args: Sequence[Any], differentiated: Sequence[int], batch: int) -> tuple[Any, ...]:
+    """One entry of ``in_dims`` for each positional argument; by default 0 for the batch, None for every other one."""
+    if options.in_dims is None:
+        return tuple(0 if n == batch else None for n in range(len(args)))
+    dims = options.in_dims
+    if len(dims) != len(args):
+        raise ValueError(
+            f"{options.name}: in_dims={dims} has {len(dims)} entries for a call with {len(args)} positional arguments"
+        )
+    for n in differentiated:
+        if dims[n] is not None:
+            raise ValueError(
+                f"{options.name}: in_dims[{n}]={dims[n]} splits an argument that is differentiated "
+                f"(argnums={options.argnums}); its entry must be None"
+            )
+    return dims
+
+
+def only_the_batch(options: Options, dims: Sequence[Any], batch: int) -> None:
+    """Where the batch comes divided, nothing else is."""
+    extra = [n for n, dim in enumerate(dims) if n != batch and dim is not None]
+    if extra:
+        raise ValueError(
+            f"{options.name}: in_dims[{extra[0]}]={dims[extra[0]]}, but without steps or microbatch_size only the "
+            f"batch (argument {batch}) is divided and every other argument is passed whole: its entry must be None"
+        )
+
+
+def note_unsplit(error: Exception, options: Options, args: Sequence[Any]) -> None:
+    """Add to a loss's own error what was passed whole, or split, where that is likely not what was meant."""
+    if torch.compiler.is_compiling():
+        return  # Dynamo knows no tracebacks
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is not None and trace.tb_frame.f_globals.get("__name__", "").startswith("gradacc."):
+        return  # an error of ours says it all
+    differentiated, batch = positions(options, args)
+    if options.steps is None and options.microbatch_size is None:
+        if options.split is None and _batch.may_be_one(args[batch]):
+            error.add_note(_batch.note_parts(options.name, args[batch]))
+        return
+    if options.in_dims is not None:
+        return
+    size = _leading(args[batch])
+    whole = [
+        n for n, arg in enumerate(args) if n not in (*differentiated, batch) and size > 1 and _leading(arg) == size
+    ]
+    if whole:
+        dims = tuple(0 if n in (batch, *whole) else None for n in range(len(args)))
+        names = " and ".join(f"args[{n}]" for n in whole)
+        each, verb = ("has", "is") if len(whole) == 1 else ("have", "are")
+        error.add_note(
+            f"{options.name}: {names} {each} the batch's leading size, {size}, but {verb} passed whole; "
+            f"did you mean in_dims={dims}?"
+        )
+    if type(args[batch]) in (list, tuple) and not any(isinstance(item, Tensor) for item in args[batch]):
+        error.add_note(
+            f"{options.name}: args[{batch}] is {describe(args[batch])}, and every tensor in it was split; "
+            "a list of micro-batches is passed without steps or microbatch_size"
+        )
+
+
+def _leading(tree: Any) -> int:
+    """The one size that all tensors of a tree have along dim 0; 0 where there is none."""
+    sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in _tree.flatten(tree)[0] if isinstance(leaf, Tensor)}
+    return sizes.pop() if len(sizes) == 1 else 0

@@ -1,0 +1,92 @@
+"""How many examples a batch has: the one size that its tensors have along their split dimensions."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from gradacc import _batch
+from gradacc._describe import describe
+
+
+def splittable(name: str, leaf: Any, dim: Any, path: str) -> int | None:
+    """The size along ``dim`` of a leaf of what is split; None for what is passed through (numbers, bools)."""
+    if dim is None:
+        return None
+    if isinstance(leaf, Tensor):
+        _batch.check_layout(name, leaf, path)
+        return size(name, leaf, dim, path)
+    _check_dim(name, dim, path)
+    if _batch.is_passed_through(leaf):
+        return None
+    if hasattr(leaf, "__array__"):
+        fix = "Convert it with torch.as_tensor"
+    elif _batch.is_iterable(leaf):
+        fix = "An iterable of micro-batches is passed without steps or microbatch_size. Otherwise convert it to tensors"
+    else:
+        fix = "Convert it to tensors (or a dict of them), or register its class as a pytree node"
+    raise TypeError(
+        f"{name}: {path} is {describe(leaf)}, which cannot be split: the batch is a pytree of tensors, "
+        f"numbers, bools and None. {fix}, give it None in in_dims, or pass it as another argument of loss_fn"
+    )
+
+
+def size(name: str, leaf: Tensor, dim: Any, path: str) -> int:
+    """Of a tensor of any layout along ``dim``."""
+    _check_dim(name, dim, path)
+    if leaf.dim() == 0:
+        raise ValueError(
+            f"{name}: {path} is a 0-dim tensor, which has no dimension to split. Pass a Python number, give it "
+            "None in in_dims, or pass it as another argument of loss_fn"
+        )
+    if not -leaf.dim() <= dim < leaf.dim():
+        raise ValueError(f"{name}: in_dims has {dim} for {path}, {describe(leaf)}")
+    if leaf.is_nested and dim % leaf.dim():
+        raise ValueError(f"{name}: in_dims has {dim} for {path}, {describe(leaf)}: its examples are along dim 0")
+    size: int = leaf.size(dim)
+    return size
+
+
+def _check_dim(name: str, dim: Any, path: str) -> None:
+    if isinstance(dim, bool) or not isinstance(dim, int):
+        raise TypeError(f"{name}: in_dims has {describe(dim)} for {path}; an entry is an int or None")
+
+
+def batch_size(name: str, sizes: Sequence[int | None], paths: Sequence[str]) -> int:
+    """The one size that all split leaves have."""
+    known = [(size, path) for size, path in zip(sizes, paths, strict=True) if size is not None]
+    if not known:
+        raise TypeError(
+            f"{name}: there is no tensor to split in the batch; by default that is the argument after params. What is split "
+            "are tensors: lists of numbers or strings are converted first (torch.tensor)"
+        )
+    size, path = known[0]
+    others = [(other, where) for other, where in known if other != size]
+    if others:
+        if len(known) <= 6:
+            listing = ", ".join(f"{where} has {each}" for each, where in known)
+        else:
+            listing = (
+                f"{path} has {size}, {others[0][1]} has {others[0][0]} "
+                f"({len(others)} of {len(known)} tensors differ from the first)"
+            )
+        raise ValueError(
+            f"{name}: the split dimensions differ: {listing}. Give what is not per example None in in_dims, "
+            f"or pass it as another argument of loss_fn{_hint_for_lists(path, others[0][1])}"
+        )
+    return size
+
+
+def _hint_for_lists(first: str, other: str) -> str:
+    """What to do where two paths lead to items of one list: they may be micro-batches, or ragged examples."""
+    a, b = (re.split(r"(?=[.\[])", path) for path in (first, other))
+    shared = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), 0)
+    if shared < 2 or not all(re.fullmatch(r"\[\d+\]", parts[shared]) for parts in (a, b)):
+        return ""  # 1 is where the arguments of the call part
+    ragged = f"If {''.join(a[:shared])} is a list of ragged examples, pad them into one tensor"
+    return f". {ragged}" + (
+        "; a list of micro-batches is passed without steps or microbatch_size" if shared == 2 else ""
+    )

@@ -1,0 +1,58 @@
+"""Where are we: whether values can be read, and whether results go on into a transform."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+_inside: ContextVar[bool] = ContextVar("inside a loss that the eager engine differentiates", default=False)
+
+
+def transforming() -> bool:
+    """Whether results are differentiated or batched further, so that no value can be read and nothing detached.
+
+    That is where a functorch transform (vmap, grad, jvp, …) is active, a level of forward-mode differentiation, or Dynamo's
+    tracing; and inside the loss of another ``grad_fn``, whose gradient goes through this one's result.
+    """
+    return torch.compiler.is_compiling() or functorch_is_active() or forward_ad._current_level >= 0 or _inside.get()
+
+
+def is_inside_a_loss() -> bool:
+    """Whether the eager engine runs a loss, whose parameters are leaves of the engine's own."""
+    return _inside.get()
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Whether a tensor has one value here: under grad and jvp it does, batched or while Dynamo traces it has none."""
+    if torch.compiler.is_compiling():
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if torch._C._functorch.is_batchedtensor(tensor):
+            return False
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return True
+
+
+def loops() -> bool:
+    """Whether equal micro-batches are one loop of a graph: while Dynamo traces, unless a functorch transform is active."""
+    return torch.compiler.is_compiling() and not functorch_is_active()
+
+
+def functorch_is_active() -> bool:
+    """Whether a functorch transform is."""
+    return bool(torch._C._are_functorch_transforms_active())
+
+
+@contextmanager
+def inside_a_loss() -> Iterator[None]:
+    """While the eager engine runs a loss."""
+    token = _inside.set(True)
+    try:
+        yield
+    finally:
+        _inside.reset(token)
