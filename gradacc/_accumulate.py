@@ -1,20 +1,18 @@
-"""The transforms: the fold over micro-batches, and its end."""
+"""The transforms: `accumulate` and `accumulate_and_value`."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gradacc import _call, _connect, _fold, _options, _split, _step, _sync, _tree
+from gradacc import _call, _connect, _loop, _options, _split, _sync, _tree
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
-from gradacc._engines import loop
 from gradacc._options import Options
-from gradacc._where import loops
 
 
 def accumulate(
@@ -257,51 +255,26 @@ def _run(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
-    """One call of ``grad_fn``: ``finalize . sync . fold(update) . init``."""
-    link = _sync.connect(options, agreed)
+    """One call of ``grad_fn``: ``finalize . sync . fold . init``."""
+    boundary = _sync.connect(options, agreed)
     try:
         differentiated, batch = _call.positions(options, args)
         params, treedef = _call.parameters(options, args, differentiated)
         rest = [arg for n, arg in enumerate(args) if n not in differentiated]
         call = _connect.asked((args, kwargs), params, (rest, kwargs))
-        fold = _step.start(options, params, treedef)
-        engine = fold.engine
-        if link is not None:
-            link.bind(params, treedef, fold.accumulated)
-        evaluate = _step.evaluator(fold, loss_fn, differentiated, kwargs)
-        step = _step.stepper(fold, evaluate)
-
-        with engine.guard():
-            buffer: Any = engine.init(params, fold.accumulated)
-        sums = _fold.Sums()
-        try:
-            divided = _split.microbatches(options, args, differentiated, batch)
-            sums = sums._replace(known=divided.examples)
-            empty = divided.whole if divided.examples == 0 else None
-            if divided.cut is not None and loops():
-                buffer, sums = loop.fold(options.name, step, buffer, sums, divided.cut)
-            else:
-                sender = link if isinstance(link, _sync.Link) and link.overlaps else None
-                for microbatch, last in _with_last(divided.parts, ahead=sender is not None):
-                    # the caller's iterator runs in the caller's modes, not under the guard
-                    if microbatch.empty:
-                        empty = empty or microbatch
-                        continue
-                    with engine.guard():
-                        buffer, sums = step(buffer, sums, microbatch, sender if last else None)
-            if not isinstance(link, _sync.Link):
-                sums = _step.with_types(fold, evaluate, sums, empty)
-        except Exception as error:
-            _call.note_unsplit(error, options, args)
-            raise
+        loss = _loop.loss_of(options, loss_fn, args, differentiated, treedef, kwargs)
+        fold = _loop.start(options, params, treedef, loss)
+        boundary.bind(params, treedef, fold.accumulated)
+        divided = _split.microbatches(options, args, differentiated, batch)
+        buffer, sums, empty = _loop.run(fold, divided, boundary)
     except BaseException as error:
-        if link is not None:
-            link.fail(error)
+        boundary.fail(error)
         raise
-    results = _step.finish(fold, link, buffer, sums, lambda sums: _step.with_types(fold, evaluate, sums, empty))
+    fold = fold._replace(known=divided.examples)
+    results = _loop.finish(fold, buffer, sums, boundary, lambda sums: _loop.typed(fold, sums, empty))
     if call is None:
         return results
-    again = _only_once(link is not None, args[batch]) or functools.partial(_run, options, None, loss_fn)
+    again = _only_once(boundary.crosses, args[batch]) or functools.partial(_run, options, None, loss_fn)
     return _connect.connect(options.name, call, results, buffer.closed.values(), again)
 
 
@@ -318,21 +291,3 @@ def _only_once(crosses: bool, batch: Any) -> str | None:
             "call grad_fn under torch.no_grad() for results without a graph"
         )
     return None
-
-
-def _with_last(parts: Iterable[_split.Microbatch], ahead: bool) -> Iterator[tuple[_split.Microbatch, bool]]:
-    """Each micro-batch, and whether it is the last one, whose backward pass overlaps with the boundary.
-
-    Known only by reading one ahead, which is not done where nothing overlaps.
-    """
-    if not ahead:
-        for part in parts:
-            yield part, False
-        return
-    held: list[_split.Microbatch] = []
-    for part in parts:
-        if held:
-            yield held.pop(), False
-        held.append(part)
-    for part in held:
-        yield part, True

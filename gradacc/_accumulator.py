@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _call, _connect, _donated, _fold, _options, _split, _state, _state_text, _step, _sync, _tree
+from gradacc import _call, _connect, _donated, _loop, _options, _split, _state, _state_text, _sums, _sync, _tree
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
 from gradacc._engines import eager
@@ -212,33 +212,34 @@ def _update(
     params, treedef = _call.parameters(options, args, differentiated)
     like = _state.of_params(params)
     _state.check_alike(options, before, like, treedef, params, "params")
-    fold = _step.start(options, params, treedef)
-    engine, readable = fold.engine, fold.engine is eager
     microbatch = _split.one(options, args, differentiated, batch)
-    facts = before.facts._replace(params=like)  # on the devices where they are now
+    # On the devices where they are now.
+    facts = before.facts._replace(params=like)
     rest = [state, *(arg for n, arg in enumerate(args) if n not in differentiated), kwargs]
     call = _connect.asked((state, args, kwargs), params, rest)
+    asked = functools.partial(_asked, loss_fn) if microbatch.empty else loss_fn
+    loss = _loop.loss_of(options, asked, args, differentiated, treedef, kwargs)
+    fold = _loop.start(options, params, treedef, loss)
+    engine, readable = fold.engine, fold.engine is eager
     if microbatch.empty:
-        if facts.loss is not None:
+        if before.sums.value is not None:
             return before
-        evaluate = _step.evaluator(fold, functools.partial(_asked, loss_fn), differentiated, kwargs)
         try:
-            sums = _step.with_types(fold, evaluate, _fold.Sums(), microbatch)
+            sums = _loop.typed(fold, _sums.NOTHING, microbatch)
         except _RaisedError:
             return before
         with engine.guard():
             return _state.pack(facts, treedef, [None] * len(params), sums, False, readable, empty=True)
-    evaluate = _step.evaluator(fold, loss_fn, differentiated, kwargs)
     closed: list[Tensor] = []
 
     def more() -> State:
         grads, _, sums = _state.unpack(before, readable)
-        known, sums = (facts._replace(plain=()), _fold.Sums()) if facts.empty else (facts, sums)
+        known, sums = (facts._replace(plain=()), _sums.NOTHING) if facts.empty else (facts, sums)
         buffer = engine.resume(params, fold.accumulated, grads, facts.arrived, donate)
-        buffer, sums = _step.stepper(fold, evaluate)(buffer, sums, microbatch)
+        buffer, sums = _loop.step(fold, buffer, sums, microbatch)
         if call is not None:
             closed.extend(buffer.closed.values())
-        return _state.pack(known, treedef, buffer.grads, sums, engine.arrived(buffer), readable)
+        return _state.pack(known, treedef, buffer.grads, sums, buffer.arrived, readable)
 
     with engine.guard():
         after = _donated.written_by("accumulator.update", before, more) if donate and readable else more()
@@ -259,22 +260,22 @@ def _asked(loss_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 def _merge(options: Options, donate: bool, one: Any, other: Any) -> State:
     a, b = _state.check(options, one, "merge(a, b)", "a"), _state.check(options, other, "merge(a, b)", "b")
     call = _connect.asked((a, b), (), (a, b))
-    engine = _step.engine()
+    engine = _loop.engine()
     readable = engine is eager
     with engine.guard():
         grads, treedef, sums = _state.unpack(a, readable)
         others, structure, more = _state.unpack(b, readable)
         _state.check_alike(options, a, b.facts.params, structure, others, "b")
         if not _counts(a) or not _counts(b):  # a known type says more than nothing
-            return a if _counts(a) or (not _counts(b) and b.facts.loss is None) else b
-        if a.facts.loss != b.facts.loss:
+            return a if _counts(a) or (not _counts(b) and b.sums.value is None) else b
+        losses = _sums.dtype(sums), _sums.dtype(more)
+        if losses[0] != losses[1]:
             raise ValueError(
-                f"{options.name}: the losses of a and b are {a.facts.loss} and {b.facts.loss}; "
-                "merge takes states of the same loss"
+                f"{options.name}: the losses of a and b are {losses[0]} and {losses[1]}; merge takes states of the same loss"
             )
 
         def both() -> State:
-            merged, shares = _fold.merge(options, sums, more)
+            merged, shares = _sums.merge(options, sums, more)
             total = engine.merge(grads, others, shares, donate)
             plain = tuple(x and y for x, y in zip(a.facts.plain, b.facts.plain, strict=True))
             facts = a.facts._replace(plain=plain)
@@ -286,45 +287,37 @@ def _merge(options: Options, donate: bool, one: Any, other: Any) -> State:
 
 def _counts(state: State) -> bool:
     """Whether it has seen more than an empty micro-batch."""
-    return state.facts.loss is not None and not state.facts.empty
+    return state.sums.value is not None and not state.facts.empty
 
 
 def _finalize(options: Options, agreed: _sync.Agreed | None, donate: bool, state: Any) -> Any:
-    link = _sync.connect(options, agreed)
+    boundary = _sync.connect(options, agreed)
     try:
         state = _state.check(options, state, "finalize(state)")
         call = _connect.asked((state,), (), state)
-        engine = _step.engine()
+        engine = _loop.engine()
         with engine.guard():
             params, treedef = _state.like_params(state)
-            fold = _step.start(options, params, treedef)
-            if link is not None:
-                link.bind(params, treedef, fold.accumulated)
+            fold = _loop.start(options, params, treedef, None)
+            boundary.bind(params, treedef, fold.accumulated)
             grads, _, sums = _state.unpack(state, engine is eager)
-            if not donate:  # nothing that is returned, or changed on the way, is the state's
-                if sums.kind is not None:
-                    sums = _fold.with_numbers(sums, [_copy(number) for number in _fold.numbers(sums)])
-                if link is None:  # what crosses is packed, and comes back in new memory
-                    grads = [_copy(grad) for grad in grads]
+            if not donate:
+                # Nothing that is returned, or changed on the way, is the state's; what crosses comes back in new memory.
+                sums = _tree.map_tensors(Tensor.clone, sums)
+                grads = grads if boundary.crosses else [None if grad is None else grad.clone() for grad in grads]
             buffer = engine.resume(params, fold.accumulated, grads, state.facts.arrived, donated=True)
-            del grads  # each buffer is to die when its result exists
-        typed = sums
-        if state.facts.empty and isinstance(link, _sync.Link):
-            sums = _fold.Sums()
+            # Each buffer is to die when its result exists.
+            del grads
+        typed, sums = sums, _sums.NOTHING if state.facts.empty else sums
     except BaseException as error:
-        if link is not None:
-            link.fail(error)
+        boundary.fail(error)
         raise
 
     def end() -> Any:
-        return _step.finish(fold, link, buffer, sums, lambda sums: typed if sums.kind is None else sums)
+        return _loop.finish(fold, buffer, sums, boundary, lambda sums: typed if sums.value is None else sums)
 
     results = _donated.written_by("accumulator.finalize", state, end) if donate and engine is eager else end()
     return results if call is None else _connect.connect(options.name, call, results, (), _NO_GRAPH)
-
-
-def _copy(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
 
 
 _tree.register_text(State, _state_text.to_text, _state_text.from_text)

@@ -107,7 +107,7 @@ def target_of(options: Options, value: Any) -> Tensor:
 
 
 def _weight(options: Options, value: Any, like: Tensor) -> float | Tensor:
-    """A Mean's weight: finite, ``>= 0``, from the data. NOTE [weights that are not read] in ``_fold.py``.
+    """A Mean's weight: finite, ``>= 0``, from the data. NOTE [weights that are not read] in ``_sums.py``.
 
     A number where it can be read for nothing. Else a tensor, NaN where the weight is not what it must be.
     """

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _aux, _fold, _scalars, _tree
+from gradacc import _parts, _scalars, _sums, _tree
 from gradacc._describe import describe
-from gradacc._mean import Mean
 from gradacc._options import Options
+from gradacc._sums import Sums
 
 
 class Param(NamedTuple):
@@ -38,13 +38,8 @@ class Facts(NamedTuple):
     dtype: torch.dtype | None
     has_aux: bool
     params: tuple[Param, ...]
-    loss: torch.dtype | None = None
-    """None before the first micro-batch."""
-    aux: tuple[torch.dtype, ...] = ()
-    """What each leaf came in."""
     plain: tuple[bool, ...] = ()
-    """Which of `_fold.numbers` are Python numbers, where values can be read."""
-    differentiated: bool = False
+    """Which of `_sums.numbers` are Python numbers, where values can be read."""
     arrived: bool = False
     empty: bool = False
     """Whether an empty micro-batch is all that there was: it says what types to return, and nothing else."""
@@ -62,16 +57,14 @@ class State:
     """What `gradacc.accumulator` has summed; see there. Its leaves are dense tensors."""
 
     grads: Any
-    """Like the parameters, in the accumulators' dtypes, in units of ``unit``: NOTE [units] in ``_units.py``."""
-    weight: Tensor
-    unit: Tensor | None
-    value: Tensor | Mean | None
-    aux: Any
+    """Like the parameters, in the accumulators' dtypes, in units of ``sums.unit``: NOTE [units] in ``_units.py``."""
+    sums: Sums
+    """All its numbers are tensors here."""
     facts: Facts
 
 
 _tree.register(Missing, lambda _: (), ())
-_tree.register_with_facts(State, ("grads", "weight", "unit", "value", "aux"), "facts")
+_tree.register_with_facts(State, ("grads", "sums"), "facts")
 
 
 def is_missing(leaf: Any) -> bool:
@@ -83,7 +76,8 @@ def nothing(options: Options, params: Sequence[Tensor], treedef: _tree.TreeDef) 
     """Before the first micro-batch."""
     facts = Facts(options.reduction, options.dtype, options.has_aux, of_params(params))
     weight = torch.zeros((), dtype=torch.float64, device="cpu")
-    return State(_tree.unflatten(treedef, [Missing() for _ in params]), weight, None, None, None, facts)
+    sums = Sums(None, None, weight, None, False)
+    return State(_tree.unflatten(treedef, [Missing() for _ in params]), sums, facts)
 
 
 def of_params(params: Sequence[Tensor]) -> tuple[Param, ...]:
@@ -105,7 +99,7 @@ def pack(
     before: Facts,
     treedef: _tree.TreeDef,
     grads: Sequence[Tensor | None],
-    sums: _fold.Sums,
+    sums: Sums,
     arrived: bool,
     readable: bool,
     empty: bool = False,
@@ -114,58 +108,42 @@ def pack(
 
     Where values are read, numbers are on the CPU; else on the parameters' device, so that they can be batched.
     """
-    kind, found = sums.kind, _fold.numbers(sums)
-    assert kind is not None
+    found, rest, pieces = _sums.numbers(sums)
     plain = before.plain or (False,) * len(found)
     device = torch.device("cpu") if readable else before.params[0].device
     plain = tuple(
         not isinstance(number, Tensor) or (old and not readable and not number.ndim)
         for old, number in zip(plain, found, strict=True)
     )
-    sums = _fold.with_numbers(sums, [_tensor(number, device) for number in found])
-    leaves, dtypes = _aux.pack(sums.aux or [])
+    weight, unit = (
+        None if number is None else _tensor(number, device).to(torch.float64) for number in (sums.weight, sums.unit)
+    )
+    numbers, joined = [_tensor(number, device) for number in found], [[_parts.joined(piece)] for piece in pieces]
     return State(
         _tree.unflatten(treedef, [Missing() if grad is None else grad for grad in grads]),
-        _tensor(sums.weight, device).to(torch.float64),
-        None if sums.unit is None else _tensor(sums.unit, device).to(torch.float64),
-        sums.value,
-        _tree.unflatten(kind.aux, leaves),
-        before._replace(
-            loss=kind.dtype,
-            aux=tuple(dtypes),
-            plain=plain,
-            differentiated=sums.differentiated,
-            arrived=arrived,
-            empty=empty,
-        ),
+        _sums.with_numbers(rest, numbers, joined, weight, unit),
+        before._replace(plain=plain, arrived=arrived, empty=empty),
     )
 
 
-def unpack(state: State, readable: bool) -> tuple[list[Tensor | None], _tree.TreeDef, _fold.Sums]:
+def unpack(state: State, readable: bool) -> tuple[list[Tensor | None], _tree.TreeDef, Sums]:
     """The inverse: gradients, structure of the parameters, sums, with Python numbers where they are readable."""
-    facts = state.facts
     if readable and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in _tree.flatten(state)[0]):
         state = _tree.map_tensors(lambda leaf: leaf.detach() if leaf.requires_grad else leaf, state)
     slots, treedef = _tree.flatten(state.grads, is_missing)
     grads = [None if isinstance(slot, Missing) else slot for slot in slots]
-    if facts.loss is None:
-        return grads, treedef, _fold.Sums()
+    sums, facts = state.sums, state.facts
+    if sums.value is None:
+        return grads, treedef, _sums.NOTHING
     device = facts.params[0].device
-    leaves, aux = _tree.flatten(state.aux, _aux.is_mean)
-    sums = _fold.Sums(
-        kind=_fold.Kind(isinstance(state.value, Mean), facts.loss, aux),
-        value=state.value,
-        weight=_number(state.weight, readable, device),
-        unit=None if state.unit is None else _number(state.unit, readable, device),
-        aux=_aux.unpack(leaves, facts.aux),
-        differentiated=facts.differentiated,
+    found, rest, pieces = _sums.numbers(sums)
+    numbers = [
+        _number(number, readable, device) if plain else number for number, plain in zip(found, facts.plain, strict=True)
+    ]
+    weight, unit = (
+        None if number is None else _number(number, readable, device) for number in (sums.weight, sums.unit)
     )
-    found = zip(_fold.numbers(sums), facts.plain, strict=True)
-    return (
-        grads,
-        treedef,
-        _fold.with_numbers(sums, [_number(number, readable, device) if plain else number for number, plain in found]),
-    )
+    return grads, treedef, _sums.with_numbers(rest, numbers, pieces, weight, unit)
 
 
 def _tensor(number: Any, device: torch.device) -> Tensor:
@@ -196,9 +174,9 @@ def check(options: Options, state: Any, call: str, what: str = "state") -> State
                 f"{name}: the state is of an accumulator with {option}={theirs!r}, and this one has {option}={ours!r}; "
                 "use the one that made it"
             )
-    if not isinstance(state.weight, Tensor) or state.weight.ndim:
+    if not isinstance(state.sums.weight, Tensor) or state.sums.weight.ndim:
         raise ValueError(
-            f"{name}: the state's weight is {describe(state.weight)}, and not a 0-dim tensor; a state that vmap returned "
+            f"{name}: the state's weight is {describe(state.sums.weight)}, and not a 0-dim tensor; a state that vmap returned "
             "goes on under vmap"
         )
     slots, treedef = _tree.flatten(state.grads, is_missing)

@@ -28,7 +28,7 @@ def to_text(state: State) -> str:
         {
             "params": {path: _kind(param) for path, param in zip(paths, facts.params, strict=True)},
             "grads": {path: _kind(slot) for path, slot in zip(paths, slots, strict=True) if isinstance(slot, Tensor)},
-            "rest": _structure.tell((state.weight, state.unit, state.value, state.aux), device),
+            "sums": _structure.tell(state.sums, device),
             "facts": {name: _to_json(value) for name, value in facts._asdict().items() if name != "params"},
         }
     )
@@ -44,7 +44,7 @@ def from_text(like: State, text: str) -> State:
         told = json.loads(text)
         facts = Facts(params=like.facts.params, **{name: _from_json(value) for name, value in told["facts"].items()})
         params, grads = dict(told["params"]), dict(told["grads"])
-        rest = told["rest"]
+        sums = told["sums"]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"is described by facts that this version of gradacc does not know ({error})") from error
     for option in ("reduction", "dtype", "has_aux"):
@@ -69,10 +69,10 @@ def from_text(like: State, text: str) -> State:
             else Missing()
             for slot, (path, param) in zip(slots, own.items(), strict=True)
         ]
-        weight, unit, value, aux = _structure.hear(rest, (like.weight, like.unit, like.value, like.aux), device)
+        sums = _structure.hear(sums, like.sums, device)
     except Exception as error:  # of whatever somebody has written, or of a class of the user's
         raise ValueError(f"{error}; pass a state after one update where it is init's") from error
-    return State(_tree.unflatten(treedef, found), weight, unit, value, aux, facts)
+    return State(_tree.unflatten(treedef, found), sums, facts)
 
 
 def _kind(of: Param | Tensor) -> list[Any]:

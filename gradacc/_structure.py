@@ -44,8 +44,9 @@ def hear(told: Any, like: Any, device: torch.device) -> Any:
         empty(shape, dtype_named(dtype), device if near else torch.device("cpu"))
         for dtype, shape, near in told["tensors"]
     ]
-    _, treedef = _tree.flatten(like)
-    if _tree.paths(treedef) != told["paths"]:
+    leaves, treedef = _tree.flatten(like)
+    own = _tell(like, {id(leaf): index for index, leaf in enumerate(leaves)})
+    if _tree.paths(treedef) != told["paths"] or _facts(own) != _facts(told["tree"]):
         _, treedef = _tree.flatten(_hear(told["tree"], tensors))
         if _tree.paths(treedef) != told["paths"]:
             raise ValueError("its paths are not those of its tree")
@@ -74,6 +75,8 @@ def _tell(tree: Any, index: dict[int, int]) -> Any:
     cls = type(tree)
     if tree is None:
         return None
+    if cls is bool or cls is torch.dtype:
+        return ["fact", tree if cls is bool else dtype_name(tree)]
     if id(tree) in index:
         return index[id(tree)]
     if cls in (dict, OrderedDict) and all(map(_keys.is_literal, tree)):
@@ -99,6 +102,8 @@ def _hear(told: Any, tensors: Sequence[Tensor]) -> Any:
         case "list" | "tuple":
             children = (_hear(child, tensors) for child in inside)
             return list(children) if kind == "list" else tuple(children)
+        case "fact":
+            return inside if isinstance(inside, bool) else dtype_named(inside)
         case "class":
             module, qualname, fields = inside
             return _class(module, qualname)(**{name: _hear(child, tensors) for name, child in fields.items()})
@@ -112,9 +117,20 @@ def _fields(node: Any) -> dict[str, Any] | None:
     if not dataclasses.is_dataclass(node):
         return None
     found = {field.name: getattr(node, field.name) for field in dataclasses.fields(node) if field.init}
-    inside = [id(leaf) for leaf in _tree.flatten(list(found.values()))[0]]
+    inside = [id(leaf) for leaf in _tree.flatten(list(found.values()))[0] if type(leaf) not in (bool, torch.dtype)]
     children = [id(leaf) for leaf in _tree.flatten(node)[0]]
     return found if sorted(inside) == sorted(children) else None
+
+
+def _facts(told: Any) -> list[Any]:
+    """What is told of a tree and is neither a tensor nor a class: dtypes and bools, in order."""
+    if isinstance(told, dict):
+        return [fact for child in told.values() for fact in _facts(child)]
+    if not isinstance(told, list):
+        return []
+    if len(told) == 2 and told[0] == "fact":
+        return [told[1]]
+    return [fact for child in told for fact in _facts(child)]
 
 
 def _class(module: str, qualname: str) -> Any:

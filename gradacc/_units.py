@@ -26,7 +26,7 @@ NOTE [units]
     ``2 ** -63``, the larger) over the size of the gradients. Beyond that the result is inf or NaN, and never another number.
 
     In half precision what is in the backward pass must be near 1, too, for each micro-batch. There a weight has a unit of its
-    own (`near`), the common one times a power of two; NOTE [cotangents and shares] in ``_fold.py``.
+    own (`near`), the common one times a power of two; NOTE [cotangents and factors] in ``_sums.py``.
 """
 
 from __future__ import annotations

@@ -223,7 +223,7 @@ def test_donated_memory_that_is_shared_is_copied():
     for grads in (expanded, whole[:3]):
         before = grads.clone()
         state = acc.update(acc.init(w), w, x)
-        other = acc.update(State(grads, state.weight, state.unit, state.value, state.aux, state.facts), w, x)
+        other = acc.update(State(grads, state.sums, state.facts), w, x)
         assert_trees_close(other.grads, before + 0.5)
     assert whole.eq(1).all()
 
@@ -341,7 +341,7 @@ def test_states_are_pytrees_of_dense_tensors():
         same, spec = torch_pytree.tree_flatten(state)
         assert [id(leaf) for leaf in same] == [id(leaf) for leaf in leaves]
         assert torch_pytree.tree_structure(torch_pytree.tree_unflatten(same, spec)) == spec
-        if state.facts.loss is not None or not state.facts.has_aux:
+        if state.sums.value is not None or not state.facts.has_aux:
             assert_trees_equal(acc.finalize(again), acc.finalize(state))
 
 
@@ -635,7 +635,7 @@ class TestBadInput:
     def test_states_that_were_tampered_with(self):
         state = self.acc.update(self.acc.init(self.params), self.params, self.x)
         grads = {**state.grads, "w": torch.ones(2)}
-        bad = State(grads, state.weight, state.unit, state.value, state.aux, state.facts)
+        bad = State(grads, state.sums, state.facts)
         with pytest.raises(
             ValueError, match=r"^accumulator: state.grads\['w'\] is a tensor of shape \(2,\), of a parameter"
         ):

@@ -125,7 +125,7 @@ def test_gradients_of_a_state_that_overlap_in_part_are_added_to_once():
     def made():
         whole = torch.arange(3.0, dtype=D)
         held = pure.update(pure.init(params), params, x)
-        return State({"w": whole[:2], "b": whole[1:]}, held.weight, held.unit, held.value, held.aux, held.facts)
+        return State({"w": whole[:2], "b": whole[1:]}, held.sums, held.facts)
 
     assert_trees_equal(acc.finalize(acc.update(made(), params, x)), pure.finalize(pure.update(made(), params, x)))
     assert_trees_equal(acc.finalize(acc.merge(made(), made())), pure.finalize(pure.merge(made(), made())))

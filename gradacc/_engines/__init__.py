@@ -1,17 +1,80 @@
-"""How one micro-batch's gradient gets into the buffer.
+"""How one micro-batch's gradient gets into the buffer, in two halves: forward and backward.
 
-An engine is a module of functions; the caller never chooses one (`gradacc._accumulate` does):
+An engine is a module of functions, one `Engine`; the caller never chooses it (``_loop.py`` does, by where we are):
 
-- ``guard()``: the context for everything but the caller's own iterator;
-- ``init(params, dtypes) -> buffer``; ``resume(params, dtypes, grads, arrived, donated) -> buffer``: of a state, whose
-  gradients (None where nothing arrived) are only changed if they are ``donated``;
-- ``calling()``: the context of the loss itself;
-- ``admit(tree)``: arguments on their way to the loss;
-- ``update(buffer, evaluate, contribution, deliver) -> (buffer, outcome)``: ``outcome = evaluate(leaves)`` and, where
-  ``contribution(outcome, narrow)`` is not None, ``buffer = growth * buffer + cotangent * share * gradient of outcome.target``
-  (``narrow``: whether a number of the backward pass has fewer digits than the buffer); with ``deliver``,
-  ``deliver(index, gradient)`` of each as soon as it is final, which takes it out of the buffer;
-- ``arrived(buffer)``: whether any loss depended on the parameters;
-- ``merge(a, b, shares, donated) -> gradients``: ``shares[0] * a + shares[1] * b``, where one of the shares is 1;
-- ``finalize(buffer, dtypes, factor) -> gradients``: ``factor * buffer``, zeros where nothing arrived.
+- ``eager``: ordinary autograd, accumulated in place while the backward pass runs;
+- ``functional``: `torch.func`, under a functorch transform or while Dynamo traces.
 """
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gradacc._loss import Outcome
+from gradacc._sums import Contribution
+
+Deliver: TypeAlias = Callable[[int, Tensor], None]
+"""``deliver(index, gradient)``: takes a gradient that is final out of the buffer."""
+
+
+class Buffer(NamedTuple):
+    """The gradients so far."""
+
+    params: list[Tensor]
+    dtypes: list[torch.dtype]
+    """The accumulators'."""
+    grads: list[Tensor | None]
+    """None where nothing arrived, or where it was delivered."""
+    arrived: bool
+    """Whether any loss that counts depended on the parameters."""
+    closed: dict[int, Tensor]
+    """By identity, what else requires grad in the graphs, where they are seen: leaves that are no parameters."""
+
+
+class Engine(Protocol):
+    """What `eager` and `functional` both are."""
+
+    def guard(self) -> AbstractContextManager[None]:
+        """The context for everything but the caller's own iterator."""
+
+    def init(self, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Buffer:
+        """Nothing accumulated, and no memory for it."""
+
+    def resume(
+        self,
+        params: Sequence[Tensor],
+        dtypes: Sequence[torch.dtype],
+        grads: Sequence[Tensor | None],
+        arrived: bool,
+        donated: bool,
+    ) -> Buffer:
+        """Of a state's gradients, which are only changed if they are ``donated``."""
+
+    def calling(self) -> AbstractContextManager[None]:
+        """The context of the loss itself."""
+
+    def admit(self, tree: Any) -> Any:
+        """Arguments on their way to the loss."""
+
+    def forward(self, buffer: Buffer, loss: Callable[[Sequence[Tensor]], Outcome]) -> tuple[Any, Outcome]:
+        """``loss(leaves)``: what it returned, without its graph, and the tape that `backward` plays back."""
+
+    def backward(self, buffer: Buffer, tape: Any, counts: Contribution, deliver: Deliver | None) -> Buffer:
+        """``growth * buffer + cotangent * factor * gradient``; each gradient is delivered as soon as it is final."""
+
+    def merge(
+        self,
+        a: Sequence[Tensor | None],
+        b: Sequence[Tensor | None],
+        shares: tuple[float | Tensor, float | Tensor],
+        donated: bool,
+    ) -> list[Tensor | None]:
+        """``shares[0] * a + shares[1] * b``, where one of the shares is 1."""
+
+    def finalize(self, buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float | Tensor) -> list[Tensor]:
+        """``factor * buffer``, zeros where nothing arrived."""

@@ -39,23 +39,20 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.checkpoint import CheckpointFunction
 
 from gradacc import _graph, _tree, _where
-from gradacc._engines import fused
-from gradacc._fold import Contribution
+from gradacc._engines import Buffer, Deliver, fused
 from gradacc._loss import Outcome
+from gradacc._sums import Contribution
 
 _LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # the node of a leaf
 
 
-class Buffer(NamedTuple):
-    """The gradients so far, in the accumulators' dtypes; None where nothing arrived, or where it was delivered."""
+class Tape(NamedTuple):
+    """One micro-batch's graph."""
 
-    params: list[Tensor]
-    dtypes: list[torch.dtype]
-    grads: list[Tensor | None]
-    reached: set[int]
-    """Parameters that got a gradient."""
-    closed: dict[int, Tensor]
-    """By identity, the leaves of the graphs that are no parameters: what else requires grad."""
+    leaves: list[Tensor]
+    target: Tensor
+    edge: GradientEdge | None
+    """None where the loss depends on nothing that requires grad."""
 
 
 def guard() -> AbstractContextManager[None]:
@@ -65,7 +62,7 @@ def guard() -> AbstractContextManager[None]:
 
 def init(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Buffer:
     """Nothing accumulated."""
-    return Buffer([_normal(param) for param in params], list(dtypes), [None] * len(params), set(), {})
+    return Buffer([_normal(param) for param in params], list(dtypes), [None] * len(params), False, {})
 
 
 def resume(
@@ -78,8 +75,7 @@ def resume(
     """With gradients that were accumulated before: in their memory if they are donated, else in copies."""
     alone = _alone(grads) if donated else set()
     held = [None if grad is None else _held(grad, i in alone) for i, grad in enumerate(grads)]
-    reached = {i for i, grad in enumerate(grads) if grad is not None} if arrived else set()
-    return Buffer([_normal(param) for param in params], list(dtypes), held, reached, {})
+    return Buffer([_normal(param) for param in params], list(dtypes), held, arrived, {})
 
 
 def calling() -> AbstractContextManager[None]:
@@ -95,42 +91,56 @@ def admit(tree: Any) -> Any:
     return tree
 
 
-def update(
-    buffer: Buffer,
-    evaluate: Callable[[Sequence[Tensor]], Outcome],
-    contribution: Callable[[Outcome, bool], Contribution | None],
-    deliver: Callable[[int, Tensor], None] | None = None,
-) -> tuple[Buffer, Outcome]:
-    """Run one micro-batch forward and backward, into the buffer: ``buffer.grads`` is changed in place."""
+def forward(buffer: Buffer, loss: Callable[[Sequence[Tensor]], Outcome]) -> tuple[Tape, Outcome]:
+    """Run the loss of one micro-batch."""
     leaves = [param.detach().requires_grad_() for param in buffer.params]
     with torch.enable_grad():
-        outcome = evaluate(leaves)
-        # a node of our own, through which no other pass goes: a hook of the loss may differentiate it again
+        outcome = loss(leaves)
+        # A node of our own, through which no other pass goes: a hook of the loss may differentiate it again.
         root = outcome.target.view_as(outcome.target)
     _check_untouched(leaves)
-    narrow = outcome.target.dtype.itemsize < 4 or any(
-        leaf.dtype != dtype for leaf, dtype in zip(leaves, buffer.dtypes, strict=True)
-    )
-    counts = contribution(outcome, narrow)
-    if counts is not None:
-        _grow(buffer.grads, counts.growth)
-    edge = get_gradient_edge(root) if counts is not None and root.requires_grad else None
-    del root
-    outcome = outcome.map(_bare)  # from here on the edge alone keeps the graph
-    if counts is not None and edge is not None:
-        uses = _graph.nodes([edge.node])
-        _check_checkpoints(uses)
-        _note_closed(buffer.closed, leaves, uses)
-        _backward(buffer, leaves, edge, uses, outcome.target, counts, narrow, deliver)
-    device = leaves[0].device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        torch.clear_autocast_cache()  # of casts of these leaves, which it would keep until the outermost autocast ends
-    return buffer, outcome
+    edge = get_gradient_edge(root) if root.requires_grad else None
+    _forget_casts(leaves)
+    # From here on the edge alone keeps the graph.
+    outcome = outcome.map(_bare)
+    return Tape(leaves, outcome.target, edge), outcome
 
 
-def arrived(buffer: Buffer) -> bool:
-    """Whether any parameter has got a gradient."""
-    return bool(buffer.reached)
+def backward(buffer: Buffer, tape: Tape, counts: Contribution, deliver: Deliver | None = None) -> Buffer:
+    """Run it backward, into the buffer: ``buffer.grads`` is changed in place."""
+    leaves, target, edge = tape
+    _grow(buffer.grads, counts.growth)
+    if edge is None:
+        return buffer
+    uses = _graph.nodes([edge.node])
+    _check_checkpoints(uses)
+    _note_closed(buffer.closed, leaves, uses)
+    reached: set[int] = set()
+    done = partial(_done, buffer.grads, reached, deliver)
+    edges: list[GradientEdge] = []
+    added: set[int] = set()
+    if not counts.narrow:
+        edges, added = fused.install(edge.node, uses, leaves, buffer.grads, counts.keeps, done)
+    rest = [i for i in range(len(leaves)) if i not in added]
+    hook: Callable[[int, Tensor], None] | None = None
+    if counts.narrow or counts.keeps is not None:
+        hook = partial(_add, buffer, counts, done)
+    else:
+        for i in rest:
+            leaves[i].grad = buffer.grads[i]
+        # Without anybody to deliver to, what is there is taken when all is over: no hook at all.
+        hook = None if deliver is None else partial(_take, buffer.grads, done)
+    if hook is not None:
+        for i, leaf in enumerate(leaves):
+            leaf.register_post_accumulate_grad_hook(partial(hook, i))  # type: ignore[no-untyped-call]  # torch's
+    inputs: list[Any] = [*(leaves[i] for i in rest), *edges]
+    torch.autograd.backward(edge, _like(target, counts.cotangent), inputs=inputs)
+    if hook is None:
+        for i, leaf in enumerate(leaves):
+            if leaf.grad is not None:
+                _take(buffer.grads, done, i, leaf)
+    _forget_casts(leaves)
+    return buffer._replace(arrived=buffer.arrived or bool(reached))
 
 
 def merge(
@@ -159,42 +169,11 @@ def finalize(buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float | Tens
     return results
 
 
-def _backward(
-    buffer: Buffer,
-    leaves: Sequence[Tensor],
-    edge: GradientEdge,
-    uses: Mapping[Node, int],
-    target: Tensor,
-    counts: Contribution,
-    narrow: bool,
-    deliver: Callable[[int, Tensor], None] | None,
-) -> None:
-    grads, done = buffer.grads, partial(_done, buffer, deliver)
-    edges: list[GradientEdge] = []
-    added: set[int] = set()
-    if narrow:
-        root, share = counts.cotangent, counts.share
-    else:
-        root, share = counts.cotangent * counts.share, 1.0
-        edges, added = fused.install(edge.node, uses, leaves, grads, counts.keeps, done)
-    inputs: list[Any] = [leaf for i, leaf in enumerate(leaves) if i not in added]
-    hook: Callable[[int, Tensor], None] | None = None
-    if narrow or counts.keeps is not None:
-        hook = partial(_add, buffer, share, counts.keeps, done)
-    else:
-        for i, leaf in enumerate(leaves):
-            if i not in added:
-                leaf.grad = grads[i]
-        if deliver is not None:  # else taken when all is over: no hook at all
-            hook = partial(_take, grads, done)
-    if hook is not None:
-        for i, leaf in enumerate(leaves):
-            leaf.register_post_accumulate_grad_hook(partial(hook, i))  # type: ignore[no-untyped-call]  # torch's
-    torch.autograd.backward(edge, _like(target, root), inputs=[*inputs, *edges])
-    if hook is None:
-        for i, leaf in enumerate(leaves):
-            if leaf.grad is not None:
-                _take(grads, done, i, leaf)
+def _forget_casts(leaves: Sequence[Tensor]) -> None:
+    """Autocast would keep its casts of these leaves until the outermost one ends."""
+    device = leaves[0].device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        torch.clear_autocast_cache()
 
 
 def _check_untouched(leaves: Sequence[Tensor]) -> None:
@@ -239,13 +218,13 @@ def _grow(grads: Sequence[Tensor | None], growth: float | Tensor) -> None:
                 _times(grad, growth)
 
 
-def _done(buffer: Buffer, deliver: Callable[[int, Tensor], None] | None, index: int) -> None:
+def _done(grads: list[Tensor | None], reached: set[int], deliver: Deliver | None, index: int) -> None:
     """This micro-batch's part of a gradient is in the buffer."""
-    buffer.reached.add(index)
-    grad = buffer.grads[index]
+    reached.add(index)
+    grad = grads[index]
     if deliver is not None and grad is not None:
         deliver(index, grad)
-        buffer.grads[index] = None
+        grads[index] = None
 
 
 def _take(grads: list[Tensor | None], done: Callable[[int], None], index: int, leaf: Tensor) -> None:
@@ -257,29 +236,24 @@ def _take(grads: list[Tensor | None], done: Callable[[int], None], index: int, l
     done(index)
 
 
-def _add(
-    buffer: Buffer,
-    share: float | Tensor,
-    keeps: Tensor | None,
-    done: Callable[[int], None],
-    index: int,
-    leaf: Tensor,
-) -> None:
+def _add(buffer: Buffer, counts: Contribution, done: Callable[[int], None], index: int, leaf: Tensor) -> None:
     """Move a gradient into its accumulator, by hand, as soon as it is there."""
     grad, leaf.grad = leaf.grad, None
     assert grad is not None
     if grad.layout != torch.strided:
         grad = grad.to_dense()
-    dtype, sofar = buffer.dtypes[index], buffer.grads[index]
-    if isinstance(share, Tensor):
-        grad, share = (grad.to(dtype) * share.to(grad.device)).to(dtype), 1.0  # two 0-dim tensors have the wider dtype
+    dtype, sofar, factor, keeps = buffer.dtypes[index], buffer.grads[index], counts.factor, counts.keeps
+    if isinstance(factor, Tensor):
+        # Two 0-dim tensors have the wider dtype.
+        grad, factor = (grad.to(dtype) * factor.to(grad.device)).to(dtype), 1.0
     if keeps is not None:
         grad = torch.where(keeps.to(grad.device), grad, 0)
     if sofar is None:
-        grad = grad.to(dtype, copy=keeps is None)  # NOTE [buffers that nobody else holds]
-        buffer.grads[index] = grad.mul_(share) if share != 1.0 else grad
+        # NOTE [buffers that nobody else holds]
+        grad = grad.to(dtype, copy=keeps is None)
+        buffer.grads[index] = grad.mul_(factor) if factor != 1.0 else grad
     else:
-        sofar.add_(grad, alpha=share)
+        sofar.add_(grad, alpha=factor)
     done(index)
 
 

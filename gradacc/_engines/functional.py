@@ -5,7 +5,7 @@ Nothing is changed in place and no value is read, so that the whole can be batch
 .. code-block:: text
 
     total, pullback = torch.func.vjp(loss, params)  # for every micro-batch
-    buffer = growth * buffer + share * pullback(cotangent)
+    buffer = growth * buffer + factor * pullback(cotangent)
 """
 
 from __future__ import annotations
@@ -17,18 +17,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc._engines import inductor
-from gradacc._fold import Contribution
+from gradacc._engines import Buffer, Deliver
 from gradacc._loss import Outcome
+from gradacc._sums import Contribution
 from gradacc._where import loops
 
 
-class Buffer(NamedTuple):
-    """The gradients so far, None where nothing arrived."""
+class Tape(NamedTuple):
+    """One micro-batch's graph."""
 
-    params: list[Tensor]
-    dtypes: list[torch.dtype]
-    grads: Sequence[Tensor | None]
+    value: Tensor
+    pullback: Callable[[Tensor], Any]
     depends: bool
 
 
@@ -39,7 +38,7 @@ def guard() -> AbstractContextManager[None]:
 
 def init(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Buffer:
     """Nothing accumulated."""
-    return Buffer(list(params), list(dtypes), [None] * len(params), depends=False)
+    return Buffer(list(params), list(dtypes), [None] * len(params), False, {})
 
 
 def resume(
@@ -50,7 +49,7 @@ def resume(
     donated: bool,
 ) -> Buffer:
     """With gradients that were accumulated before; nothing is changed in place, donated or not."""
-    return Buffer(list(params), list(dtypes), list(grads), depends=arrived)
+    return Buffer(list(params), list(dtypes), list(grads), arrived, {})
 
 
 def calling() -> AbstractContextManager[None]:
@@ -63,39 +62,32 @@ def admit(tree: Any) -> Any:
     return tree
 
 
-def update(
-    buffer: Buffer,
-    evaluate: Callable[[Sequence[Tensor]], Outcome],
-    contribution: Callable[[Outcome, bool], Contribution | None],
-    deliver: Callable[[int, Tensor], None] | None = None,
-) -> tuple[Buffer, Outcome]:
-    """Run one micro-batch forward and backward."""
-    assert deliver is None, "nothing here is final before the end"
+def forward(buffer: Buffer, loss: Callable[[Sequence[Tensor]], Outcome]) -> tuple[Tape, Outcome]:
+    """Run the loss of one micro-batch."""
     seen: list[Outcome] = []
 
     def target(params: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         # torch.func's has_aux takes tensor leaves only; the rest (weights as numbers, structure) goes around it.
-        outcome = evaluate(params)
+        outcome = loss(params)
         seen.append(outcome)
         return outcome.target, outcome.tensors()
 
     value, pullback, tensors = torch.func.vjp(target, buffer.params, has_aux=True)  # type: ignore[misc]  # 3 with has_aux
-    depends = buffer.depends or seen[0].target.requires_grad
     unwrapped = iter(tensors)
-    outcome = seen[0].map(lambda _: next(unwrapped))
-    wide = value.dtype.itemsize >= 4 and all(p.dtype == d for p, d in zip(buffer.params, buffer.dtypes, strict=True))
-    counts = contribution(outcome, not wide)
-    if counts is None:
-        return buffer._replace(depends=depends), outcome
-    cotangent, share, growth, keeps = counts
-    if wide:
-        cotangent, share = cotangent * share, 1.0  # one multiplication instead of one for each gradient
-    (grads,) = pullback((torch.ones_like(value) * cotangent).to(value.dtype))  # as_tensor would fix a dynamic number
+    return Tape(value, pullback, seen[0].target.requires_grad), seen[0].map(lambda _: next(unwrapped))
+
+
+def backward(buffer: Buffer, tape: Tape, counts: Contribution, deliver: Deliver | None = None) -> Buffer:
+    """Run it backward."""
+    assert deliver is None, "nothing here is final before the end"
+    value, pullback, depends = tape
+    # as_tensor would fix a dynamic number.
+    (grads,) = pullback((torch.ones_like(value) * counts.cotangent).to(value.dtype))
     summed = [
-        _sum(sofar, _kept(_scaled(grad, share, dtype), keeps))
-        for sofar, grad, dtype in zip(_times(buffer.grads, growth), grads, buffer.dtypes, strict=True)
+        _sum(sofar, _kept(_scaled(grad, counts.factor, dtype), counts.keeps))
+        for sofar, grad, dtype in zip(_times(buffer.grads, counts.growth), grads, buffer.dtypes, strict=True)
     ]
-    return buffer._replace(grads=summed, depends=depends), outcome
+    return buffer._replace(grads=summed, arrived=buffer.arrived or depends)
 
 
 def _scaled(grad: Tensor, share: float | Tensor, dtype: torch.dtype) -> Tensor:
@@ -108,11 +100,6 @@ def _scaled(grad: Tensor, share: float | Tensor, dtype: torch.dtype) -> Tensor:
 
 def _kept(grad: Tensor, keeps: Tensor | None) -> Tensor:
     return grad if keeps is None else torch.where(keeps, grad, 0)
-
-
-def arrived(buffer: Buffer) -> bool:
-    """Whether any loss depended on the parameters."""
-    return buffer.depends
 
 
 def merge(
@@ -144,4 +131,8 @@ def _times(grads: Sequence[Tensor | None], share: float | Tensor) -> list[Tensor
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
-    return inductor.add(a, b) if loops() else a + b
+    if not loops():
+        return a + b
+    from gradacc._engines.compiled import inductor
+
+    return inductor.add(a, b)

@@ -4,11 +4,13 @@
 
 .. code-block:: text
 
-    link = connect(...)                     # None: there is nobody to talk to
-    link.bind(params, ...)
-    buffer, sums = fold(...)                # on each rank by itself; link.fail(error) where it raises
-    grads, sums = link.cross(buffer, sums)  # the union's
-    link.done()                             # it was divided, and is returned
+    boundary = connect(...)
+    boundary.bind(params, ...)
+    buffer, sums = fold(...)                    # on each rank by itself; boundary.fail(error) where it raises
+    grads, sums = boundary.cross(buffer, sums)  # the union's
+    boundary.done()                             # it was divided, and is returned
+
+It is `Alone` where there is nobody to talk to, a `Link` to the other ranks, or `Traced` into a graph.
 
 NOTE [one collective]
     Gradients, and beside them a *record* of everything that is not one (weight, value, scalar metrics, whether this rank
@@ -31,7 +33,72 @@ NOTE [failing together]
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from gradacc import _tree, _where
+from gradacc._options import Options
+from gradacc._sums import Sums
+from gradacc._sync import channel as channels
+from gradacc._sync import group as groups
 from gradacc._sync.agreement import Agreed as Agreed
-from gradacc._sync.boundary import Link as Link
-from gradacc._sync.boundary import connect as connect
-from gradacc._sync.traced import Traced as Traced
+from gradacc._sync.alone import Alone
+from gradacc._sync.link import Link
+from gradacc._sync.traced import Traced
+
+
+class Boundary(Protocol):
+    """What a call meets at its end."""
+
+    @property
+    def crosses(self) -> bool:
+        """Whether there is anybody on the other side."""
+
+    @property
+    def overlaps(self) -> bool:
+        """Whether gradients are to be delivered before `cross`."""
+
+    def bind(self, params: Sequence[Tensor], treedef: _tree.TreeDef, dtypes: Sequence[torch.dtype]) -> None:
+        """Say what is differentiated, as soon as it is known."""
+
+    def set_unit(self, unit: float | Tensor | None, weight: float | Tensor) -> None:
+        """Say in which unit this rank's gradients are, and how much they count for, before the first one is delivered."""
+
+    def deliver(self, index: int, grad: Tensor) -> None:
+        """A gradient that is final."""
+
+    def cross(
+        self, grads: list[Tensor | None], sums: Sums, arrived: bool, types: Callable[[Sums], Sums]
+    ) -> tuple[list[Tensor | None], Sums, bool]:
+        """The union's gradients (in the unit of the returned sums), sums, and whether any rank's loss reached its parameters.
+
+        Takes the gradients out of ``grads``. ``types`` gives sums that have seen nothing their types.
+        """
+
+    def fail(self, error: BaseException) -> None:
+        """This rank's call raises."""
+
+    def done(self) -> None:
+        """It returns what it is to return."""
+
+
+def connect(options: Options, agreed: Agreed | None) -> Boundary:
+    """The boundary of one call."""
+    if options.sync is None or agreed is None:
+        return Alone()
+    group = groups.resolve(options.name, options.sync.group)
+    if group is None:
+        return Alone()
+    if _where.loops():
+        return Traced(options, group)
+    if _where.transforming():
+        raise NotImplementedError(
+            f"{options.name}: sync=all_reduce() inside a functorch transform or another grad_fn's loss is not available in "
+            "this version; call it outside, or leave sync out"
+        )
+    link = Link(options, group, agreed, channels.of(group))
+    link.begin()
+    return link

@@ -89,7 +89,7 @@ def describe(
             ("compress", sync.compress),
             ("overlap", sync.overlap),
         ),
-        () if layout is None else tuple(layout.specs()),
+        () if layout is None else tuple(layouts.specs(layout)),
         coded,
         weight,
         tuple(order),

@@ -1,16 +1,20 @@
-"""What there is to pack beside gradients: the same on every rank, or an error that says where it differs."""
+"""What there is to pack beside gradients: the same on every rank, or an error that says where it differs.
+
+A layout is `Sums` whose numbers are replaced by `Spec`s: what a rank without a micro-batch learns from the others.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from gradacc import _aux, _fold, _tree
-from gradacc._mean import Mean
-from gradacc._options import Options
+from gradacc import _sums, _tree
+from gradacc._parts import Average, Part, Pieces, Total, is_part
+from gradacc._sums import Sums
 
 
 @dataclass(frozen=True)
@@ -26,99 +30,87 @@ class Spec:
 
 
 @dataclass(frozen=True)
-class Leaf:
-    """A leaf of aux: an average, a `Mean`, or (no specs) concatenated, which stays on its rank."""
+class Local:
+    """What is concatenated, and stays on its rank."""
 
     dtype: torch.dtype
-    specs: tuple[Spec, ...]
-    trailing: tuple[int, ...] = field(default=(), compare=False)
-    """Of what is concatenated, the shape behind the batch dimension."""
+    trailing: tuple[int, ...] = field(compare=False)
+    """The shape behind the batch dimension."""
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What a loss returns, without its tensors; what a rank without a micro-batch learns from the others."""
-
-    is_mean: bool
-    dtype: torch.dtype
-    value: tuple[Spec, ...]
-    aux: Any
-    """A tree of `Leaf`. Not its treedef: a class may be known to the other rank only when it meets it."""
-
-    def specs(self) -> list[Spec]:
-        """Of all that crosses beside gradients, in order."""
-        return [*self.value, *(spec for leaf in _tree.flatten(self.aux)[0] for spec in leaf.specs)]
+Layout: TypeAlias = Sums
 
 
-def of(options: Options, sums: _fold.Sums) -> Layout:
+def of(sums: Sums) -> Layout:
     """The layout of a rank's sums, which has seen a micro-batch."""
-    kind = sums.kind
-    assert kind is not None
-    assert sums.aux is not None
-    value = _mean_specs(sums.value) if kind.is_mean else (_spec(sums.value, weighted=options.reduction == "mean"),)
-    return Layout(kind.is_mean, kind.dtype, value, _tree.unflatten(kind.aux, [_leaf(part) for part in sums.aux]))
+    parts, treedef = _tree.flatten(sums.aux, is_part)
+    assert sums.value is not None
+    return Sums(_specs(sums.value), _tree.unflatten(treedef, [_specs(part) for part in parts]), None, None, True)
 
 
-def restore(layout: Layout, summed: list[Any], local: _fold.Sums, like: Tensor) -> _fold.Sums:
-    """The union's kind, value and aux, from the sums of `_fold.numbers`; concatenated leaves are ``local``'s own."""
-    leaves, treedef = _tree.flatten(layout.aux)
-    aux: list[Any] = []
-    for i, leaf in enumerate(leaves):
-        if len(leaf.specs) == 2:
-            aux.append(_aux.Total(Mean(like, like), leaf.dtype))
-        elif leaf.specs:
-            aux.append(_aux.Average(like, leaf.dtype))
-        elif local.aux is not None:
-            aux.append(local.aux[i])
-        else:
-            aux.append([torch.empty((0, *leaf.trailing), dtype=leaf.dtype, device=like.device)])
-    kind = _fold.Kind(layout.is_mean, layout.dtype, treedef)
-    return _fold.with_numbers(
-        _fold.Sums(kind=kind, value=Mean(like, like) if layout.is_mean else like, aux=aux), summed
-    )
+def specs(layout: Layout) -> list[Spec]:
+    """Of all that crosses beside gradients, in the order of `_sums.numbers`."""
+    return [spec for spec in _tree.flatten(layout)[0] if isinstance(spec, Spec)]
+
+
+def restore(layout: Layout, summed: Sequence[Any], local: Sums, like: Tensor, fixed: tuple[Any, Any, bool]) -> Sums:
+    """The union's sums, of these numbers, and of what is ``fixed``: weight, unit, and whether anybody had anything.
+
+    What is concatenated is ``local``'s own.
+    """
+    _, rest, pieces = _sums.numbers(layout)
+    weight, unit, differentiated = fixed
+    if local.value is None:
+        pieces = [[torch.empty((0, *piece.trailing), dtype=piece.dtype, device=like.device)] for (piece,) in pieces]
+    else:
+        pieces = _sums.numbers(local)[2]
+    structure = Sums(rest.value, rest.aux, None, None, differentiated)
+    return _sums.with_numbers(structure, summed, pieces, weight, unit)
 
 
 def difference(one: Layout, other: Layout) -> str | None:
     """The first difference between two ranks, or between two calls."""
-    if one.is_mean is not other.is_mean:
+    if type(one.value) is not type(other.value):
         return f"loss_fn returned {_kind(one)}, and {_kind(other)}"
-    if (one.dtype, one.value) != (other.dtype, other.value):
-        return f"the loss is {one.dtype} ({_show(one.value)}), and {other.dtype} ({_show(other.value)})"
-    leaves, treedef = _tree.flatten(one.aux)
-    others, othertree = _tree.flatten(other.aux)
+    if _facts(one.value) != _facts(other.value):
+        return f"the loss is {_title(one.value)}, and {_title(other.value)}"
+    parts, treedef = _tree.flatten(one.aux, is_part)
+    others, othertree = _tree.flatten(other.aux, is_part)
     if treedef != othertree:
         return f"aux has the structure {treedef}, and {othertree}"
-    for path, a, b in zip(_tree.paths(treedef, "aux"), leaves, others, strict=True):
-        if a != b:
-            return f"{path} is {_leaf_title(a)}, and {_leaf_title(b)}"
+    for path, a, b in zip(_tree.paths(treedef, "aux"), parts, others, strict=True):
+        if _facts(a) != _facts(b):
+            return f"{path} is {_title(a)}, and {_title(b)}"
     return None
 
 
-def _mean_specs(mean: Mean) -> tuple[Spec, ...]:
-    return tuple(_spec(value, weighted=False) for value in (mean.total, mean.weight))
+def _specs(part: Part) -> Part:
+    if isinstance(part, Pieces):
+        first = part.tensors[0]
+        return Pieces([Local(first.dtype, tuple(first.shape[1:]))])
+    numbers, treedef = _tree.flatten(part)
+    found: Part = _tree.unflatten(treedef, [_spec(number, isinstance(part, Average)) for number in numbers])
+    return found
 
 
-def _spec(value: Any, *, weighted: bool) -> Spec:
+def _spec(value: Any, weighted: bool) -> Spec:
     if isinstance(value, Tensor):
         return Spec(value.dtype, tuple(value.shape), weighted)
     return Spec(None, (), weighted, whole=isinstance(value, int))
 
 
-def _leaf(part: _aux.Partial) -> Leaf:
-    if isinstance(part, _aux.Total):
-        return Leaf(part.dtype, _mean_specs(part.mean))
-    if isinstance(part, _aux.Average):
-        return Leaf(part.dtype, (_spec(part.total, weighted=True),))
-    return Leaf(part[0].dtype, (), tuple(part[0].shape[1:]))
+def _facts(part: Any) -> tuple[Any, ...]:
+    return type(part), getattr(part, "dtype", None), _tree.flatten(part)[0]
 
 
 def _kind(layout: Layout) -> str:
-    return "a Mean" if layout.is_mean else "a tensor"
+    return "a Mean" if isinstance(layout.value, Total) else "a tensor"
 
 
-def _leaf_title(leaf: Leaf) -> str:
-    return f"{_show(leaf.specs) or 'concatenated'} of {leaf.dtype}"
-
-
-def _show(specs: tuple[Spec, ...]) -> str:
-    return " over ".join(f"{'a number' if s.dtype is None else s.dtype} of shape {s.shape}" for s in specs)
+def _title(part: Any) -> str:
+    if isinstance(part, Pieces):
+        return f"concatenated of {part.tensors[0].dtype}"
+    shown = " over ".join(
+        f"{'a number' if spec.dtype is None else spec.dtype} of shape {spec.shape}" for spec in _tree.flatten(part)[0]
+    )
+    return f"{shown} of {part.dtype}"

@@ -15,7 +15,7 @@ NOTE [scales]
 
     On an accelerator a rank does not read its weight, and so cannot withhold anything: its gradients are out of its hands when
     it reads the records. Where they do not fit, it has sent zeros and said so, and the call is an error on all ranks, after
-    which the scale is the right one. A weight that is not what it must be (NOTE [weights that are not read] in ``_fold.py``) is
+    which the scale is the right one. A weight that is not what it must be (NOTE [weights that are not read] in ``_sums.py``) is
     NaN in the record, and an error on all ranks, too.
 
     With ``reduction="sum"`` there are no weights: gradients cross as they are.

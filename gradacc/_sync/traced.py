@@ -6,59 +6,52 @@ compile the same `grad_fn` for batches of the same structure, and a rank that di
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradacc import _fold, _tree
+from gradacc import _sums, _tree
 from gradacc._options import Options
+from gradacc._sums import Sums
+from gradacc._sync import channel as channels
 from gradacc._sync import layout as layouts
 from gradacc._sync import wire
 
 
 class Traced:
-    """As `gradacc._sync.boundary.Link`, for one graph."""
+    """The boundary of one graph."""
 
     def __init__(self, options: Options, group: dist.ProcessGroup) -> None:
         self.options, self.group = options, group
+
+    crosses, overlaps = True, False
 
     def bind(self, params: Sequence[Tensor], treedef: _tree.TreeDef, dtypes: Sequence[torch.dtype]) -> None:
         """Say what is differentiated, as soon as it is known."""
         self.params, self.dtypes = params, dtypes
 
+    def set_unit(self, unit: float | Tensor | None, weight: float | Tensor) -> None:
+        """Known in the graph."""
+
+    def deliver(self, index: int, grad: Tensor) -> None:
+        """Nothing overlaps in a graph."""
+
     def cross(
-        self, grads: list[Tensor | None], sums: _fold.Sums, arrived: bool
-    ) -> tuple[list[Tensor | None], _fold.Sums, bool]:
-        """The union's gradients (in the unit 1) and sums."""
-        sync, name = self.options.sync, self.options.name
-        assert sync is not None
-        if sums.kind is None:
-            raise ValueError(
-                f"{name}: compiled, with sync, a window without a micro-batch says nothing of what the loss returns; "
-                "leave such windows to grad_fn as it is, not compiled (on every rank)"
-            )
-        if sync.compress == torch.float16:
-            raise ValueError(
-                f"{name}: compress=torch.float16 is not available in a compiled call, where gradients cross as sums, which "
-                "overflow it; use torch.bfloat16"
-            )
-        plan = wire.plan(
-            [param.shape for param in self.params],
-            self.dtypes,
-            [param.device for param in self.params],
-            layouts.of(self.options, sums).specs(),
-            sync.compress,
-            order=None,
-        )
+        self, grads: list[Tensor | None], sums: Sums, arrived: bool, types: Callable[[Sums], Sums]
+    ) -> tuple[list[Tensor | None], Sums, bool]:
+        """As `gradacc._sync.Boundary`; the union's gradients are in the unit 1."""
+        sums, params, group = types(sums), self.params, self.group
+        plan = self._plan(sums)
         device = plan.buckets[plan.header].device
         unit: Any = 0.0 if sums.unit is None else sums.unit
         factor = 1.0 if self.options.reduction == "sum" else unit
-        values = _fold.numbers(sums)
+        values, rest, pieces = _sums.numbers(sums)
         like = torch.zeros((), dtype=torch.float64, device=device)
-        record = wire.record(plan, [like + sums.weight, like + unit], values, device)
+        fixed = [channels.bits(channels.FINE), 0, channels.FIRST, like + sums.weight, like + unit]
+        record = wire.record(plan, fixed, values, device)
         flats = []
         for at, bucket in enumerate(plan.buckets):
             parts = [
@@ -70,25 +63,45 @@ class Traced:
             parts += [wire.real(values[n]).reshape(-1) for n in plan.vectors[at]]
             if at == plan.header:
                 coded = wire.encode(record, bucket.wire)
-                before, after = self.group.rank(), self.group.size() - 1 - self.group.rank()
+                before, after = group.rank(), group.size() - 1 - group.rank()
                 parts += [coded.new_zeros(before * len(coded)), coded, coded.new_zeros(after * len(coded))]
             flat = torch.cat(parts)
-            dist.all_reduce(flat, group=self.group)
+            dist.all_reduce(flat, group=group)
             flats.append(flat)
         wide = [wire.widen(bucket, flat) for bucket, flat in zip(plan.buckets, flats, strict=True)]
         header, digits = flats[plan.header], wire.digits(len(record), plan.buckets[plan.header].wire)
-        table = wire.decode(header[len(header) - self.group.size() * digits :].view(self.group.size(), -1), len(record))
+        table = wire.decode(header[len(header) - group.size() * digits :].view(group.size(), -1), len(record))
         floats = table.view(torch.float64)
-        summed = wire.summed(plan, 2, table, floats[:, 1])
-        for at, flat in enumerate(flats):
-            for n, tensor in wire.read_vectors(plan, at, flat).items():
-                summed[n] = tensor
+        summed = wire.read(plan, flats, channels.COLUMNS, table, floats[:, channels.UNIT])
         restored = [
-            number if spec.dtype is None else number.to(device=self.params[0].device, dtype=spec.dtype)
+            number if spec.dtype is None else number.to(device=params[0].device, dtype=spec.dtype)
             for number, spec in zip(summed, plan.specs, strict=True)
         ]
-        whole = _fold.with_numbers(sums, restored)._replace(weight=floats[:, 0].sum(), unit=1.0, differentiated=True)
-        return wire.unpack(plan, wide, self.params), whole, arrived or not sums.differentiated
+        differentiated = Sums(rest.value, rest.aux, None, None, True)
+        whole = _sums.with_numbers(differentiated, restored, pieces, floats[:, channels.WEIGHT].sum(), 1.0)
+        return wire.unpack(plan, wide, params), whole, arrived or not sums.differentiated
+
+    def _plan(self, sums: Sums) -> wire.Plan:
+        sync, name = self.options.sync, self.options.name
+        assert sync is not None
+        if sums.value is None:
+            raise ValueError(
+                f"{name}: compiled, with sync, a window without a micro-batch says nothing of what the loss returns; "
+                "leave such windows to grad_fn as it is, not compiled (on every rank)"
+            )
+        if sync.compress == torch.float16:
+            raise ValueError(
+                f"{name}: compress=torch.float16 is not available in a compiled call, where gradients cross as sums, which "
+                "overflow it; use torch.bfloat16"
+            )
+        return wire.plan(
+            [param.shape for param in self.params],
+            self.dtypes,
+            [param.device for param in self.params],
+            layouts.specs(layouts.of(sums)),
+            sync.compress,
+            order=None,
+        )
 
     def fail(self, error: BaseException) -> None:
         """Nothing can be told from inside a graph."""

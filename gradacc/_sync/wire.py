@@ -222,7 +222,19 @@ def _bits(value: Any, floating: bool, device: torch.device) -> Tensor:
     return number.view(torch.int64) if floating else number
 
 
-def summed(plan: Plan, fixed: int, table: Tensor, shares: Tensor) -> list[Any]:
+def read(plan: Plan, flats: Sequence[Tensor], fixed: int, table: Tensor, shares: Tensor) -> list[Any]:
+    """The sums over ranks of everything that is not a gradient, in the order of the specs.
+
+    ``table``: the ranks' records, which begin with ``fixed`` columns; ``shares``: what the weighted ones of a rank count for.
+    """
+    sums = _summed(plan, fixed, table, shares)
+    for at, flat in enumerate(flats):
+        for n, tensor in read_vectors(plan, at, flat).items():
+            sums[n] = tensor
+    return sums
+
+
+def _summed(plan: Plan, fixed: int, table: Tensor, shares: Tensor) -> list[Any]:
     """The sums over ranks of the records' columns (None for what is not in them), weighted ones times their rank's share."""
     floats = table.view(torch.float64)
     sums: list[Any] = []

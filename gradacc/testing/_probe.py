@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _accumulate, _loss, _step, _tree
+from gradacc import _accumulate, _loop, _loss, _tree
 from gradacc._mean import Mean
 from gradacc._options import Options
 from gradacc.testing import _sandbox
@@ -59,7 +59,7 @@ class Probe(NamedTuple):
             out = self.loss_fn(*(trees.get(n, arg) for n, arg in enumerate(args)))
             value, aux = _loss.returned(self.options, out)
             target = _loss.target_of(self.options, value)
-            _step.check_dependence(self.options.name, target.requires_grad)
+            _loop.check_dependence(self.options.name, target.requires_grad)
             number = value.value if isinstance(value, Mean) else target
             grads = torch.autograd.grad(number, leaves, materialize_grads=True)
         weight = float(value.weight) if isinstance(value, Mean) else None

@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 
 import gradacc
 from gradacc import Mean
-from gradacc._engines import attempt
+from gradacc._engines.compiled import attempt
 from tests.helpers import assert_trees_close
 from tests.workers import Failed
 

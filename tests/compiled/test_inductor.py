@@ -1,4 +1,4 @@
-"""Sums in place: what Inductor makes of `gradacc._engines.inductor`'s operators, and that nobody sees the difference."""
+"""Sums in place: what Inductor makes of `gradacc._engines.compiled.inductor`'s operators, and nobody sees it."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch._higher_order_ops.scan import scan
 from torch.testing import assert_close
 
 import gradacc
-from gradacc._engines import loop
+from gradacc._engines.compiled import loop
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 """Inductor imports it."""

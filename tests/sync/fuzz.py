@@ -20,8 +20,8 @@ from unittest import mock
 import torch
 
 import gradacc
-from gradacc import _fold
-from gradacc._sync import boundary
+from gradacc import _sums
+from gradacc._sync import link
 from gradacc._sync.sending import Sending
 from tests.workers import Pool
 
@@ -204,14 +204,14 @@ def broken(fault: str | None) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         if fault == "packing":
-            original: Any = boundary._pack
-            stack.enter_context(mock.patch.object(boundary, "_pack", after(-1)))
+            original: Any = link._pack
+            stack.enter_context(mock.patch.object(link, "_pack", after(-1)))
         elif fault == "memory":  # and once more, when it is to be told
             original = Sending.flat
             stack.enter_context(mock.patch.object(Sending, "flat", lambda *args: after(0, -1)(*args)))
         elif fault == AFTER:
-            original = _fold.finalize
-            stack.enter_context(mock.patch.object(_fold, "finalize", after(0)))
+            original = _sums.finalize
+            stack.enter_context(mock.patch.object(_sums, "finalize", after(0)))
         yield
 
 

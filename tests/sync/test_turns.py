@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 
 import gradacc
-from gradacc import _fold
+from gradacc import _sums
 from gradacc._sync.sending import Sending
 
 
@@ -248,7 +248,7 @@ def after_the_sums_have_come(group, ranks):
     grad_fn = gradacc.accumulate(squares, steps=1, sync=gradacc.all_reduce(group))
     rank, answers = dist.get_rank(group), []
     for number in range(4):
-        fails = mock.patch.object(_fold, "finalize", side_effect=MemoryError if rank in ranks else Own)
+        fails = mock.patch.object(_sums, "finalize", side_effect=MemoryError if rank in ranks else Own)
         if number == 1 and rank in ranks:
             with fails:
                 answers.append(attempt(lambda: grad_fn(torch.ones(3), ones(rank))))

@@ -25,22 +25,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradacc import _fold
-from gradacc._engines.attempt import attempt
-from gradacc._engines.functional import Buffer
+from gradacc import _sums
+from gradacc._engines import Buffer
+from gradacc._engines.compiled.attempt import attempt
 from gradacc._split import Cut, Microbatch, Run
+from gradacc._sums import Sums
 
-Step = Callable[[Buffer, _fold.Sums, Microbatch], tuple[Buffer, _fold.Sums]]
+State = tuple[Buffer, Sums]
+Step = Callable[[Buffer, Sums, Microbatch], State]
 
 UNROLLED = 4
 """Micro-batches of a run up to which the loop is unrolled: an unrolled one needs no zeros, and fuses across micro-batches."""
 
 
-def fold(name: str, step: Step, buffer: Buffer, sums: _fold.Sums, cut: Cut) -> tuple[Buffer, _fold.Sums]:
+def fold(name: str, step: Step, buffer: Buffer, sums: Sums, cut: Cut) -> tuple[Buffer, Sums]:
     """``for microbatch in cut: buffer, sums = step(buffer, sums, microbatch)``."""
-    loops = (
-        torch.compiler.is_dynamo_compiling()
-    )  # not so in torch.export(strict=False), where scan cannot trace its body
+    # Not so in torch.export(strict=False), where scan cannot trace its body.
+    loops = torch.compiler.is_dynamo_compiling()
     for run in cut.runs:
         start = buffer, sums
         buffer, sums = step(*start, cut.at(run.offset, run.size))
@@ -48,7 +49,7 @@ def fold(name: str, step: Step, buffer: Buffer, sums: _fold.Sums, cut: Cut) -> t
         if run.repeats <= UNROLLED or not loops:
             buffer, sums = rest()
         else:
-            whole = functools.partial(_scan, step, *start, buffer, sums, cut, run)
+            whole = functools.partial(_scan, step, start, (buffer, sums), cut, run)
             (buffer, sums), loops = attempt(whole, rest, f"{name}: {_UNROLLING}")
     return buffer, sums
 
@@ -59,62 +60,56 @@ _UNROLLING = (
 )
 
 
-def _unrolled(step: Step, buffer: Buffer, sums: _fold.Sums, cut: Cut, run: Run) -> tuple[Buffer, _fold.Sums]:
+def _unrolled(step: Step, buffer: Buffer, sums: Sums, cut: Cut, run: Run) -> tuple[Buffer, Sums]:
     """The run's micro-batches after the first one."""
     for i in range(1, run.repeats):
         buffer, sums = step(buffer, sums, cut.at(run.offset + i * run.size, run.size))
     return buffer, sums
 
 
-def _scan(
-    step: Step, buffer: Buffer, before: _fold.Sums, seen: Buffer, sums: _fold.Sums, cut: Cut, run: Run
-) -> tuple[Buffer, _fold.Sums]:
-    """The whole run, from ``buffer`` and ``before``; ``seen`` and ``sums``: after its first micro-batch."""
+def _scan(step: Step, start: State, seen: State, cut: Cut, run: Run) -> State:
+    """The whole run, from ``start``; ``seen``: what was there after its first micro-batch."""
     from torch._higher_order_ops.scan import scan
 
-    tail: list[Any] = [part if not isinstance(part, list) else [] for part in sums.aux or ()]
-    template = sums._replace(aux=tail)
-    numbers = [*_fold.numbers(sums), sums.weight]
+    (buffer, before), (after, sums) = start, seen
+    numbers, rest, pieces = _sums.numbers(sums)
+    numbers.append(sums.weight)
     is_tensor = [isinstance(number, Tensor) for number in numbers]
 
-    def state(carry: list[Tensor]) -> tuple[Buffer, _fold.Sums]:
+    def state(carry: list[Tensor]) -> State:
         left = iter(carry)
-        grads = [next(left) for _ in buffer.grads]
+        grads: list[Tensor | None] = [next(left) for _ in buffer.grads]
         *own, weight = [next(left) if tensor else 0 for tensor in is_tensor]
-        return seen._replace(grads=grads), _fold.with_numbers(template, own)._replace(weight=weight)
+        return after._replace(grads=grads), _sums.with_numbers(rest, own, [[] for _ in pieces], weight, sums.unit)
 
-    def body(carry: list[Tensor], tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    def body(carry: list[Tensor], tensors: list[Tensor]) -> tuple[list[Any], list[Tensor]]:
         after, summed = step(*state(carry), cut.unstacked(tensors, run.size))
-        found = [*_fold.numbers(summed), summed.weight]
-        kept = [number for number, tensor in zip(found, is_tensor, strict=True) if tensor]
-        each = [part[0].clone() for part in summed.aux or () if isinstance(part, list)]
-        return [*after.grads, *kept], each  # no gradient is None: torch.func returns zeros
+        found, _, each = _sums.numbers(summed)
+        kept = [number for number, tensor in zip([*found, summed.weight], is_tensor, strict=True) if tensor]
+        # No gradient is None: torch.func returns zeros.
+        return [*after.grads, *kept], [piece[0].clone() for piece in each]
 
-    first = [*_fold.numbers(before), before.weight] if before.kind is not None else [0] * len(numbers)
-    start = [
-        torch.zeros_like(param, dtype=dtype) if grad is None else grad.clone()  # dense: a sum's gradient is expanded
+    first = [0] * len(numbers) if before.value is None else [*_sums.numbers(before)[0], before.weight]
+    zeros: list[Tensor] = [
+        # Dense: a sum's gradient is expanded.
+        torch.zeros_like(param, dtype=dtype) if grad is None else grad.clone()
         for param, dtype, grad in zip(buffer.params, buffer.dtypes, buffer.grads, strict=True)
     ]
-    start += [
+    zeros += [
         old if isinstance(old, Tensor) else _number(number, old)
         for old, number in zip(first, numbers, strict=True)
         if isinstance(number, Tensor)
     ]
-    carry, each = scan(body, start, cut.stacked(run))
+    carry, each = scan(body, zeros, cut.stacked(run))
     buffer, summed = state(carry)
-    total = [
+    *total, weight = [
         new if tensor else old + (number - old) * run.repeats
         for new, number, old, tensor in zip(
-            [*_fold.numbers(summed), summed.weight], numbers, first, is_tensor, strict=True
+            [*_sums.numbers(summed)[0], summed.weight], numbers, first, is_tensor, strict=True
         )
     ]
-    summed = _fold.with_numbers(summed, total[:-1])._replace(weight=total[-1])
-    ends = iter(each)
-    aux = [
-        [*part[:-1], next(ends).flatten(0, 1)] if isinstance(part, list) else new
-        for part, new in zip(sums.aux or (), summed.aux or (), strict=True)
-    ]
-    return buffer, summed._replace(aux=aux)
+    joined = [[*piece[:-1], end.flatten(0, 1)] for piece, end in zip(pieces, each, strict=True)]
+    return buffer, _sums.with_numbers(rest, total, joined, weight, sums.unit)
 
 
 def _number(like: Tensor, value: float) -> Tensor:

@@ -1,17 +1,18 @@
-"""One call's boundary: send what there is, read what came."""
+"""The boundary of a call with other ranks: send what there is, read what came."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradacc import _fold, _tree, _where
+from gradacc import _sums, _tree
 from gradacc._options import Options
+from gradacc._sums import Sums
 from gradacc._sync import agreement as agreements
 from gradacc._sync import channel as channels
 from gradacc._sync import group as groups
@@ -22,7 +23,6 @@ from gradacc._sync.agreement import Agreed, Agreement
 from gradacc._sync.channel import APART, ARRIVED, COLUMNS, DIFFERENTIATED, FAR, FINE, SWITCHING, WITHHELD, Channel
 from gradacc._sync.layout import Layout
 from gradacc._sync.sending import Sending
-from gradacc._sync.traced import Traced
 from gradacc._sync.turn import DESCRIPTIONS, GREETING, REST, SUMS, Next, Turn
 
 
@@ -53,6 +53,8 @@ class Link(Turn):
         self.params, self.treedef, self.dtypes = params, treedef, dtypes
         self.signature = (treedef, tuple((p.shape, p.dtype, p.device) for p in params), tuple(dtypes))
         self.agreement = self._known().get(self.signature)
+
+    crosses = True
 
     @property
     def overlaps(self) -> bool:
@@ -89,18 +91,16 @@ class Link(Turn):
             sending.launch(None)
 
     def cross(
-        self, grads: list[Tensor | None], sums: _fold.Sums, arrived: bool
-    ) -> tuple[list[Tensor | None], _fold.Sums, bool]:
-        """The union's gradients (in the unit of the returned sums), sums, and whether any rank's loss reached its parameters.
-
-        Takes the gradients out of ``grads``, each as it is packed (or when it is sure that it need not be packed again).
-        """
+        self, grads: list[Tensor | None], sums: Sums, arrived: bool, types: Callable[[Sums], Sums]
+    ) -> tuple[list[Tensor | None], Sums, bool]:
+        """As `gradacc._sync.Boundary`. A gradient is taken out when it is packed, or need surely not be packed again."""
         try:
-            return self._cross(grads, sums, arrived)
+            grads, sums, arrived = self._cross(grads, sums, arrived)
         except BaseException as error:
             self.leave()
             groups.release(error)
             raise
+        return grads, types(sums), arrived
 
     def done(self) -> None:
         """The call returns what it is to return."""
@@ -112,16 +112,14 @@ class Link(Turn):
     def _is_expected(self) -> bool:
         return self.agreement is not None and self.agreement.shape == self.next.shape
 
-    def _cross(
-        self, grads: list[Tensor | None], sums: _fold.Sums, arrived: bool
-    ) -> tuple[list[Tensor | None], _fold.Sums, bool]:
+    def _cross(self, grads: list[Tensor | None], sums: Sums, arrived: bool) -> tuple[list[Tensor | None], Sums, bool]:
         options = self.options
         with self.telling():
             order = tuple(self.held)
             for index, grad in self.held.items():
                 grads[index] = grad
             self.held = {}
-            here = None if sums.kind is None else layouts.of(options, sums)
+            here = None if sums.value is None else layouts.of(sums)
             weight, described = sums.weight, None
             if self.agreement is None:
                 described = agreements.describe(options, self.params, self.treedef, here, float(weight), order)
@@ -138,7 +136,7 @@ class Link(Turn):
                 found = agreements.agree(*call, self.params, self.dtypes, described, here)
             if found.shape is None:
                 self.channel.apart = True
-                return [None] * len(grads), sums._replace(kind=None), False
+                return [None] * len(grads), _sums.NOTHING, False
             self.go(SUMS, found.shape)
             self.agreement, self._lasting = found.agreement, found.lasting
             with self.telling():
@@ -168,14 +166,14 @@ class Link(Turn):
         self,
         agreement: Agreement,
         grads: list[Tensor | None],
-        sums: _fold.Sums,
+        sums: Sums,
         here: Layout | None,
         weight: float | Tensor,
         arrived: bool,
     ) -> None:
         """Everything that has not been delivered."""
         plan, kept = agreement.plan, here is not None
-        values = _fold.numbers(sums) if kept else None
+        values = _sums.numbers(sums)[0] if kept else None
         flags = (
             DIFFERENTIATED * (kept and sums.differentiated),
             ARRIVED * (kept and arrived),
@@ -250,17 +248,14 @@ class Link(Turn):
         self._table = table
 
     def _receive(
-        self, agreement: Agreement, grads: list[Tensor | None], sums: _fold.Sums
-    ) -> tuple[list[Tensor | None], _fold.Sums, bool]:
+        self, agreement: Agreement, grads: list[Tensor | None], sums: Sums
+    ) -> tuple[list[Tensor | None], Sums, bool]:
         """The union's, from what came."""
         plan, table, (flats, wide) = agreement.plan, self._table, self._received
         assert table is not None
         floats = table.view(torch.float64)
         bits = table[:, 0]
         weight, unit = float(floats[:, channels.WEIGHT].sum()), agreement.scale
-        vectors: dict[int, Tensor] = {}
-        for at, flat in enumerate(flats):
-            vectors |= wire.read_vectors(plan, at, flat)
         whole: list[Tensor | None]
         if self.next.kind == REST:
             unit = scales.scale(weight) if self.options.reduction == "mean" else unit
@@ -273,13 +268,10 @@ class Link(Turn):
             if plan.narrow:
                 wide = [wire.widen(bucket, flat) for bucket, flat in zip(plan.buckets, flats, strict=True)]
             whole = wire.unpack(plan, wide, self.params)
-        summed = wire.summed(plan, COLUMNS, table, floats[:, channels.UNIT] / unit)
-        for n, tensor in vectors.items():
-            summed[n] = tensor
+        summed = wire.read(plan, flats, COLUMNS, table, floats[:, channels.UNIT] / unit)
         restored = [_restored(x, spec, self.params[0].device) for x, spec in zip(summed, plan.specs, strict=True)]
-        union = layouts.restore(agreement.layout, restored, sums, self.params[0])._replace(
-            weight=weight, unit=unit, differentiated=bool((bits & DIFFERENTIATED).any())
-        )
+        differentiated = bool((bits & DIFFERENTIATED).any())
+        union = layouts.restore(agreement.layout, restored, sums, self.params[0], (weight, unit, differentiated))
         return whole, union, bool((bits & ARRIVED).any())
 
     def _plan_of_rest(self) -> wire.Plan:
@@ -296,7 +288,7 @@ class Link(Turn):
     def _cross_rest(
         self,
         grads: list[Tensor | None],
-        sums: _fold.Sums,
+        sums: Sums,
         first: list[Tensor | None] | None,
         ratio: float,
         unit: float,
@@ -313,7 +305,7 @@ class Link(Turn):
                 flat = sending.flat(at)
                 for index in bucket.indices:
                     grad, grads[index] = grads[index], None
-                    _pack(plan.places[index], flat, grad if sums.kind is not None else None, factor)
+                    _pack(plan.places[index], flat, grad if sums.value is not None else None, factor)
                 sending.launch(self.record(sending.shape.columns, FINE) if at == plan.header else None)
         self.conclude()
         self.check()
@@ -326,25 +318,6 @@ class Link(Turn):
                 assert other is not None
                 one.add_(other, alpha=ratio)
         return second
-
-
-def connect(options: Options, agreed: Agreed | None) -> Link | Traced | None:
-    """The connection that a call needs; None where nothing crosses."""
-    if options.sync is None or agreed is None:
-        return None
-    group = groups.resolve(options.name, options.sync.group)
-    if group is None:
-        return None
-    if _where.loops():
-        return Traced(options, group)
-    if _where.transforming():
-        raise NotImplementedError(
-            f"{options.name}: sync=all_reduce() inside a functorch transform or another grad_fn's loss is not available in "
-            "this version; call it outside, or leave sync out"
-        )
-    link = Link(options, group, agreed, channels.of(group))
-    link.begin()
-    return link
 
 
 def _is_finite(plan: wire.Plan, flats: Sequence[Tensor]) -> Tensor:

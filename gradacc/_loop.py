@@ -1,0 +1,179 @@
+"""The fold: one loop over micro-batches, and its end.
+
+.. code-block:: text
+
+    accumulate = finalize . sync . fold(forward, contribution, backward, add) . init
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from gradacc import _call, _dtypes, _loss, _split, _sums, _sync, _tree
+from gradacc._engines import Buffer, Engine, eager, functional
+from gradacc._loss import Outcome
+from gradacc._options import Options
+from gradacc._sums import Sums
+from gradacc._where import loops, transforming
+
+Loss = Callable[[_split.Microbatch, Sequence[Tensor]], Outcome]
+"""``loss(microbatch, leaves)``: the loss of one micro-batch, with these leaves as parameters."""
+
+
+class Fold(NamedTuple):
+    """What is accumulated, and how."""
+
+    options: Options
+    engine: Engine
+    loss: Loss | None
+    params: list[Tensor]
+    treedef: _tree.TreeDef
+    accumulated: list[torch.dtype]
+    """What each gradient is summed in,"""
+    returned: list[torch.dtype]
+    """and returned in."""
+    known: int | None = None
+    """The number of examples of all micro-batches, where it is known beforehand."""
+
+
+def engine() -> Engine:
+    """The one that this place needs."""
+    return functional if transforming() else eager
+
+
+def start(options: Options, params: list[Tensor], treedef: _tree.TreeDef, loss: Loss | None) -> Fold:
+    """With the engine that this place needs."""
+    accumulated, returned = _dtypes.dtypes(options.dtype, params)
+    return Fold(options, engine(), loss, params, treedef, accumulated, returned)
+
+
+def loss_of(
+    options: Options,
+    loss_fn: Callable[..., Any],
+    args: Sequence[Any],
+    differentiated: Sequence[int],
+    treedef: _tree.TreeDef,
+    kwargs: dict[str, Any],
+) -> Loss:
+    """``loss_fn`` as a function of a micro-batch and of leaves, in a call with these arguments."""
+    single, own = isinstance(options.argnums, int), engine()
+
+    def loss(microbatch: _split.Microbatch, leaves: Sequence[Tensor]) -> Outcome:
+        tree = _tree.unflatten(treedef, leaves)
+        trees = dict(zip(differentiated, (tree,) if single else tree, strict=True))
+        positional = [trees[n] if n in trees else own.admit(arg) for n, arg in enumerate(microbatch.args)]
+        named = own.admit(kwargs)
+        try:
+            with own.calling():
+                out = loss_fn(*positional, **named)
+        except Exception as error:
+            _call.note_unsplit(error, options, args)
+            raise
+        return _loss.outcome(options, out, microbatch.sizes)
+
+    return loss
+
+
+def run(
+    fold: Fold, divided: _split.Microbatches, boundary: _sync.Boundary
+) -> tuple[Buffer, Sums, _split.Microbatch | None]:
+    """All micro-batches: gradients, what is summed beside them, and the first empty one, if there is any."""
+    with fold.engine.guard():
+        buffer = fold.engine.init(fold.params, fold.accumulated)
+    sums, empty = _sums.NOTHING, divided.whole if divided.examples == 0 else None
+    fold = fold._replace(known=divided.examples)
+    if divided.cut is not None and loops():
+        from gradacc._engines.compiled import loop
+
+        return *loop.fold(fold.options.name, functools.partial(step, fold), buffer, sums, divided.cut), empty
+    for microbatch, is_last in _with_last(divided.parts, ahead=boundary.overlaps):
+        if microbatch.empty:
+            empty = empty or microbatch
+            continue
+        # The caller's iterator runs in the caller's modes, not under the guard.
+        with fold.engine.guard():
+            buffer, sums = step(fold, buffer, sums, microbatch, boundary if is_last else None)
+    return buffer, sums, empty
+
+
+def step(
+    fold: Fold, buffer: Buffer, sums: Sums, microbatch: _split.Microbatch, boundary: _sync.Boundary | None = None
+) -> tuple[Buffer, Sums]:
+    """One micro-batch; where there is a ``boundary``, its gradients are delivered there as they become final."""
+    options, engine, loss = fold.options, fold.engine, fold.loss
+    assert loss is not None
+    tape, outcome = engine.forward(buffer, functools.partial(loss, microbatch))
+    counts = _sums.contribution(options, sums, outcome, fold.known, _is_narrow(fold, outcome))
+    if boundary is not None:
+        boundary.set_unit(counts.unit, sums.weight + (0.0 if outcome.weight is None else outcome.weight))
+    if counts.counts:
+        buffer = engine.backward(buffer, tape, counts, None if boundary is None else boundary.deliver)
+    return buffer, _sums.add(options, sums, outcome, counts, microbatch.sizes)
+
+
+def typed(fold: Fold, sums: Sums, empty: _split.Microbatch | None) -> Sums:
+    """Where there was nothing but an empty micro-batch, it says what types to return."""
+    if sums.value is not None or empty is None:
+        return sums
+    assert fold.loss is not None
+    # Nothing to differentiate.
+    with fold.engine.guard(), torch.no_grad():
+        return _sums.add_types(fold.options, sums, fold.loss(empty, fold.params), fold.known, empty.sizes)
+
+
+def finish(
+    fold: Fold, buffer: Buffer, sums: Sums, boundary: _sync.Boundary, types: Callable[[Sums], Sums]
+) -> tuple[Any, Any]:
+    """``finalize . sync``: what ``grad_fn`` returns.
+
+    ``types``: of sums that have seen nothing, on any rank, those with the types of an empty batch, where there was one.
+    """
+    options, engine = fold.options, fold.engine
+    with engine.guard():
+        grads, sums, arrived = boundary.cross(buffer.grads, sums, buffer.arrived, types)
+        check_dependence(options.name, not sums.differentiated or arrived)
+        value, aux = _sums.finalize(options, sums, fold.params[0])
+        buffer = buffer._replace(grads=grads)
+        results = engine.finalize(buffer, fold.returned, _sums.gradient_factor(options, sums))
+        tree = _tree.unflatten(fold.treedef, results)
+    boundary.done()
+    return tree, ((value, aux) if options.has_aux else value)
+
+
+def check_dependence(name: str, depends: bool) -> None:
+    """A loss that no parameter reaches is a mistake, not a gradient of zero."""
+    if not depends:
+        raise ValueError(
+            f"{name}: the loss does not depend on any parameter. Does loss_fn use the params it is given "
+            "(and not a module's own), without detach(), no_grad() or .item()?"
+        )
+
+
+def _is_narrow(fold: Fold, outcome: Outcome) -> bool:
+    """Whether the backward pass has numbers of fewer digits than the buffer: NOTE [cotangents and factors]."""
+    return outcome.target.dtype.itemsize < 4 or any(
+        param.dtype != dtype for param, dtype in zip(fold.params, fold.accumulated, strict=True)
+    )
+
+
+def _with_last(parts: Iterable[_split.Microbatch], ahead: bool) -> Iterator[tuple[_split.Microbatch, bool]]:
+    """Each micro-batch, and whether it is the last one, whose backward pass overlaps with the boundary.
+
+    Known only by reading one ahead, which is not done where nothing overlaps.
+    """
+    if not ahead:
+        for part in parts:
+            yield part, False
+        return
+    held: list[_split.Microbatch] = []
+    for part in parts:
+        if held:
+            yield held.pop(), False
+        held.append(part)
+    for part in held:
+        yield part, True

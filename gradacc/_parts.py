@@ -1,0 +1,140 @@
+"""Parts: what is summed beside the gradients, each on its way to what the large batch would have returned.
+
+===========  =================================================  ==========================================
+part         of                                                 the large batch's
+===========  =================================================  ==========================================
+`Average`    a loss that is a mean, a 0-dim float of ``aux``    ``total * unit / W``; see NOTE [units]
+`Sum`        a loss that is a sum                               ``total``
+`Total`      a `Mean`                                           `Mean` of both sums
+`Pieces`     what has a batch dimension                         concatenation
+===========  =================================================  ==========================================
+
+Each is a node of a tree: its numbers are leaves, and the dtype that it came in, and is returned in, is structure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from gradacc import _dtypes, _tree
+from gradacc._mean import Mean
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Average:
+    """The sum of share x value."""
+
+    total: Any
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sum:
+    """The sum of values."""
+
+    total: Any
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Total:
+    """The sum of totals, and of weights; ``dtype`` is that of the totals."""
+
+    mean: Mean
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Pieces:
+    """Tensors of one micro-batch each, in order."""
+
+    tensors: list[Any]
+
+
+_tree.register_with_facts(Average, ("total",), "dtype")
+_tree.register_with_facts(Sum, ("total",), "dtype")
+_tree.register_with_facts(Total, ("mean",), "dtype")
+_tree.register(Pieces, lambda part: (part.tensors,), ("tensors",))
+
+Part: TypeAlias = Average | Sum | Total | Pieces
+
+
+def is_part(node: Any) -> bool:
+    """A part is a leaf here."""
+    return isinstance(node, (Average, Sum, Total, Pieces))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """In what is summed: floats of at least 32 bits; counts (integers and bools) in int64."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        return tensor.to(_dtypes.wide(tensor.dtype))
+    return tensor.to(torch.int64)
+
+
+def scaled(tensor: Tensor, share: float | Tensor) -> Tensor:
+    """A new tensor ``share * tensor``, in what is summed; exactly 0 for a share of 0, NaNs too."""
+    own = wide(tensor)
+    if isinstance(share, Tensor):
+        # Two 0-dim tensors have the wider dtype.
+        return torch.where(share == 0, 0.0, own * share).to(own.dtype)
+    return own * share if share else torch.zeros_like(own)
+
+
+def times(part: Part, share: float | Tensor) -> Part:
+    """The same in another unit: an average times ``share``."""
+    if not isinstance(part, Average) or (isinstance(share, float) and share == 1.0):
+        return part
+    return Average((part.total * share).to(part.total.dtype), part.dtype)
+
+
+def add(name: str, a: Part, b: Part, path: Callable[[], str]) -> Part:
+    """The sum of two; ``path`` says where they are, for a message."""
+    if isinstance(a, Average) and isinstance(b, Average):
+        return Average(a.total + b.total, a.dtype)
+    if isinstance(a, Sum) and isinstance(b, Sum):
+        return Sum(a.total + b.total, a.dtype)
+    if isinstance(a, Total) and isinstance(b, Total):
+        if _shapes(a.mean) != _shapes(b.mean):
+            raise ValueError(
+                f"{name}: {path()} is a Mean of shapes {_shapes(a.mean)} (total, weight) in one micro-batch and "
+                f"{_shapes(b.mean)} in another, which are not added. Sum over the examples first: Mean(total.sum(0), weight)"
+            )
+        return Total(a.mean + b.mean, a.dtype)
+    if isinstance(a, Pieces) and isinstance(b, Pieces):
+        if a.tensors and b.tensors and a.tensors[0].shape[1:] != b.tensors[0].shape[1:]:
+            raise ValueError(
+                f"{name}: {path()} has shape {tuple(a.tensors[0].shape)} in one micro-batch and "
+                f"{tuple(b.tensors[0].shape)} in another, which cannot be concatenated. Pad it to one shape, or return a Mean"
+            )
+        return Pieces(a.tensors + b.tensors)
+    raise TypeError(
+        f"{name}: {path()} is not of the same kind in every micro-batch (0-dim in one, with a batch dimension in another)"
+    )
+
+
+def final(part: Part, factor: float | Tensor) -> Any:
+    """What the large batch would have returned; ``factor`` is the unit over the total weight."""
+    if isinstance(part, Average):
+        divided = isinstance(factor, float) and factor == 1.0
+        return (part.total if divided else part.total * factor).to(part.dtype)
+    if isinstance(part, Sum):
+        return part.total.to(part.dtype)
+    if isinstance(part, Total):
+        total, dtype = part.mean.total, part.dtype
+        # Counts stay int64, which holds any of them.
+        return Mean(total.to(dtype) if dtype.is_floating_point or dtype.is_complex else total, part.mean.weight)
+    return joined(part.tensors)
+
+
+def joined(pieces: Sequence[Tensor]) -> Tensor:
+    """Pieces as one tensor, a new one."""
+    return torch.cat(list(pieces))
+
+
+def _shapes(mean: Mean) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(mean.total.shape), tuple(mean.weight.shape) if isinstance(mean.weight, Tensor) else ()
