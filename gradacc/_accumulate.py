@@ -275,7 +275,7 @@ def _run(
     if call is None:
         return results
     again = _only_once(boundary.crosses, args[batch]) or functools.partial(_run, options, None, loss_fn)
-    return _connect.connect(options.name, call, results, buffer.closed.values(), again)
+    return _connect.connect(options.name, call, results, buffer.closed_over(), again)
 
 
 def _only_once(crosses: bool, batch: Any) -> str | None:

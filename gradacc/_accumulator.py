@@ -238,7 +238,7 @@ def _update(
         buffer = engine.resume(params, fold.accumulated, grads, facts.arrived, donate)
         buffer, sums = _loop.step(fold, buffer, sums, microbatch)
         if call is not None:
-            closed.extend(buffer.closed.values())
+            closed.extend(buffer.closed_over())
         return _state.pack(known, treedef, buffer.grads, sums, buffer.arrived, readable)
 
     with engine.guard():

@@ -20,6 +20,9 @@ NOTE [connected results]
     Where none does it is an error of the backward pass, but for an ``nn.Parameter``, which is a constant: a module that is
     used and not trained (a teacher) usually has parameters that require grad.
 
+    A leaf that the loss makes for itself (``x.clone().requires_grad_()``, of a gradient penalty) is closed over by nobody: it
+    dies with its micro-batch's graph, so only the leaves that outlive theirs count, and none is kept alive to be counted.
+
 NOTE [derivatives of a second run]
     A derivative is with respect to the arguments alone, not to what they were computed from: autograd goes on from there by
     itself. So the second run is given new leaves. With ``create_graph`` the derivatives are connected in the same way, so

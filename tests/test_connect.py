@@ -29,6 +29,13 @@ def tokens(w, x):
     return Mean((torch.tanh(x @ w) * (x[:, 0] > 0)).sum(), (x[:, 0] > 0).sum())
 
 
+def penalty(w, x):
+    """Of the gradient with respect to the examples."""
+    x = x.clone().requires_grad_()
+    (slope,) = torch.autograd.grad(torch.tanh(x @ w).sum(), x, create_graph=True)
+    return slope.square().sum(1).mean()
+
+
 def ours(loss: Callable[..., Any]) -> Callable[..., Tensor]:
     return gradacc.accumulate(loss, steps=3)
 
@@ -185,6 +192,31 @@ class TestDetached:
     def test_parameters_of_a_module_that_is_used_and_not_trained(self):
         teacher = nn.Linear(2, 2).double()
         assert self.is_detached(*gradacc.accumulate_and_value(lambda w, x: mean(w, teacher(x)), steps=3)(W, X))
+
+    def test_leaves_that_the_loss_makes_itself(self):
+        grads, value = gradacc.accumulate_and_value(penalty, steps=3)(W, X)
+        assert self.is_detached(grads, value)
+
+        def by_hand(w, x):
+            return ((1 - torch.tanh(x @ w).square()).square() * w.square().sum()).mean()
+
+        assert_trees_close((grads, value), torch.func.grad_and_value(by_hand)(W, X))
+
+    def test_a_state_of_such_a_loss(self):
+        init, update, _, finalize = gradacc.accumulator(penalty)
+        state = copy.deepcopy(update(update(init(W), W, X[:3]), W, X[3:]))
+        assert self.is_detached(*finalize(state))
+
+    def test_training_steps_of_such_a_loss(self):
+        """No step holds the one before, and donation works."""
+        optimizer = gradacc.optim.adam(0.1)
+        step = train_step(gradacc.accumulate_and_value(penalty, steps=3), optimizer, donate=True)
+        state = TrainState(W.clone(), optimizer.init(W))
+        for _ in range(2):
+            memory = state.params.data_ptr()
+            state, metrics = step(state, X)
+            assert self.is_detached(state.params, *metrics.values())
+            assert state.params.data_ptr() == memory
 
     def test_integers(self):
         def loss(w, x):
@@ -367,3 +399,17 @@ def test_nothing_outlives_the_results():
     assert held() is not None
     del results
     assert held() is None
+
+
+def test_what_a_loss_makes_dies_with_its_micro_batch():
+    """Its leaves, too: the inputs of one micro-batch are alive at a time."""
+    made: list[weakref.ref[Tensor]] = []
+
+    def loss(w, x):
+        x = x.clone().requires_grad_()
+        assert all(ref() is None for ref in made)
+        made.append(weakref.ref(x))
+        return mean(w, x)
+
+    gradacc.accumulate(loss, steps=3)(W, X)
+    assert len(made) == 3

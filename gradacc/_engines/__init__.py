@@ -8,6 +8,7 @@ An engine is a module of functions, one `Engine`; the caller never chooses it (`
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -32,8 +33,15 @@ class Buffer(NamedTuple):
     """None where nothing arrived, or where it was delivered."""
     arrived: bool
     """Whether any loss that counts depended on the parameters."""
-    closed: dict[int, Tensor]
-    """By identity, what else requires grad in the graphs, where they are seen: leaves that are no parameters."""
+    closed: dict[int, weakref.ref[Tensor]]
+    """By identity, what else requires grad in the graphs, where they are seen: leaves that are no parameters.
+
+    Weak: one that dies with its micro-batch's graph was made by the loss itself, which closes over nothing there.
+    """
+
+    def closed_over(self) -> list[Tensor]:
+        """Those leaves that are still there."""
+        return [leaf for leaf in (ref() for ref in self.closed.values()) if leaf is not None]
 
 
 class Engine(Protocol):

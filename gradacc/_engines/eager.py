@@ -27,6 +27,7 @@ NOTE [reentrant checkpoints]
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -194,14 +195,16 @@ def _check_checkpoints(uses: Mapping[Node, int]) -> None:
         )
 
 
-def _note_closed(closed: dict[int, Tensor], leaves: Sequence[Tensor], uses: Mapping[Node, int]) -> None:
+def _note_closed(
+    closed: dict[int, weakref.ref[Tensor]], leaves: Sequence[Tensor], uses: Mapping[Node, int]
+) -> None:
     own = set(map(id, leaves))
     node: Any
     for node in uses:
         if type(node) is _LEAF:
             leaf = node.variable
             if id(leaf) not in own:
-                closed[id(leaf)] = leaf
+                closed[id(leaf)] = weakref.ref(leaf)
 
 
 def _like(target: Tensor, number: float | Tensor) -> Tensor:
