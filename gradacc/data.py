@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from gradacc import _tree
 from gradacc._describe import describe
 from gradacc._options import positive_int
-from gradacc._sync import channel as channels
 from gradacc._sync import group as groups
-from gradacc._sync import turn as turns
+from gradacc._sync.loop import Loop
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -43,13 +42,13 @@ class Windows(Generic[T]):
 
     loader: Iterable[T]
     steps: Steps
-    group: dist.ProcessGroup | None
-    """The ranks to keep up with; None where there is nobody."""
+    group: weakref.ref[dist.ProcessGroup] | None
+    """The ranks to keep up with; None where there is nobody. Held by torch alone, as by `gradacc._sync.loop.Loop`."""
 
     def __iter__(self) -> Iterator[list[T]]:
         if self.group is None:
             return _cut(self.loader, self.steps)
-        return _together(self.loader, self.steps, self.group)
+        return _together(self.loader, self.steps, Loop(_NAME, self.group))
 
     def __len__(self) -> int:
         if self.group is not None:
@@ -142,7 +141,8 @@ def windows(loader: Iterable[T], steps: Steps, *, group: dist.ProcessGroup | Dev
         )
     if not callable(steps):
         steps = positive_int(_NAME, "steps", steps)
-    return Windows(loader, steps, None if group is None else groups.resolve(_NAME, group))
+    ranks = None if group is None else groups.resolve(_NAME, group)
+    return Windows(loader, steps, None if ranks is None else weakref.ref(ranks))
 
 
 def _size(steps: Steps, update: int) -> int:
@@ -172,12 +172,11 @@ def _cut(loader: Iterable[T], steps: Steps) -> Iterator[list[T]]:
             break  # an iterator that has ended is not asked again
 
 
-def _together(loader: Iterable[T], steps: Steps, group: dist.ProcessGroup) -> Iterator[list[T]]:
+def _together(loader: Iterable[T], steps: Steps, loop: Loop) -> Iterator[list[T]]:
     """The same, then empty ones, as many as the rank with the most has."""
     length = _length(loader)
     counted: int | None = None
-    calls = channels.of(group)
-    own, total, speaks = _cut(loader, steps), None, False
+    own, total = _cut(loader, steps), None
     for number in itertools.count():
         window: list[T] = _Window()
         error: Exception | None = None
@@ -187,22 +186,20 @@ def _together(loader: Iterable[T], steps: Steps, group: dist.ProcessGroup) -> It
             window = next(own, window)
         except Exception as raised:  # whatever a loader raises, or a schedule
             error = raised
-        if total is None:  # not everyone can count
+        # Until everyone can count.
+        if total is None:
             left = int(bool(window)) if counted is None else counted - number
-            with (
-                contextlib.nullcontext() if error is None else contextlib.suppress(Exception)
-            ):  # the own error is to be seen
-                unknown, most = _exchange(group, counted is None, left, error is not None)
+            with groups.releasing(), contextlib.nullcontext() if error is None else contextlib.suppress(Exception):
+                unknown, most = loop.exchange(counted is None, left, error is not None)
                 total = number if most <= 0 else None if unknown else most
-        elif error is not None and speaks:
-            turns.give_up(_NAME, group, error)  # who are in the call that this rank does not make
+        elif error is not None:
+            loop.give_up(error)
         if error is not None:
             raise error
         if total is not None and number >= total:
             break
-        before = calls.number
+        loop.begin_window()
         yield window
-        speaks = calls.number > before
     if window:
         raise ValueError(
             f"{_NAME}: the loader's len() is {length}, but it yields more; with a group, ranks rely on it. "
@@ -217,29 +214,3 @@ def _length(loader: Iterable[Any]) -> int | None:
         with contextlib.suppress(Exception):
             return len(loader)
     return None
-
-
-def _exchange(group: dist.ProcessGroup, unknown: bool, left: int, raised: bool) -> tuple[bool, int]:
-    """Whether any rank cannot count its windows, and the most that any rank has left.
-
-    Raises:
-        RuntimeError: a loader, or a schedule, has raised on another rank.
-    """
-    flags = torch.tensor([unknown, left, dist.get_rank() + 1 if raised else 0], device=_device(group))
-    with groups.speaking(_NAME, group):
-        dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
-    anyone, most, failed = flags.tolist()
-    if failed:
-        raise RuntimeError(
-            f"{_NAME}: no window on rank {dist.get_rank()}, because the loader (or steps) raised on rank {failed - 1} of "
-            f"{groups.title(group)}; see the error there"
-        )
-    return bool(anyone), most
-
-
-def _device(group: dist.ProcessGroup) -> torch.device:
-    """One that the group's tensors can be on: the CPU if it may be."""
-    kinds = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
-    if "cpu" in kinds:
-        return torch.device("cpu")
-    return torch.device(kinds[0], torch.accelerator.current_device_index())

@@ -34,8 +34,8 @@ FINE, RAISED, SWITCHING = 0, 1, 2
 
 DIFFERENTIATED, ARRIVED, WITHHELD, APART, FAR = 4, 8, 16, 32, 64
 """Bits beside it: of `gradacc._sums.Sums`; whether a loss reached the parameters; whether gradients are still to come (NOTE
-[scales]); whether the call before this one raised on this rank when the others had their results; and whether gradients of weights that
-are not read do not fit, so that zeros came in their place (NOTE [scales])."""
+[scales]); whether the call before this one raised on this rank when the others had their results; and whether gradients of
+weights that are not read do not fit, so that zeros came in their place (NOTE [scales])."""
 
 FIRST = -1
 """In the place of the number of a ``grad_fn`` that has none yet."""

@@ -5,8 +5,9 @@ NOTE [the end of a process]
     interpreter. Where that is being taken apart already (a script that ends, or raises, right after a call), Python ends the
     thread, and with it the process: "terminate called without an active exception", SIGABRT. Plain torch does it too. The way
     out is ``torch.distributed.destroy_process_group()`` in a ``finally``: it waits for these threads, but only if it was the
-    last one who held the group. So nothing here holds one longer than a call: turns refer to theirs weakly, and frames that an
-    error has in its traceback are cleared (`release`), those of gradacc that take part in collectives, and torch's.
+    last one who held the group. So nothing here holds one longer than a call: turns and windows refer to theirs weakly, and
+    frames that an error has in its traceback are cleared (`release`), those of gradacc that take part in collectives, and
+    torch's.
 """
 
 from __future__ import annotations

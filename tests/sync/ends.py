@@ -19,6 +19,7 @@ import tempfile
 import time
 import traceback
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ CASES = {
     "parameters differ": (1, 1),
     "interrupted": (-2, 1),
     "save raises": (1, 1),
+    "windows": (1, 1),
+    "finalize": (1, 1),
     "left": (1, 1),
     "plain left": (0, 0),
 }
@@ -61,10 +64,13 @@ def work(how: str, rank: int, late: bool, folder: Path) -> None:
                 be_late()
             dist.all_reduce(torch.ones(100_000), async_op=True).wait()
         return
+    if how in ("windows", "finalize"):
+        (loop if how == "windows" else stream)(rank, late)
+        return
     last = 1 if how in ("raises at first use", "parameters differ") else 3
     calls: list[int] = []
 
-    def loss(params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    def counted(params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
         calls.append(1)
         if len(calls) == 2 * last - 1 and late:
             be_late()
@@ -72,12 +78,46 @@ def work(how: str, rank: int, late: bool, folder: Path) -> None:
             raise KeyboardInterrupt if how == "interrupted" else ValueError("of this rank")
         return (x @ params["a"] @ params["b"]).square().mean()
 
-    grad_fn = gradacc.accumulate(loss, steps=2, sync=gradacc.all_reduce(overlap=how == "raises with overlap"))
+    grad_fn = gradacc.accumulate(counted, steps=2, sync=gradacc.all_reduce(overlap=how == "raises with overlap"))
     params = {"a": torch.ones(16, 300), "b": torch.ones(300, 300 + (rank if how == "parameters differ" else 0))}
     for _ in range(last):
         grad_fn(params, torch.ones(4, 16))
     if how == "save raises":
         gradacc.checkpoint.save(folder / "c", {"rank": rank})
+
+
+def loss(w: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Any one."""
+    return (x @ w).square().mean()
+
+
+def loop(rank: int, late: bool) -> None:
+    """Windows, whose loader raises on rank 0; a variable holds them, another the loop."""
+
+    def loader() -> Iterator[torch.Tensor]:
+        for number in range(8):
+            if number == 4 and late:
+                be_late()
+            if number == 5 and rank == 0:
+                raise ValueError("of this rank")
+            yield torch.ones(4, 16)
+
+    grad_fn = gradacc.accumulate(loss, sync=gradacc.all_reduce())
+    windows = gradacc.data.windows(loader(), 2, group=dist.group.WORLD)
+    left = iter(windows)
+    for window in left:
+        grad_fn(torch.ones(16, 300), window)
+
+
+def stream(rank: int, late: bool) -> None:
+    """The streaming form; what rank 0 gives to finalize at last is no state."""
+    acc = gradacc.accumulator(loss, sync=gradacc.all_reduce())
+    w, x = torch.ones(16, 300), torch.ones(4, 16)
+    for call in range(3):
+        state = acc.update(acc.init(w), w, x)
+        if call == 2 and late:
+            be_late()
+        acc.finalize(x if call == 2 and rank == 0 else state)  # type: ignore[arg-type]
 
 
 def be_a_rank(how: str, rank: int, late: bool, folder: Path) -> None:

@@ -26,7 +26,7 @@ def run(*arguments: str) -> dict[str, str]:
 
 def test_nobody_holds_a_group_that_is_destroyed():
     """While an error is on its way, too: so that destroying it waits for its threads, which would end the process."""
-    cases = ["raises with overlap", "save raises"]
+    cases = ["raises with overlap", "save raises", "windows"]
     assert run("1", "late", *cases) == {how: f"1 x {CASES[how]}" for how in cases}
 
 
