@@ -195,9 +195,7 @@ def _check_checkpoints(uses: Mapping[Node, int]) -> None:
         )
 
 
-def _note_closed(
-    closed: dict[int, weakref.ref[Tensor]], leaves: Sequence[Tensor], uses: Mapping[Node, int]
-) -> None:
+def _note_closed(closed: dict[int, weakref.ref[Tensor]], leaves: Sequence[Tensor], uses: Mapping[Node, int]) -> None:
     own = set(map(id, leaves))
     node: Any
     for node in uses:

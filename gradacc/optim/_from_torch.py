@@ -12,7 +12,7 @@ from torch import Tensor
 from gradacc import _donated, _tree, _where
 from gradacc._describe import describe
 from gradacc._tree import TensorTree
-from gradacc.optim import _check, _lr, _memory, _report, _slots
+from gradacc.optim import _check, _elsewhere, _lr, _memory, _report, _slots
 from gradacc.optim._optimizer import Optimizer
 
 
@@ -38,7 +38,9 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
             param.grad = grad
         optimizer.step()
 
-    so trajectories are the imperative original's to the last bit, with its ``foreach`` and ``fused`` kernels too. The state
+    so trajectories are the imperative original's to the last bit, with its ``foreach`` and ``fused`` kernels too. (Torch's
+    fused kernels pair elements by address, and are wrong where strides differ: here they get a parameter that has no gaps, and
+    a gradient and slots of its strides, in copies where they are others.) The state
     is a pytree of tensors of a fixed structure; numbers that an optimizer keeps are 0-dim tensors in it, and get their own
     type back. `init` finds the structure by a step on a copy of the parameters.
 
@@ -52,9 +54,10 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
             makes them. (Rprop uses ``lr`` in its first step only.)
 
     Raises:
-        TypeError: ``cls`` is no subclass of ``torch.optim.Optimizer``, or does not know an option; ``LBFGS``, which evaluates
-            the loss several times a step; ``SparseAdam``, which takes sparse gradients only; an optimizer that keeps state
-            elsewhere than in its ``state``, or something that is no tensor or number.
+        TypeError: ``cls`` is no subclass of ``torch.optim.Optimizer``, or does not know an option; ``LBFGS``, or another one
+            whose step needs a closure, which evaluates the loss several times; ``SparseAdam``, which takes sparse gradients
+            only; an optimizer that keeps state elsewhere than under a parameter in its ``state`` (in an attribute, under a
+            name), or something that is no tensor or number.
         ValueError: an option that the optimizer refuses (in `init`, with its own words); ``differentiable=True``; a step
             under a transform. ``step`` also raises what `Optimizer` says.
 
@@ -93,6 +96,9 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
         later = int(count) > 0
         made = cls(leaves[:1] if later and plain else leaves, **given)
         (group,) = made.param_groups
+        fused = bool(group.get("fused"))
+        if fused:
+            _slots.make_dense(leaves)
         before = {option: value for option, value in group.items() if option != "params"}
         parts = [leaves]
         if plain and options.get("foreach"):  # a part at a time, which stays in a CPU's cache
@@ -102,13 +108,23 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
             kept = made.state
             for leaf, slot in zip(leaves, slots, strict=True):
                 kept[leaf] = _slots.restored(slot)
+                if fused:
+                    kept[leaf] = {key: _slots.with_strides_of(leaf, entry) for key, entry in kept[leaf].items()}
         for leaf, slope in zip(leaves, slopes, strict=True):
-            leaf.grad = slope
+            leaf.grad = _slots.with_strides_of(leaf, slope) if fused else slope
+        elsewhere = [] if plain else _elsewhere.attributes(made)
         try:
             made.step()
+        except Exception as error:
+            error.add_note(
+                f"{name}: raised by {cls.__name__}.step(), which is called without a closure, with gradients in .grad"
+            )
+            raise
         finally:
             for leaf in leaves:
                 leaf.grad = None
+        if not plain:
+            _elsewhere.check(name, made, elsewhere, leaves)
         after = {option: value for group in made.param_groups for option, value in group.items() if option != "params"}
         changed = [option for option, value in after.items() if value is not before.get(option)]
         if changed:
@@ -212,6 +228,12 @@ def _accepted(name: str, cls: Any, options: dict[str, Any]) -> None:
         raise TypeError(
             f"{name}: LBFGS evaluates the loss several times a step (its step takes a closure), where an Optimizer's step is "
             "given one gradient; use another optimizer"
+        )
+    closure = inspect.signature(cls.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise TypeError(
+            f"{name}: {cls.__name__}.step needs a closure, which evaluates the loss again, where an Optimizer's step is given "
+            "one gradient; use another optimizer"
         )
     if issubclass(cls, torch.optim.SparseAdam):
         raise TypeError(f"{name}: SparseAdam takes sparse gradients only, and gradients here are dense; use Adam")

@@ -20,6 +20,12 @@ from gradacc.optim._optimizer import LearningRate
 
 def option(name: str, lr: LearningRate) -> LearningRate:
     """``lr`` as a factory was given it, checked as far as it is known."""
+    if isinstance(lr, (type, LRScheduler)):
+        made = lr.__name__ if isinstance(lr, type) else type(lr).__name__
+        raise TypeError(
+            f"{name}: lr must be a number, or a function of the step, got {describe(lr)}. Of a scheduler of torch's such a "
+            f"function is gradacc.optim.schedule({made}, lr, **options)"
+        )
     return lr if callable(lr) else _check.learning_rate(name, lr)
 
 

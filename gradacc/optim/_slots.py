@@ -6,7 +6,7 @@ A tensor is itself. A number is a 0-dim tensor under a marked name, ``"step:int"
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -101,6 +101,20 @@ def zeros(name: str, owner: str, kept: dict[str, Any]) -> dict[str, Any]:
     """A slot of the structure of ``kept`` that says nothing yet."""
     zeroed: dict[str, Any] = _tree.map_tensors(torch.zeros_like, tensors(name, owner, kept))
     return zeroed
+
+
+def make_dense(leaves: Iterable[Tensor]) -> None:
+    """Of a parameter with gaps between its elements the tensor object, which must be ours, goes to memory without."""
+    for leaf in leaves:
+        if not leaf.is_contiguous() and leaf.stride() != torch.empty_like(leaf, device="meta").stride():
+            leaf.data = leaf.clone()
+
+
+def with_strides_of(leaf: Tensor, entry: Any) -> Any:
+    """A gradient, or what is kept for a parameter: itself, or a copy with the parameter's strides if it is of its shape."""
+    if not isinstance(entry, Tensor) or entry.shape != leaf.shape or entry.stride() == leaf.stride():
+        return entry
+    return torch.empty_like(leaf, dtype=entry.dtype, device=entry.device).copy_(entry)
 
 
 def entries(slot: Slot, like: Like) -> dict[str, Entry | None]:

@@ -121,6 +121,93 @@ class InGroups(torch.optim.SGD):
         self.param_groups[0]["k"] = self.param_groups[0].get("k", 0) + 1
 
 
+class Keeping(torch.optim.Optimizer):
+    """Keeps something where ``keep`` puts it, in every step."""
+
+    def __init__(self, params, keep):
+        super().__init__(params, {"lr": 0.1})
+        self.keep, self.number, self.buffer, self.many = keep, 0, torch.zeros(3), {"deep": [[]]}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        self.keep(self)
+
+
+class NeedsClosure(torch.optim.SGD):
+    def step(self, closure):
+        return closure()
+
+
+class AssertsClosure(torch.optim.SGD):
+    def step(self, closure=None):
+        assert closure is not None
+
+
+def _put(name, value):
+    return lambda made: setattr(made, name, value(made))
+
+
+ELSEWHERE = {
+    "number": (_put("number", lambda made: made.number + 1), "number"),
+    "new attribute": (_put("momentum", lambda made: torch.zeros(1)), "momentum"),
+    "in place": (lambda made: made.buffer.add_(1), "buffer"),
+    "in a container": (lambda made: made.many["deep"][0].append(1), r"many\['deep'\]\[0\]"),
+    "under a name": (lambda made: made.state["n"].update(count=1), r"state\['n'\]"),
+}
+
+
+@pytest.mark.parametrize(("keep", "path"), ELSEWHERE.values(), ids=ELSEWHERE)
+def test_state_that_is_kept_elsewhere_is_refused(keep, path):
+    with pytest.raises(TypeError, match=f"Keeping keeps state elsewhere than under a parameter in its state.*{path}"):
+        optim.from_torch(Keeping, keep=keep).init(parameters())
+
+
+def test_a_class_that_keeps_nothing_elsewhere_is_taken():
+    class Fused(torch.optim.AdamW):
+        """Torch sets an attribute of its own in the first step of a fused one."""
+
+    params = {"w": torch.ones(3)}
+    optimizer = optim.from_torch(Fused, lr=0.1, fused=True)
+    optimizer.step(params, {"w": torch.ones(3)}, optimizer.init(params))
+
+
+FUSED = {
+    "gaps": lambda: (torch.arange(40.0)[:20:2], torch.arange(10.0)),
+    "gradient with gaps": lambda: (torch.arange(10.0), torch.arange(20.0)[::2]),
+    "transposed": lambda: (torch.arange(24.0).view(6, 4).t(), torch.arange(24.0).view(4, 6)),
+    "expanded gradient": lambda: (torch.arange(24.0).view(4, 6), torch.ones(4, 1).expand(4, 6)),
+    "channels last": lambda: (
+        torch.arange(48.0).view(2, 3, 2, 4).to(memory_format=torch.channels_last),
+        torch.arange(48.0).view(2, 3, 2, 4).sin(),
+    ),
+}
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad])
+@pytest.mark.parametrize("case", FUSED.values(), ids=FUSED)
+def test_fused_kernels_where_strides_differ(cls, case, donate):
+    """Torch's pair elements by their addresses. And what is between a parameter's elements was not given."""
+    options = {"momentum": 0.9} if cls is torch.optim.SGD else {}
+    got, (param, grad) = [], case()
+    around = param.as_strided((param.untyped_storage().nbytes() // 4,), (1,))
+    before, gaps = around.clone(), len(around) > param.numel()
+    for fused in (False, True):
+        optimizer = optim.from_torch(cls, lr=0.1, fused=fused, **options)
+        params = {"w": param}
+        state = optimizer.init(params)
+        for _ in range(3):
+            # As a checkpoint has them.
+            slots = {key: entry.contiguous() for key, entry in state.slots["w"].items()}
+            state = state._replace(slots={"w": slots})
+            slope = torch.empty_strided(grad.shape, grad.stride()).copy_(grad) if 0 not in grad.stride() else grad
+            params, state = optimizer.step(params, {"w": slope}, state, donate=donate and fused and slope is not grad)
+        got.append(params["w"])
+    torch.testing.assert_close(got[1], got[0])
+    if gaps:
+        assert torch.equal(around, before)
+
+
 def test_numbers_in_a_state_are_tensors_and_get_their_types_back():
     params = parameters()
     many = [gradients(params) for _ in range(5)]
@@ -141,6 +228,13 @@ REFUSED = {
     "module": (torch.nn.Linear, {}, TypeError, "cls must be a class of torch.optim"),
     "differentiable": (torch.optim.Adam, {"differentiable": True}, ValueError, "differentiable=True"),
     "params": (torch.optim.Adam, {"params": []}, TypeError, "leave params= out"),
+    "a closure": (NeedsClosure, {}, TypeError, "NeedsClosure.step needs a closure"),
+    "a scheduler's class": (
+        torch.optim.Adam,
+        {"lr": torch.optim.lr_scheduler.StepLR},
+        TypeError,
+        r"lr must be a number.*gradacc.optim.schedule\(StepLR, lr",
+    ),
     "negative lr": (torch.optim.Adam, {"lr": -1.0}, ValueError, "lr must be finite and not negative, got -1.0"),
     "NaN": (torch.optim.Adam, {"lr": math.nan}, ValueError, "lr must be finite and not negative, got nan"),
 }
@@ -165,6 +259,12 @@ REFUSED_IN_INIT = {
 def test_what_only_shows_in_a_step_is_refused_in_init(cls, options, error, message):
     with pytest.raises(error, match=message):
         optim.from_torch(cls, **options).init(parameters())
+
+
+def test_what_a_step_raises_without_a_closure_says_so():
+    with pytest.raises(AssertionError) as caught:
+        optim.from_torch(AssertsClosure, lr=0.1).init(parameters())
+    assert "AssertsClosure.step(), which is called without a closure" in caught.value.__notes__[0]
 
 
 def test_no_transform():
