@@ -339,8 +339,10 @@ def _restored(value: Tensor, spec: layouts.Spec, device: torch.device) -> Any:
     if spec.dtype is None:
         number = float(value.item())
         return int(number) if spec.whole and number.is_integer() else number
-    if value.is_cpu and not value.ndim:  # of the records: a number, which needs no copy to the device
-        return torch.full((), value.item(), dtype=spec.dtype, device=device)
+    # Of the records: a number, which needs no copy to the device.
+    if value.is_cpu and not value.ndim:
+        narrow = value if not value.is_floating_point() and not value.is_complex() else value.to(spec.dtype)
+        return torch.full((), narrow.item(), dtype=spec.dtype, device=device)
     return value.to(device=device, dtype=spec.dtype)
 
 

@@ -6,6 +6,7 @@ import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 
 import gradacc
+from tests.helpers import assert_trees_equal
 
 HALF, SHORT = torch.float16, torch.bfloat16
 
@@ -99,3 +100,30 @@ def test_weight_that_comes_back_from_nothing(pool):
     assert answers[0] == answers[1]
     assert [found for found, _ in answers[0]] == [1.5, 0.0, 1.5]
     assert answers[0][2][1] == 1
+
+
+def large(group, dtype, reduction):
+    """A value that only the union's sum is too large for; of a Mean, in aux, too."""
+
+    def loss(w, x):
+        whole = (w * x).sum()
+        return whole, gradacc.Mean(whole.detach(), 1)
+
+    options = {"has_aux": True, "reduction": reduction, "steps": 1}
+    each = torch.tensor([0.75 * torch.finfo(dtype).max], dtype=dtype)
+    grad_fn = gradacc.accumulate_and_value(loss, sync=gradacc.all_reduce(group), **options)
+    return [grad_fn(torch.ones((), dtype=dtype), each) for _ in range(2)], each
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_a_value_that_is_too_large_in_the_union_is_infinite(pool, dtype, reduction):
+    """As a sum of the two is; a mean of them is not."""
+    for answers, each in pool.run(2, large, dtype, reduction):
+        for grads, (value, aux) in answers:
+            assert aux.total.isinf()
+            if reduction == "sum":
+                assert value.isinf()
+                assert grads.isinf()
+            else:
+                assert_trees_equal([grads, value], [each[0], each[0]])
