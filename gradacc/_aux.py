@@ -25,11 +25,12 @@ class Aux(NamedTuple):
 
     leaves: list[Any]
     treedef: _tree.TreeDef
+    is_none: bool
 
 
 def flatten(aux: Any) -> Aux:
     """Leaves and structure; no aux (None) has no leaves."""
-    return Aux(*_tree.flatten(aux, lambda leaf: isinstance(leaf, Mean)))
+    return Aux(*_tree.flatten(aux, lambda leaf: isinstance(leaf, Mean)), aux is None)
 
 
 def parts(name: str, aux: Aux, share: float | Tensor | None, sizes: tuple[int, ...]) -> list[Part]:

@@ -117,11 +117,11 @@ def add(options: Options, sums: Sums, outcome: Outcome, counts: Contribution, si
     parts = _aux.parts(name, outcome.aux, counts.share, sizes)
     if sums.value is None:
         return Sums(value, _tree.unflatten(outcome.aux.treedef, parts), weight, counts.unit, counts.counts)
-    sofar, treedef = _tree.flatten(sums.aux, is_part)
-    _check_kind(name, sums.value, value, treedef, outcome.aux.treedef)
+    _check_kind(name, sums.value, value)
+    both = (sums.aux, counts.growth), (parts, outcome.aux.treedef)
     return Sums(
         _parts.add(name, _parts.times(sums.value, counts.growth), value, str),
-        _tree.unflatten(treedef, _added(name, treedef, [_parts.times(part, counts.growth) for part in sofar], parts)),
+        None if sums.aux is None and outcome.aux.is_none else _merged_aux(name, *both),
         sums.weight + weight,
         counts.unit,
         sums.differentiated or counts.counts,
@@ -142,12 +142,8 @@ def merge(options: Options, a: Sums, b: Sums) -> tuple[Sums, tuple[float | Tenso
     """Two sums as one, in the larger of their units; and each one's share: what its gradients are multiplied by."""
     if a.value is None or b.value is None:
         return (b if a.value is None else a), (1.0, 1.0)
-    name, (parts, treedef), (others, structure) = (
-        options.name,
-        _tree.flatten(a.aux, is_part),
-        _tree.flatten(b.aux, is_part),
-    )
-    _check_kind(name, a.value, b.value, treedef, structure)
+    name = options.name
+    _check_kind(name, a.value, b.value)
     one: Any
     shares: tuple[float | Tensor, float | Tensor] = (1.0, 1.0)
     if a.unit is None or b.unit is None:
@@ -155,12 +151,10 @@ def merge(options: Options, a: Sums, b: Sums) -> tuple[Sums, tuple[float | Tenso
     else:
         one = _units.larger(a.unit, b.unit)
         shares = a.unit / one, b.unit / one
-    mine, theirs = (
-        [_parts.times(part, share) for part in own] for own, share in zip((parts, others), shares, strict=True)
-    )
+    parts, treedef = _tree.flatten(b.aux, is_part)
     merged = Sums(
         _parts.add(name, _parts.times(a.value, shares[0]), _parts.times(b.value, shares[1]), str),
-        _tree.unflatten(treedef, _added(name, treedef, mine, theirs)),
+        _merged_aux(name, (a.aux, shares[0]), ([_parts.times(part, shares[1]) for part in parts], treedef)),
         a.weight + b.weight,
         one,
         a.differentiated or b.differentiated,
@@ -257,21 +251,27 @@ def _summand(mean: Mean, weight: float | Tensor) -> Mean:
     return Mean(total, _parts.wide(own).clone() if isinstance(own, Tensor) else own)
 
 
-def _added(name: str, treedef: _tree.TreeDef, one: Sequence[Part], other: Sequence[Part]) -> list[Part]:
-    return [
-        _parts.add(name, a, b, lambda index=index: _tree.paths(treedef, "aux")[index])  # type: ignore[misc]
-        for index, (a, b) in enumerate(zip(one, other, strict=True))
-    ]
+def _merged_aux(name: str, one: tuple[Any, float | Tensor], other: tuple[Sequence[Part], _tree.TreeDef]) -> Any:
+    """A tree of parts times a share, and more parts of the same structure."""
+    (aux, share), (parts, structure) = one, other
+    sofar, treedef = _tree.flatten(aux, is_part)
+    if treedef != structure:
+        raise ValueError(
+            f"{name}: aux has another structure in another micro-batch: {treedef}, then {structure}; "
+            "return the same one always (None is an empty one)"
+        )
+    return _tree.unflatten(
+        treedef,
+        [
+            _parts.add(name, _parts.times(a, share), b, lambda index=index: _tree.paths(treedef, "aux")[index])  # type: ignore[misc]
+            for index, (a, b) in enumerate(zip(sofar, parts, strict=True))
+        ],
+    )
 
 
-def _check_kind(name: str, one: Part, other: Part, structure: _tree.TreeDef, others: _tree.TreeDef) -> None:
-    """All micro-batches return the same kind of value and the same structure of aux."""
+def _check_kind(name: str, one: Part, other: Part) -> None:
+    """All micro-batches return the same kind of value."""
     if isinstance(one, Total) is not isinstance(other, Total):
         raise TypeError(
             f"{name}: loss_fn returned a Mean for one micro-batch and a tensor for another; return one of them always"
-        )
-    if structure != others:
-        raise ValueError(
-            f"{name}: aux has another structure in another micro-batch: {structure}, then {others}; "
-            "return the same one always (None is an empty one)"
         )

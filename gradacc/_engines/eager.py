@@ -101,7 +101,6 @@ def forward(buffer: Buffer, loss: Callable[[Sequence[Tensor]], Outcome]) -> tupl
         root = outcome.target.view_as(outcome.target)
     _check_untouched(leaves)
     edge = get_gradient_edge(root) if root.requires_grad else None
-    _forget_casts(leaves)
     # From here on the edge alone keeps the graph.
     outcome = outcome.map(_bare)
     return Tape(leaves, outcome.target, edge), outcome
@@ -162,6 +161,8 @@ def merge(
 
 def finalize(buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float | Tensor) -> list[Tensor]:
     """The gradients, times ``factor``; each buffer is given up when its result exists."""
+    # Of the last micro-batch, where it counted for nothing.
+    _forget_casts(buffer.params)
     results = []
     for i, (param, dtype) in enumerate(zip(buffer.params, dtypes, strict=True)):
         grad, buffer.grads[i] = buffer.grads[i], None
