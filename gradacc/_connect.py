@@ -127,7 +127,8 @@ class _Connection(torch.autograd.Function):
         ctx.function, ctx.count = function, count
         ctx.save_for_backward(*(tensors if count else ()))  # a refusal needs nothing, and holds nothing
         ctx.set_materialize_grads(False)
-        return tuple(outputs)
+        # Views (of what crossed between ranks) could not be changed in place: the same memory without a base.
+        return tuple(output.data if output is not None and output._is_view() else output for output in outputs)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor | None) -> Any:

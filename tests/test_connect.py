@@ -254,6 +254,31 @@ def test_results_may_be_changed_in_place():
     assert_trees_close(torch.autograd.grad(grads.sum(), w), torch.autograd.grad(2 * theirs(mean)(w, X).sum(), w))
 
 
+def test_results_that_crossed_may_be_changed_in_place(pool):
+    """They are views of what crossed; changing one leaves what was saved of another valid."""
+    pool.run(2, changed_in_place)
+
+
+def changed_in_place(group):
+    params = {"w": leaf(), "b": leaf(W[0])}
+
+    def loss(p, x):
+        return mean(p["w"], x) * p["b"]
+
+    for overlap in (False, True):
+        sync = gradacc.all_reduce(group, overlap=overlap)
+        grads, value = gradacc.accumulate_and_value(loss, steps=2, sync=sync)(params, X)
+        expected = {name: 2 * grad.detach() for name, grad in grads.items()}
+        saved = grads["b"].square()
+        grads["w"].mul_(2)
+        assert grads["w"].requires_grad
+        with pytest.raises(RuntimeError, match="with sync= that is not possible"):
+            saved.backward()
+        grads["b"].mul_(2)
+        value.add_(1)
+        assert_trees_equal({name: grad.detach() for name, grad in grads.items()}, expected)
+
+
 def test_random_numbers_are_drawn_as_before():
     """And what is drawn afterwards is not."""
 
