@@ -24,10 +24,8 @@ def accumulate(
     in_dims: tuple[Any, ...] | None = None,
     argnums: int | tuple[int, ...] = 0,
     has_aux: bool = False,
-    has_carry: bool = False,
     reduction: _options.Reduction = "mean",
     dtype: torch.dtype | None = None,
-    through: None = None,
     sync: AllReduce | None = None,
 ) -> Callable[..., Any]:
     """The gradient of one large batch, in the memory of a micro-batch.
@@ -49,9 +47,7 @@ def accumulate(
         >>> grad_fn(torch.ones(2), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
         tensor([52.6667, 66.6667])
     """
-    given = _options.Given(
-        steps, microbatch_size, split, in_dims, argnums, has_aux, has_carry, reduction, dtype, through, sync
-    )
+    given = _options.Given(steps, microbatch_size, split, in_dims, argnums, has_aux, reduction, dtype, sync)
     if loss_fn is None:
         return functools.partial(accumulate, **given._asdict())
     return _without_value(_grad_and_value("accumulate", loss_fn, given), has_aux)
@@ -66,10 +62,8 @@ def accumulate_and_value(
     in_dims: tuple[Any, ...] | None = None,
     argnums: int | tuple[int, ...] = 0,
     has_aux: bool = False,
-    has_carry: bool = False,
     reduction: _options.Reduction = "mean",
     dtype: torch.dtype | None = None,
-    through: None = None,
     sync: AllReduce | None = None,
 ) -> Callable[..., Any]:
     """The gradient and the value of one large batch, in the memory of a micro-batch.
@@ -161,7 +155,6 @@ def accumulate_and_value(
         has_aux: ``loss_fn`` returns ``(loss, aux)``. Of a pytree ``aux``, `Mean` leaves add up, tensors with a leading
             batch dimension are concatenated (from copies), 0-dim floating tensors are averaged with the loss's weights (with
             numbers of examples where ``reduction="sum"``), and anything else is an error.
-        has_carry, through: not available in this version.
         reduction: what a loss that is a plain tensor is over its examples, ``"mean"`` or ``"sum"``.
         dtype: accumulate in this floating dtype, and return gradients in it (complex ones in its complex counterpart).
         sync: `gradacc.all_reduce`: the large batch is then the union of all ranks' batches. One all-reduce a call, after the
@@ -220,9 +213,7 @@ def accumulate_and_value(
     Source: ``optax.microbatching.microbatch`` (the transform); torchtitan's trainer (count first, divide by the whole
     batch's count).
     """
-    given = _options.Given(
-        steps, microbatch_size, split, in_dims, argnums, has_aux, has_carry, reduction, dtype, through, sync
-    )
+    given = _options.Given(steps, microbatch_size, split, in_dims, argnums, has_aux, reduction, dtype, sync)
     if loss_fn is None:
         return functools.partial(accumulate_and_value, **given._asdict())
     return _grad_and_value("accumulate_and_value", loss_fn, given)

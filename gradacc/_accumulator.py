@@ -49,10 +49,8 @@ def accumulator(
     in_dims: tuple[Any, ...] | None = None,
     argnums: int | tuple[int, ...] = 0,
     has_aux: bool = False,
-    has_carry: bool = False,
     reduction: _options.Reduction = "mean",
     dtype: torch.dtype | None = None,
-    through: None = None,
     sync: AllReduce | None = None,
     donate: bool = False,
 ) -> Any:
@@ -92,7 +90,7 @@ def accumulator(
     ======================================  ========================================================================
 
     Arguments:
-        loss_fn, in_dims, argnums, has_aux, has_carry, reduction, dtype, through: as of `gradacc.accumulate_and_value`.
+        loss_fn, in_dims, argnums, has_aux, reduction, dtype: as of `gradacc.accumulate_and_value`.
             ``in_dims`` says along which dimensions examples are counted, in any argument that is not differentiated; by
             default dim 0 of the first one. Left out, a decorator is returned: ``@accumulator(has_aux=True)``.
         sync: `gradacc.all_reduce`: ``finalize`` is then of the union of all ranks' states, in one all-reduce a call (one more
@@ -153,14 +151,14 @@ def accumulator(
             in_dims=in_dims,
             argnums=argnums,
             has_aux=has_aux,
-            has_carry=has_carry,
             reduction=reduction,
             dtype=dtype,
-            through=through,
             sync=sync,
             donate=donate,
         )
-    given = _options.Given(None, None, None, in_dims, argnums, has_aux, has_carry, reduction, dtype, through, sync)
+    given = _options.Given(
+        in_dims=in_dims, argnums=argnums, has_aux=has_aux, reduction=reduction, dtype=dtype, sync=sync
+    )
     options = _options.options("accumulator", loss_fn, given)
     if not isinstance(donate, bool):
         raise TypeError(f"accumulator: donate must be True or False, got {describe(donate)}")

@@ -24,10 +24,8 @@ class Given(NamedTuple):
     in_dims: Any = None
     argnums: Any = 0
     has_aux: Any = False
-    has_carry: Any = False
     reduction: Any = "mean"
     dtype: Any = None
-    through: Any = None
     sync: Any = None
 
 
@@ -58,11 +56,6 @@ def options(name: str, loss_fn: Any, given: Given) -> Options:
             f"{name}: loss_fn must be a function of (params, batch), got {describe(loss_fn)}; options are keyword-only, "
             "as in accumulate(loss_fn, steps=4)"
         )
-    for option, absent in (("has_carry", False), ("through", None)):
-        if getattr(given, option) is not absent:
-            raise NotImplementedError(
-                f"{name}: {option}={getattr(given, option)!r} is not available in this version; leave {option} out"
-            )
     ways = [way for way in ("steps", "microbatch_size", "split") if getattr(given, way) is not None]
     if len(ways) > 1:
         raise ValueError(f"{name}: got {' and '.join(ways)}; give one of them, or none and an iterable as the batch")

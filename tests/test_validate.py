@@ -49,8 +49,6 @@ FACTORY = {
     "sync": (dict(sync=object()), TypeError, r"sync must be gradacc.all_reduce\(...\), got"),
     "sync False": (dict(sync=False), TypeError, "sync must be gradacc.all_reduce.* got"),
     "sync uncalled": (dict(sync=gradacc.all_reduce), TypeError, "sync must be gradacc.all_reduce.* got a function"),
-    "has_carry": (dict(has_carry=True), NotImplementedError, "has_carry=True is not available"),
-    "through": (dict(through=loss_fn), NotImplementedError, "through=.* is not available"),
 }
 
 
