@@ -67,7 +67,9 @@ def all_reduce(
     takes its place, and the others wait for its last one. Where calls of several, of different sizes, come in a new order, one
     all-reduce more crosses, of the size of the one that was expected.
 
-    What is returned for one call are views of one tensor for each dtype: keeping one gradient keeps all. Compiled
+    What is returned for one call are views of one tensor for each dtype: keeping one gradient keeps all. Only where the
+    strides of a parameter are not a contiguous tensor's, and leave no gaps (``channels_last``, a transpose), its gradient is
+    copied out, into the same strides; that of an `accumulator` on a rank that had no micro-batch is contiguous. Compiled
     (`torch.compile(grad_fn)`), the all-reduce is a node of the graph: nothing is compared or told then, ``overlap`` is left
     out, and a rank needs at least an empty batch of the right shape.
 

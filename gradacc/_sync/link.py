@@ -119,6 +119,7 @@ class Link(Turn):
             for index, grad in self.held.items():
                 grads[index] = grad
             self.held = {}
+            self._strides = [wire.strides_of(param, grad) for param, grad in zip(self.params, grads, strict=True)]
             here = None if sums.value is None else layouts.of(sums)
             weight, described = sums.weight, None
             if self.agreement is None:
@@ -259,7 +260,7 @@ class Link(Turn):
         whole: list[Tensor | None]
         if self.next.kind == REST:
             unit = scales.scale(weight) if self.options.reduction == "mean" else unit
-            first = None if plan.narrow else wire.unpack(plan, wide, self.params)
+            first = None if plan.narrow else wire.unpack(plan, wide, self.params, self._strides)
             # Where all ranks have withheld theirs, there are zeros, and a ratio that may be out of their range.
             counted = bool(floats[(bits & WITHHELD) == 0, channels.WEIGHT].any())
             whole = self._cross_rest(grads, sums, first, agreement.scale / unit if counted else 0.0, unit)
@@ -267,7 +268,7 @@ class Link(Turn):
             grads[:] = [None] * len(grads)
             if plan.narrow:
                 wide = [wire.widen(bucket, flat) for bucket, flat in zip(plan.buckets, flats, strict=True)]
-            whole = wire.unpack(plan, wide, self.params)
+            whole = wire.unpack(plan, wide, self.params, self._strides)
         summed = wire.read(plan, flats, COLUMNS, table, floats[:, channels.UNIT] / unit)
         restored = [_restored(x, spec, self.params[0].device) for x, spec in zip(summed, plan.specs, strict=True)]
         differentiated = bool((bits & DIFFERENTIATED).any())
@@ -311,7 +312,7 @@ class Link(Turn):
         self.check()
         flats = self._received[0]
         wide = [wire.widen(bucket, flat) for bucket, flat in zip(plan.buckets, flats, strict=True)]
-        second = wire.unpack(plan, wide, self.params)
+        second = wire.unpack(plan, wide, self.params, self._strides)
         if first is not None:
             for one, other in zip(second, first, strict=True):
                 assert one is not None

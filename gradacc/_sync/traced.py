@@ -52,13 +52,14 @@ class Traced:
         like = torch.zeros((), dtype=torch.float64, device=device)
         fixed = [channels.bits(channels.FINE), 0, channels.FIRST, like + sums.weight, like + unit]
         record = wire.record(plan, fixed, values, device)
+        strides = [wire.strides_of(param, grad) for param, grad in zip(params, grads, strict=True)]
         flats = []
         for at, bucket in enumerate(plan.buckets):
             parts = [
                 torch.zeros(place.numel, dtype=bucket.wire, device=bucket.device)
                 if grad is None
-                else (wire.real(grad) * factor).to(bucket.wire).reshape(-1)
-                for grad, place in ((grads[i], plan.places[i]) for i in bucket.indices)
+                else _flat(wire.real(grad) * factor, own is not None).to(bucket.wire)
+                for grad, place, own in ((grads[i], plan.places[i], strides[i]) for i in bucket.indices)
             ]
             parts += [wire.real(values[n]).reshape(-1) for n in plan.vectors[at]]
             if at == plan.header:
@@ -79,7 +80,7 @@ class Traced:
         ]
         differentiated = Sums(rest.value, rest.aux, None, None, True)
         whole = _sums.with_numbers(differentiated, restored, pieces, floats[:, channels.WEIGHT].sum(), 1.0)
-        return wire.unpack(plan, wide, params), whole, arrived or not sums.differentiated
+        return wire.unpack(plan, wide, params, strides), whole, arrived or not sums.differentiated
 
     def _plan(self, sums: Sums) -> wire.Plan:
         sync, name = self.options.sync, self.options.name
@@ -108,3 +109,12 @@ class Traced:
 
     def done(self) -> None:
         """Nor that all is well."""
+
+
+def _flat(grad: Tensor, copies: bool) -> Tensor:
+    """In one dimension.
+
+    A kernel may return other strides than it was traced with (a convolution's in float64), so that what was a view then is
+    none: where a parameter has strides of its own, that costs a copy.
+    """
+    return (grad.clone(memory_format=torch.contiguous_format) if copies else grad).reshape(-1)

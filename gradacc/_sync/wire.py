@@ -278,10 +278,41 @@ def widen(bucket: Bucket, flat: Tensor) -> Tensor:
     return flat[: bucket.numel].to(bucket.dtype)
 
 
-def unpack(plan: Plan, wide: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor | None]:
-    """The gradients, views of the buckets' (`widen`)."""
+def unpack(
+    plan: Plan, wide: Sequence[Tensor], params: Sequence[Tensor], strides: Sequence[tuple[int, ...] | None]
+) -> list[Tensor | None]:
+    """The gradients, views of the buckets' (`widen`); in memory of their own where they have `strides_of` their own."""
     parts = [wide[place.bucket].narrow(0, place.offset, place.numel) for place in plan.places]
-    return [
+    grads = [
         torch.view_as_complex(part.view(*param.shape, 2)) if param.is_complex() else part.view(param.shape)
         for part, param in zip(parts, params, strict=True)
     ]
+    return [
+        grad if own is None else torch.empty_strided(grad.shape, own, dtype=grad.dtype, device=grad.device).copy_(grad)
+        for grad, own in zip(grads, strides, strict=True)
+    ]
+
+
+def strides_of(param: Tensor, grad: Tensor | None) -> tuple[int, ...] | None:
+    """In which a gradient is returned: its parameter's where those are dense and not a contiguous tensor's.
+
+    Kernels that take parameters and gradients by address (a fused optimizer's) pair them so. A parameter that has no numbers
+    (of a state) has none: then those of the ``grad`` of this rank, if it has one.
+    """
+    for tensor in (param, grad):
+        if tensor is None or tensor.is_contiguous():
+            return None
+        if _is_dense(tensor):
+            return tuple(tensor.stride())
+    return None
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether its elements fill its memory, each once."""
+    filled = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size != 1:
+            if stride != filled:
+                return False
+            filled *= size
+    return True
