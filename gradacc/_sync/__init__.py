@@ -45,7 +45,6 @@ from gradacc._sums import Sums
 from gradacc._sync import channel as channels
 from gradacc._sync import group as groups
 from gradacc._sync.agreement import Agreed as Agreed
-from gradacc._sync.alone import Alone
 from gradacc._sync.link import Link
 from gradacc._sync.traced import Traced
 
@@ -83,6 +82,33 @@ class Boundary(Protocol):
 
     def done(self) -> None:
         """It returns what it is to return."""
+
+
+class Alone:
+    """Everything is the union already."""
+
+    crosses = overlaps = False
+
+    def bind(self, params: Sequence[Tensor], treedef: _tree.TreeDef, dtypes: Sequence[torch.dtype]) -> None:
+        """Nobody asks."""
+
+    def set_unit(self, unit: float | Tensor | None, weight: float | Tensor) -> None:
+        """Nobody asks."""
+
+    def deliver(self, index: int, grad: Tensor) -> None:
+        """Nothing overlaps."""
+
+    def cross(
+        self, grads: list[Tensor | None], sums: Sums, arrived: bool, types: Callable[[Sums], Sums]
+    ) -> tuple[list[Tensor | None], Sums, bool]:
+        """What there is."""
+        return grads, types(sums), arrived
+
+    def fail(self, error: BaseException) -> None:
+        """Nobody waits."""
+
+    def done(self) -> None:
+        """Nobody waits."""
 
 
 def connect(options: Options, agreed: Agreed | None) -> Boundary:

@@ -1,0 +1,84 @@
+"""`docs/map.md` is true: every room stands in it, no import runs upward, and the call that it follows enters those files."""
+
+import ast
+import graphlib
+import re
+import sys
+from pathlib import Path
+
+import torch
+
+import gradacc
+
+ROOT = Path(__file__).parent.parent
+MAP = (ROOT / "docs" / "map.md").read_text()
+ROWS = [re.findall(r"`(\w+)`", row.split("|")[2]) for row in MAP.splitlines() if re.match(r"\| [a-z ]+ \| `", row)]
+LEVEL = {room: level for level, rooms in enumerate(ROWS) for room in rooms}
+FILES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted((ROOT / "gradacc").rglob("*.py"))
+}
+DOOR = "gradacc"
+
+
+def imports(path):
+    """The modules of gradacc that a file imports, at its top or later."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == DOOR:
+            for alias in node.names:
+                inside = f"{node.module}.{alias.name}"
+                yield inside if inside in FILES else node.module
+
+
+def room(module):
+    return module.split(".")[1]
+
+
+def test_every_room_is_on_the_map():
+    assert {room(module) for module in FILES if module != DOOR} == set(LEVEL)
+
+
+def test_no_import_runs_upward():
+    upward = [
+        f"{module} imports {other}"
+        for module, path in FILES.items()
+        for other in imports(path)
+        if DOOR not in (module, other) and LEVEL[room(module)] < LEVEL[room(other)]
+    ]
+    assert not upward
+
+
+def test_there_are_no_circles():
+    graph = {module: {other for other in imports(path) if other != module} for module, path in FILES.items()}
+    del graph[DOOR]
+    list(graphlib.TopologicalSorter(graph).static_order())
+
+
+def test_a_call_enters_the_files_that_the_map_follows():
+    ground, entered = set(ROWS[0]), set()
+
+    def note(frame, event, _):
+        module = frame.f_globals.get("__name__", "")
+        if event == "call" and module.split(".")[0] == DOOR and room(module) not in ground:
+            entered.add(module)
+
+    def loss_fn(params, batch):
+        return (batch @ params["w"]).square().mean()
+
+    params, batch = {"w": torch.ones(256, 256)}, torch.ones(8, 256)
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        gradacc.accumulate(loss_fn, steps=4)(params, batch)
+    finally:
+        sys.setprofile(before)
+    followed, aside, _ = re.split("On the way the call|Other calls enter", MAP)
+    files = named(followed) - {"gradacc._accumulator"}
+    assert entered == files | entered & named(aside)
+    assert len(files) <= 11
+
+
+def named(text):
+    """The modules whose files a text names."""
+    paths = re.findall(r"`([\w/]+)\.py`", text)
+    return {f"gradacc.{path.removesuffix('/__init__').replace('/', '.')}" for path in paths}
