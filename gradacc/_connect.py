@@ -13,8 +13,9 @@ NOTE [connected results]
     be constants without a word. The graph is made when a backward pass gets there, by running the call once more: until
     then a result costs nothing but the arguments, which it holds. (Where that is not wanted, in training, parameters do not
     require grad, as those of `gradacc.functional`, or grad mode is disabled.) What a second run cannot do is an error of that
-    backward pass: an iterator that is used up, an argument that has changed in place, a loss whose value is another one,
-    ``sync=``, and what `torch.func` refuses (activation checkpointing, saved-tensor hooks).
+    backward pass: an iterator that is used up, an argument that has changed in place, a loss whose value is another one (or
+    whose weight is, or a 0-dim leaf of aux), ``sync=``, and what `torch.func` refuses (activation checkpointing, saved-tensor
+    hooks).
 
     It is the arguments that ask. A tensor that ``loss_fn`` closes over is connected too where an argument requires grad.
     Where none does it is an error of the backward pass, but for an ``nn.Parameter``, which is a constant: a module that is
@@ -31,7 +32,7 @@ NOTE [derivatives of a second run]
 
 from __future__ import annotations
 
-import math
+import cmath
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
@@ -112,7 +113,8 @@ def connect(name: str, call: Call, results: Any, closed: Iterable[Tensor], run: 
     else:
         tensors = [leaf for leaf in call.leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
         value = len(_tree.flatten(results[0])[0])  # the leaf behind the gradients: a loss, or the total of a Mean
-        function = _again(name, call, run, places, (value, leaves[value].detach().clone()))
+        numbers = {i: _number(leaf) for i, leaf in enumerate(leaves) if i >= value and _is_number(leaf)}
+        function = _again(name, call, run, places, (value, numbers))
     connected: Any = _Connection.apply(function, len(tensors), outputs, *tensors, *others)  # type: ignore[no-untyped-call]  # torch's
     for i, leaf in zip(places, connected, strict=True):
         leaves[i] = leaf
@@ -183,11 +185,13 @@ def _pullback(
     return pulled
 
 
-def _again(name: str, call: Call, run: Callable[..., Any], places: Sequence[int], seen: tuple[int, Tensor]) -> Function:
-    """The call as a function of its tensors; ``seen``: which leaf of the results is the value, and what it was."""
+def _again(
+    name: str, call: Call, run: Callable[..., Any], places: Sequence[int], seen: tuple[int, dict[int, Any]]
+) -> Function:
+    """The call as a function of its tensors; ``seen``: which leaf of the results is the value, and what numbers there were."""
     moves = [isinstance(leaf, Tensor) and not leaf.is_inference() for leaf in call.leaves]
     kept = [None if moved else leaf for leaf, moved in zip(call.leaves, moves, strict=True)]
-    treedef, surroundings, (index, value) = call.treedef, call.surroundings, seen
+    treedef, surroundings, (value, before) = call.treedef, call.surroundings, seen
     assert treedef is not None
     assert surroundings is not None
 
@@ -196,24 +200,44 @@ def _again(name: str, call: Call, run: Callable[..., Any], places: Sequence[int]
         leaves = [next(left) if moved else _normal(leaf) for leaf, moved in zip(kept, moves, strict=True)]
         with _as_in(surroundings), inside_a_loss():
             results = _tree.flatten(run(*_tree.unflatten(treedef, leaves)))[0]
-        _check_value(name, value, results[index])
+        for i, number in before.items():
+            what = "value" if i == value else f"number behind it ({i - value}, of the weight and aux)"
+            _check_number(name, what, number, results[i])
         return [results[i] for i in places]
 
     return again
 
 
-def _check_value(name: str, before: Tensor, now: Tensor) -> None:
+def _is_number(leaf: Any) -> bool:
+    """Whether it can be compared without a copy of something large: the value, a weight, a metric."""
+    return isinstance(leaf, (int, float)) or (isinstance(leaf, Tensor) and leaf.ndim == 0 and not leaf.is_meta)
+
+
+def _number(leaf: Any) -> Any:
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
+
+
+def _check_number(name: str, what: str, before: Any, now: Any) -> None:
     """A loss that drew other numbers, or that something has changed, has another value; rounding has not."""
-    if before.is_meta:
-        return
-    one, other = before.item(), now.detach().item()
-    if not math.isclose(one, other, rel_tol=torch.finfo(before.dtype).eps ** 0.5) and one == one:
+    inexact = isinstance(before, Tensor) and not _is_integer(before)
+    near = torch.finfo(before.dtype).eps ** 0.5 if inexact else 1e-9
+    one, other = _plain(before), _plain(now)
+    # What is about 0 by cancellation (a metric) is rounding and nothing else; the value is not let off.
+    if one == one and not cmath.isclose(one, other, rel_tol=near, abs_tol=0.0 if what == "value" else near):
         raise RuntimeError(
-            f"{name}: a backward pass has reached the results of a call, which makes the call once more, and the value was "
+            f"{name}: a backward pass has reached the results of a call, which makes the call once more, and the {what} was "
             f"{one} and is {other} now: loss_fn draws numbers that are not torch's own (a Generator, NumPy), or what it "
             "closes over has changed. Differentiate with torch.func (torch.func.grad around the call), or call grad_fn "
             "under torch.no_grad() for results without a graph"
         )
+
+
+def _is_integer(tensor: Tensor) -> bool:
+    return not (tensor.is_floating_point() or tensor.is_complex())
+
+
+def _plain(number: Any) -> Any:
+    return number.detach().item() if isinstance(number, Tensor) else number
 
 
 def _refusal(message: str) -> Function:

@@ -349,6 +349,20 @@ class TestErrors:
 
         self.check(ours(loss)(leaf(), X), "^accumulate: .*the value was 0.* and is 0.* now")
 
+    @pytest.mark.parametrize("number", [float, torch.tensor])
+    def test_a_weight_that_has_changed(self, number):
+        weight = [number(6.0)]
+        grads = ours(lambda w, x: Mean((x @ w).square().sum(), weight[0]))(leaf(), X)
+        weight[0] = number(60.0)
+        self.check(grads, r"the number behind it \(1, .* was 18.0 and is 180.0 now")
+
+    def test_aux_that_has_changed(self):
+        factor = [1.0]
+        grad_fn = gradacc.accumulate(lambda w, x: (mean(w, x), {"a": mean(w, x) * factor[0]}), steps=3, has_aux=True)
+        _, aux = grad_fn(leaf(), X)
+        factor[0] = 2.0
+        self.check(aux["a"], r"the number behind it \(1, ")
+
     def test_a_closed_over_tensor_while_no_argument_requires_grad(self):
         rate = leaf(torch.tensor(0.2, dtype=D))
         result = ours(lambda w, x: mean(w, x) * rate)(W, X)
