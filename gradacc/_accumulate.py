@@ -221,7 +221,7 @@ def accumulate_and_value(
 
 def _grad_and_value(name: str, loss_fn: Callable[..., Any], given: _options.Given) -> Callable[..., Any]:
     options = _options.options(name, loss_fn, given)
-    agreed = _sync.Agreed(name, loss_fn) if options.sync is not None else None
+    agreed = None if options.sync is None else _sync.Agreed(name, loss_fn, options.sync.group)
 
     @functools.wraps(loss_fn, updated=())  # the __dict__ of a compiled loss holds Dynamo's marks, which are not ours
     def grad_fn(*args: Any, **kwargs: Any) -> Any:

@@ -164,7 +164,7 @@ def accumulator(
         raise TypeError(f"accumulator: donate must be True or False, got {describe(donate)}")
     if options.sync is not None:
         options = options._replace(sync=AllReduce(options.sync.group, options.sync.compress, overlap=False))
-    agreed = _sync.Agreed(options.name, loss_fn) if options.sync is not None else None
+    agreed = None if options.sync is None else _sync.Agreed(options.name, loss_fn, options.sync.group)
 
     def init(params: Any) -> State:
         """Nothing accumulated."""

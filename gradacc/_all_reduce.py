@@ -62,9 +62,9 @@ def all_reduce(
     others, and each says what it is (of which ``grad_fn``, and its number); where that differs, every rank gets the same
     RuntimeError, which names all the calls, and nothing is returned. Catch it on every rank and go on from the same place on
     all of them: the numbers are the same again from the next call on. Several ``grad_fn`` are told apart by where their
-    losses are written, at first use, and by their first calls later; so of two that one piece of code makes (closures) the
-    first calls must come in the same order. A call that a rank leaves out is not noticed: its next one, with its next window,
-    takes its place, and the others wait for its last one. Where calls of several, of different sizes, come in a new order, one
+    losses are written; of several that one piece of code makes (closures), by the order in which they were made for this group,
+    so every rank must make all of them, in the same order. A call that a rank leaves out is not noticed: its next one, with its
+    next window, takes its place, and the others wait for its last one. Where calls of several, of different sizes, come in a new order, one
     all-reduce more crosses, of the size of the one that was expected.
 
     What is returned for one call are views of one tensor for each dtype: keeping one gradient keeps all. Only where the

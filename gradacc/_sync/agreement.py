@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 import pickle
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, NoReturn
@@ -41,10 +42,28 @@ class Agreement(NamedTuple):
 class Agreed:
     """What one ``grad_fn`` has agreed on: by process group and by the parameters' structure."""
 
-    def __init__(self, name: str, loss_fn: Callable[..., Any]) -> None:
-        self.title = f"{name}({_place(loss_fn)})"
-        """What ranks call it among themselves. Two losses that one piece of code makes (closures) have the same."""
+    def __init__(self, name: str, loss_fn: Callable[..., Any], group: Any) -> None:
+        self.title = _title(f"{name}({_place(loss_fn)})", group)
+        """What ranks call it among themselves."""
         self.groups: WeakKeyDictionary[Any, dict[Any, Agreement]] = WeakKeyDictionary()
+
+
+_made: WeakKeyDictionary[Any, Counter[str]] = WeakKeyDictionary()
+_made_for_all: Counter[str] = Counter()
+"""How many were made, for a group or for the default one: of a loss that is written in this place."""
+
+
+def _title(place: str, group: Any) -> str:
+    """A place, and which one this is of those that were made there: closures differ in nothing else that can be compared."""
+    if group is None:
+        made = _made_for_all
+    else:
+        # Of a mesh of several dimensions, or a group that this rank is not in, there is no call.
+        if hasattr(group, "get_group") and hasattr(group, "mesh_dim_names") and group.ndim == 1:
+            group = group.get_group()
+        made = _made.setdefault(group, Counter()) if isinstance(group, dist.ProcessGroup) else Counter()
+    made[place] += 1
+    return place if made[place] == 1 else f"{place}, number {made[place]} that was made there"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Ranks whose calls differ: every one of them gets an error that names the calls, and the next ones go on."""
 
+import functools
 import signal
 import sys
 import types
@@ -9,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.debug import CommDebugMode
 
 import gradacc
@@ -404,3 +406,34 @@ def test_a_loader_that_raises_in_a_later_window(pool, calls):
         assert before == [right] * 2 * calls
         assert error.startswith("Own") if rank == 1 else "because the call raised on rank 1 of process group" in error
         assert second == [right] * 4 * calls
+
+
+def made_in_one_place(group, how):
+    """Two closures of one piece of code: ``how`` rank 0 differs."""
+    first, sync = dist.get_rank(group) == 0, gradacc.all_reduce(group)
+    if how == "of a mesh":
+        sync = gradacc.all_reduce(DeviceMesh.from_group(group, "cpu", mesh_dim_names=("dp",)))
+
+    def make(factor):
+        return gradacc.accumulate(lambda w, x: factor * (w * x).mean(), steps=1, sync=sync)
+
+    if how == "one more" and first:
+        make(3.0)
+    made = [make(1.0), make(100.0)]
+    if how in ("called in another order", "of a mesh") and first:
+        made.reverse()
+    w, x = torch.ones(1), torch.ones(2, 1)
+    return [attempt(functools.partial(grad_fn, w, x)) for _ in range(2) for grad_fn in made]
+
+
+@pytest.mark.parametrize("how", ["alike", "called in another order", "of a mesh", "one more"])
+def test_grad_fns_that_one_piece_of_code_makes_are_told_apart(pool, how):
+    """By the order in which they were made: no rank gets a mixture of two."""
+    answers = pool.run(2, made_in_one_place, how)
+    assert answers[0] == answers[1]
+    if how == "alike":
+        assert answers[0] == [[1.0], [100.0]] * 2
+        return
+    for message in answers[0]:
+        assert "made different calls" in message
+        assert "that was made there" in message
