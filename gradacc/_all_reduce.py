@@ -64,8 +64,8 @@ def all_reduce(
     all of them: the numbers are the same again from the next call on. Several ``grad_fn`` are told apart by where their
     losses are written; of several that one piece of code makes (closures), by the order in which they were made for this group,
     so every rank must make all of them, in the same order. A call that a rank leaves out is not noticed: its next one, with its
-    next window, takes its place, and the others wait for its last one. Where calls of several, of different sizes, come in a new order, one
-    all-reduce more crosses, of the size of the one that was expected.
+    next window, takes its place, and the others wait for its last one. Where calls of several, of different sizes, come in a
+    new order, one all-reduce more crosses, of the size of the one that was expected.
 
     What is returned for one call are views of one tensor for each dtype: keeping one gradient keeps all. Only where the
     strides of a parameter are not a contiguous tensor's, and leave no gaps (``channels_last``, a transpose), its gradient is
