@@ -35,8 +35,12 @@ from torch import Tensor
 from gradacc import _tree
 from gradacc._describe import describe
 
-_LISTS = (list, tuple, deque)
-"""Exactly these: a ``NamedTuple`` is a record."""
+
+def _is_list(node: Any) -> bool:
+    """A sequence of any class; a ``NamedTuple`` is a record, and a dict is one unless numbers are its keys."""
+    if isinstance(node, dict):
+        return bool(node) and all(type(key) is int for key in node)
+    return isinstance(node, (list, tuple, deque)) and not hasattr(node, "_fields")
 
 
 def is_passed_through(leaf: Any) -> bool:
@@ -53,16 +57,17 @@ def check_lists(name: str, tree: Any, dims: Sequence[Any], root: str, examples: 
     """
 
     def is_suspect(node: Any) -> bool:
-        if type(node) not in _LISTS or not _is_plain(node):
+        if not _is_list(node) or not _is_plain(node):
             return False
-        return len(node) == examples > 1 or any(isinstance(item, str) for item in node)
+        items = node.values() if isinstance(node, dict) else node
+        return len(node) == examples > 1 or any(isinstance(item, str) for item in items)
 
     nodes, treedef = _tree.flatten(tree, is_suspect)
     start = 0
     for index, node in enumerate(nodes):
         leaves = _tree.flatten(node)[0]
         own, start = dims[start : start + len(leaves)], start + len(leaves)
-        if type(node) not in _LISTS or all(dim is None for dim in own):
+        if not _is_list(node) or all(dim is None for dim in own):
             continue
         kind = "strings" if any(isinstance(leaf, str) for leaf in leaves) else "numbers"
         of_each = f", one item for each of the {examples} examples" if len(node) == examples else ""
@@ -72,6 +77,47 @@ def check_lists(name: str, tree: Any, dims: Sequence[Any], root: str, examples: 
             f"which cannot be split: every micro-batch would get all of it. {fix}; where it is meant whole, give it None in "
             "in_dims, or pass it as another argument of loss_fn"
         )
+
+
+def check_tensor_lists(name: str, tree: Any, dims: Sequence[Any], root: str, examples: int, is_all: bool) -> None:
+    """Refuse a list with tensors of each example: NOTE [lists in a batch].
+
+    Arguments:
+        dims: what `in_dims` says of each leaf.
+        examples: the size of the batch; all tensors that are split have it.
+        is_all: whether nothing else is split but this tree.
+
+    Raises:
+        TypeError: the items are containers. (Of bare tensors there is a warning.)
+    """
+    nodes, treedef = _tree.flatten(tree, lambda node: _is_list(node) and len(node) == examples)
+    start = 0
+    for index, node in enumerate(nodes):
+        leaves = _tree.flatten(node)[0]
+        own, start = dims[start : start + len(leaves)], start + len(leaves)
+        if not _is_list(node) or all(dim is None for dim in own):
+            continue
+        items = list(node.values()) if isinstance(node, dict) else list(node)
+        kinds = [_kinds(item) for item in items]
+        bare = all(isinstance(item, Tensor) for item in items)
+        if any(kind != kinds[0] for kind in kinds) or not any(kinds[0][1]) or (bare and is_all and node is tree):
+            continue
+        path, kind = _tree.paths(treedef, root)[index], type(node).__name__
+        what = (
+            f"{name}: {path} is a {kind} of {len(node)} items with tensors, and the batch has {examples} examples. "
+            "If each item is of one example, the split is wrong: every tensor in it is divided along its own dim 0. "
+            "Pad and stack them into one tensor, or pass split= or an iterable of micro-batches"
+        )
+        names = "If each item is of all examples, give the items names (a dict)"
+        if not bare:
+            raise TypeError(f"{what}. {names}; where it is meant whole, give it None in in_dims")
+        _warn(f"{what}. {names}, and there is no warning")
+
+
+def _kinds(item: Any) -> tuple[Any, list[Any]]:
+    """The structure of an item, and of each leaf its dtype and number of dimensions; None of what is no tensor."""
+    leaves, treedef = _tree.flatten(item)
+    return treedef, [(leaf.dtype, leaf.ndim) if isinstance(leaf, Tensor) else None for leaf in leaves]
 
 
 def _is_plain(node: Any) -> bool:

@@ -89,6 +89,10 @@ def _slice(options: Options, args: Sequence[Any], dims: Sequence[Any]) -> Microb
     for n, (leaves, _) in flat.items():
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
             _batch.check_lists(options.name, args[n], leaf_dims[n], f"args[{n}]", total)
+        # Most batches have fewer tensors than examples, and so no list of tensors that is as long.
+        if len(leaves) >= total > 1:
+            is_all = all(n == m for m in flat)
+            _batch.check_tensor_lists(options.name, args[n], leaf_dims[n], f"args[{n}]", total, is_all)
 
     dims_of = [
         dim if isinstance(leaf, Tensor) else None

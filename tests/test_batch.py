@@ -10,6 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.fx.immutable_collections import immutable_list
 from torch.utils.data import DataLoader, TensorDataset
 
 import gradacc
@@ -73,6 +74,14 @@ REFUSED = {
         r"args\[1\]\['text'\] is a list of 2 items \(strings\), which",
     ),
 }
+REFUSED |= {
+    "another class of list": (
+        {"x": X, "len": immutable_list([4, 1, 2, 3, 4, 4])},
+        r"args\[1\]\['len'\] is a immutable_list",
+    ),
+    "a size": ({"x": X, "len": torch.Size([4, 1, 2, 3, 4, 4])}, r"args\[1\]\['len'\] is a Size of 6"),
+    "numbered": ({"x": X, "len": dict(enumerate([4, 1, 2, 3, 4, 4]))}, r"args\[1\]\['len'\] is a dict of 6"),
+}
 CUTS = {"steps": dict(steps=3), "microbatch_size": dict(microbatch_size=4), "one micro-batch": dict(steps=1)}
 
 
@@ -119,6 +128,79 @@ def test_what_is_no_list_of_examples_passes_whole(case, engine):
 
     actual = ENGINES[engine](lambda: gradacc.accumulate(loss, steps=3, **options)(W, {"x": X, "more": more}))
     torch.testing.assert_close(actual, torch.func.grad(lambda w: loss_fn(w, {"x": X}))(W))
+
+
+def boxes(number=6, size=6):
+    return [{"boxes": torch.ones(size, 4), "label": n} for n in range(number)]
+
+
+OF_EACH: dict[str, Any] = {
+    "dicts": {"x": X, "targets": boxes()},
+    "a tuple": {"x": X, "targets": tuple(boxes())},
+    "pairs": (X, [(torch.ones(6, 4), torch.ones(6)) for _ in range(6)]),
+    "deep": {"x": X, "more": {"targets": boxes()}},
+    "numbered": {"x": X, "targets": dict(enumerate(boxes()))},
+    "other sizes behind": {"x": X, "masks": [(torch.ones(6, n),) for n in range(6)]},
+    "the whole batch": boxes(),
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("case", OF_EACH)
+def test_a_list_of_tensors_of_each_example_is_refused(case, engine):
+    batch = OF_EACH[case]
+    with pytest.raises(
+        TypeError, match=r"^accumulate: args\[1\].* 6 items with tensors, and the batch has 6 examples.*a dict"
+    ):
+        ENGINES[engine](lambda: gradacc.accumulate(loss_fn, steps=3)(W, batch))
+
+
+def test_so_is_one_in_an_argument_of_its_own():
+    with pytest.raises(TypeError, match=r"args\[2\] is a list of 6 items with tensors"):
+        gradacc.accumulate(lambda w, x, t: (x @ w).sum(), steps=3, in_dims=(None, 0, 0))(W, X, boxes())
+
+
+def test_check_accumulation_names_such_a_list_of_tensors():
+    with pytest.raises(TypeError, match="6 items with tensors"):
+        check_accumulation(loss_fn, W, {"x": X, "targets": boxes()})
+
+
+def test_bare_tensors_in_a_list_as_long_as_the_batch_are_said():
+    """Images of other sizes, whose channels would be divided; and the levels of a pyramid, which are right."""
+    batch = {"x": X[:3], "images": [torch.ones(3, 4 + n, 5) for n in range(3)]}
+    with pytest.warns(UserWarning, match=r"args\[1\]\['images'\] is a list of 3 items with tensors.*a dict"):
+        gradacc.accumulate(loss_fn, steps=3)(W, batch)
+
+
+PARTS: dict[str, Any] = {
+    "one batch in parts": [X, X + 1, X + 2, X + 3, X + 4, X + 5],
+    "parts of two examples": [X[:2], X[2:4]],
+    "parts that differ": {"x": X[:2], "more": [X[:2], torch.ones(2)]},
+    "another number": {"x": X, "views": [{"x": X}, {"x": X}]},
+    "names": {"x": X[:2], "views": {"a": {"x": X[:2]}, "b": {"x": X[:2]}}},
+    "one example": {"x": X[:1], "targets": boxes(1, 1)},
+}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("case", PARTS)
+def test_lists_of_tensors_that_are_parts_of_a_batch_are_split(case, engine):
+    batch = PARTS[case]
+    actual = ENGINES[engine](lambda: gradacc.accumulate(loss_fn, steps=2)(W, batch))
+    torch.testing.assert_close(actual, torch.func.grad(loss_fn)(W, batch))
+
+
+def test_a_list_of_tensors_that_is_meant_whole():
+    batch, targets = {"x": X, "targets": None}, boxes()
+
+    def loss(w, b):
+        assert len(b["targets"][0]["boxes"]) == 6
+        return loss_fn(w, b)
+
+    grads = gradacc.accumulate(loss, steps=3, in_dims=(None, {"x": 0, "targets": None}))(
+        W, {**batch, "targets": targets}
+    )
+    torch.testing.assert_close(grads, torch.func.grad(loss_fn)(W, batch))
 
 
 @pytest.mark.parametrize("rows", [0, 1])
