@@ -8,13 +8,17 @@ STAMP := $(VENV)/.installed
 # Processes that tests run in.
 WORKERS ?= 2
 
-.PHONY: demo test test-slow lint docs bench clean
+.PHONY: demo test test-fast test-slow lint docs bench clean
 
 demo: $(STAMP)
 	$(PY) -m gradacc demo
 
 test: $(STAMP)
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup
+
+# The laws and the pieces: what to run while one writes.
+test-fast: $(STAMP)
+	$(PY) -m pytest -n $(WORKERS) --dist loadgroup tests/laws tests/test_aux.py tests/test_batch.py tests/test_map.py tests/test_mean.py tests/test_units.py -k "not over_200_calls"
 
 test-slow: $(STAMP)
 	$(PY) -m pytest -m slow
