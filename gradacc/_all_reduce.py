@@ -56,7 +56,8 @@ def all_reduce(
     **The end.** With gloo, end a script by ``torch.distributed.destroy_process_group()`` in a ``finally``. Otherwise one of its
     threads may still hold the last collective's tensors when Python takes itself apart, and end the process by SIGABRT
     ("terminate called without an active exception"), after a last call that raised and after one that did not. It is so in
-    plain torch. It waits for that thread unless something else still holds the group (a variable, ``all_reduce(group)``).
+    plain torch. ``destroy_process_group()`` waits for that thread, unless something else still holds the group (a variable,
+    ``all_reduce(group)``).
 
     **Order.** Ranks must make the same calls in the same order. The n-th call of a rank in a group meets the n-th call of the
     others, and each says what it is (of which ``grad_fn``, and its number); where that differs, every rank gets the same

@@ -29,6 +29,7 @@ from torch import nn
 import gradacc
 from gradacc import Mean, TrainState, _tree
 from gradacc.checkpoint import load, save
+from tests.helpers import assert_trees_equal
 from tests.workers import SIZE
 
 
@@ -504,6 +505,39 @@ def test_two_saves_at_once(tmp_path):
         assert files(tmp_path) == before
     save(tmp_path, {"n": 2})
     assert load(tmp_path, {"n": 0})["n"] == 2
+
+
+def test_a_lock_ends_with_its_save_and_says_nothing_afterwards(tmp_path):
+    """Also where a process that was forked meanwhile (a loader's worker) lives on; nobody's name stays in the folder."""
+    from gradacc.checkpoint import _lock
+
+    file = tmp_path / "checkpoint.lock"
+    reading, writing = os.pipe()
+    with _lock.locked("save", file):
+        assert file.read_text().startswith(f"process {os.getpid()} on ")
+        child = os.fork()
+        if child == 0:
+            os.close(writing)
+            os.read(reading, 1)
+            os._exit(0)
+    try:
+        assert file.read_bytes() == b""
+        with _lock.locked("save", file):
+            pass
+    finally:
+        os.close(writing)
+        os.waitpid(child, 0)
+        os.close(reading)
+
+
+@pytest.mark.parametrize("missing", ["pread", "pwrite"])
+def test_saving_needs_nothing_that_windows_lacks(missing, tmp_path, monkeypatch):
+    """The whole of it, where the system has no locks of this kind: the module `fcntl`, and what reads and writes at a place."""
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.delattr(os, missing)
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    gradacc.checkpoint.save(tmp_path / "saved", {"w": torch.ones(2)})
+    assert_trees_equal(gradacc.checkpoint.load(tmp_path / "saved", {"w": torch.zeros(2)}), {"w": torch.ones(2)})
 
 
 def test_a_save_that_fails_keeps_no_lock(tmp_path, monkeypatch):

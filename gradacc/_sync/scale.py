@@ -6,17 +6,19 @@ NOTE [scales]
     total weight, which a rank learns with the others' records, too late: so it is the total weight of the ``grad_fn``'s last
     call that went through, a number from records that all ranks have.
 
-    Where that is wrong for this call, gradients cross once more, in the right scale. With numbers of 32 bits or more it takes
-    weights that change by a factor of 2**32 (in float64 2**256): a rank whose own weight is that far from the scale sends zeros
-    at first, and says so in its record; what the others have sent counts. With float16, whose range is small, everything
+    Where that is wrong for this call, gradients cross once more, in the right scale. With numbers of the range of float32 it
+    takes weights that change by a factor of 2**12 (in float64 2**256): a rank whose own weight is that far from the scale sends
+    zeros at first, and says so in its record; what the others have sent counts. Within that factor a mean gradient's elements
+    keep their digits down to 1e-34, where float32 itself ends at 1e-38. With float16, whose range is small, everything
     crosses again, not compressed, where the total weight is more than `NARROW` times, or less than 1 / `NARROW` of, the
     scale, and where a sum is not finite: which is NaN or inf in the end only if it is without float16 too. Its gradients are
     therefore kept until the records have come.
 
     On an accelerator a rank does not read its weight, and so cannot withhold anything: its gradients are out of its hands when
-    it reads the records. Where they do not fit, it has sent zeros and said so, and the call is an error on all ranks, after
-    which the scale is the right one. A weight that is not what it must be (NOTE [weights that are not read] in ``_sums.py``) is
-    NaN in the record, and an error on all ranks, too.
+    it reads the records. Where they do not fit (`UNREAD`; after weights that fall by less, elements below 1e-28 may lose
+    digits), it has sent zeros and said so, and the call is an error on all ranks, after which the scale is the right one. A
+    weight that is not what it must be (NOTE [weights that are not read] in ``_sums.py``) is NaN in the record, and an error on
+    all ranks, too.
 
     With ``reduction="sum"`` there are no weights: gradients cross as they are.
 """
@@ -33,6 +35,11 @@ NARROW = 4.0
 """How far the total weight may be from the scale in float16."""
 
 
+UNREAD = 2.0**32
+"""How far a weight that is not read may be from the scale where gradients have the range of float32: beyond that the call is an
+error, so not where weights of ordinary use may be."""
+
+
 def scale(weight: float) -> float:
     """The power of two that is nearest."""
     if not weight or not math.isfinite(weight):
@@ -44,7 +51,8 @@ def is_far(weight: float | Tensor, one: float, plan: Plan) -> bool | Tensor:
     """Whether gradients of so much weight would lose digits in this scale, whatever the others send."""
     if isinstance(weight, Tensor):
         ratio = weight / one
-        far: Tensor = (weight != 0) & ~((ratio >= 1.0 / plan.limit) & (ratio <= plan.limit))
+        limit = max(plan.limit, UNREAD)
+        far: Tensor = (weight != 0) & ~((ratio >= 1.0 / limit) & (ratio <= limit))
         return far & (not plan.narrow)
     return bool(weight) and not plan.narrow and not 1.0 / plan.limit <= weight / one <= plan.limit
 

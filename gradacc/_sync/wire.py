@@ -131,7 +131,7 @@ def plan(
         tuple(specs),
         header,
         torch.float16 in wires,
-        2.0**256 if wires == {torch.float64} else 2.0**32,
+        2.0**256 if wires == {torch.float64} else 2.0**12,
     )
 
 

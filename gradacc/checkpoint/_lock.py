@@ -26,17 +26,31 @@ def locked(name: str, file: Path) -> Iterator[None]:
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         if _taken(descriptor):
-            holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "another process"
+            holder = os.read(descriptor, 200).decode(errors="replace").strip() or "another process"
             raise BlockingIOError(
                 f"{name}: {holder} is saving into {file.parent} at this moment; nothing was changed. Give each job a folder "
                 "of its own, or save when that one has ended"
             )
         with suppress(OSError):  # it is for the message alone, and the disk may be full
             os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-        yield
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+        try:
+            yield
+        finally:
+            _give_back(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _give_back(descriptor: int) -> None:
+    """What closing alone would not do where a process that was forked meanwhile has the descriptor too."""
+    with suppress(OSError):
+        os.ftruncate(descriptor, 0)
+    if sys.platform != "win32":
+        import fcntl
+
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def _taken(descriptor: int) -> bool:

@@ -32,7 +32,7 @@ def check(pool, weights, gradient, dtype, options, rtol):
     answers = pool.run(2, sequence, weights, gradient, dtype, options)
     assert answers[0] == answers[1]
     for (found, _), (one, other) in zip(answers[0], weights, strict=True):
-        assert found == pytest.approx(gradient * (one + 2 * other) / (one + other), rel=rtol)
+        assert found == pytest.approx(gradient * (one + 2 * other) / (one + other), rel=rtol, abs=0)
     return [count for _, count in answers[0]]
 
 
@@ -127,3 +127,11 @@ def test_a_value_that_is_too_large_in_the_union_is_infinite(pool, dtype, reducti
                 assert grads.isinf()
             else:
                 assert_trees_equal([grads, value], [each[0], each[0]])
+
+
+@pytest.mark.parametrize("factor", [2.0**10, 2.0**13, 2.0**29])
+@pytest.mark.parametrize(("gradient", "weight", "falls"), [(1e-34, 1e9, True), (1e34, 1e-9, False)])
+def test_weights_that_change_cost_no_digits(pool, gradient, weight, falls, factor):
+    """Of gradients near the end of float32's range, as far as plain torch has them."""
+    other = weight / factor if falls else weight * factor
+    check(pool, [(weight, weight), (other, other)], gradient, torch.float32, {}, 2e-6)
