@@ -148,8 +148,9 @@ def accumulate_and_value(
         in_dims: what is split, as in `torch.vmap`: a tuple with an int, None ("passed whole") or a pytree prefix of them
             for each positional argument, ``(None, 0, 0)`` for ``loss_fn(params, x, y)``. By default the first argument
             that is not differentiated, along dim 0. Tensors are split by views; Python numbers, bools, None and a lone string
-            are passed whole, but a list of numbers as long as the batch is an error, and so is any list of strings. An
-            iterable's micro-batches are counted along these dims.
+            are passed whole, but a list of numbers as long as the batch is an error, and so is any list of strings; a list
+            of tensors is its items, and an error or a warning where it may be one item for each example. An iterable's
+            micro-batches are counted along these dims.
         argnums: which arguments are differentiated: an int, or a tuple of ints for a tuple of gradients. Each is a pytree
             of floating or complex tensors of any shapes.
         has_aux: ``loss_fn`` returns ``(loss, aux)``. Of a pytree ``aux``, `Mean` leaves add up, tensors with a leading
@@ -257,6 +258,8 @@ def _run(
         fold = _loop.start(options, params, treedef, loss)
         boundary.bind(params, treedef, fold.accumulated)
         divided = _split.microbatches(options, args, differentiated, batch)
+        if divided.cut is not None and divided.cut.runs and divided.cut.runs[0].size == 1:
+            _call.warn_unsplit(options, args, kwargs, differentiated, batch)
         buffer, sums, empty = _loop.run(fold, divided, boundary)
     except BaseException as error:
         boundary.fail(error)

@@ -111,7 +111,7 @@ def check_tensor_lists(name: str, tree: Any, dims: Sequence[Any], root: str, exa
         names = "If each item is of all examples, give the items names (a dict)"
         if not bare:
             raise TypeError(f"{what}. {names}; where it is meant whole, give it None in in_dims")
-        _warn(f"{what}. {names}, and there is no warning")
+        warn(f"{what}. {names}, and there is no warning")
 
 
 def _kinds(item: Any) -> tuple[Any, list[Any]]:
@@ -165,7 +165,7 @@ def check_parts(name: str, batch: Any, dim: Any) -> None:
     if not -first.ndim <= along < first.ndim or any(_size(item, along) != _size(first, along) for item in batch[1:]):
         return
     if not _are_pieces(batch, along):
-        _warn(
+        warn(
             f"{name}: the batch is {_listing(batch)}, read as {_count(batch)}. If it is one batch in parts (as a DataLoader "
             f"yields it), the result is wrong: {_AS_ONE[0].lower()}{_AS_ONE[1:]}. If it is right, {_AS_MICRO_BATCHES}, and "
             "there is no warning"
@@ -232,7 +232,7 @@ def _are_pieces(batch: Sequence[Any], dim: int) -> bool:
     )
 
 
-def _warn(message: str) -> None:
+def warn(message: str) -> None:
     """Where the caller called; of a compiled function, when it is traced."""
     frame, level = sys._getframe(), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("gradacc."):
@@ -240,4 +240,4 @@ def _warn(message: str) -> None:
     warnings.warn(message, stacklevel=level)
 
 
-_warn._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result imports Dynamo
+warn._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result imports Dynamo

@@ -1,9 +1,17 @@
-"""A call's arguments: which are differentiated, which is the batch, and what of them is split."""
+"""A call's arguments: which are differentiated, which is the batch, and what of them is split.
+
+NOTE [what is passed whole]
+    By default the batch alone is split. ``mse(params, x, y)`` with a ``y`` of as many rows as ``x`` was most likely to be
+    split too, and mostly does not go through: three predictions less eight targets is an error of the loss, to which a note
+    is added. Of micro-batches of *one* example it does go through, by broadcasting, and gives the mean of all pairs. So there a
+    tensor that is as long as the batch is said, in a warning. It can be honest (a table that happens to have as many rows), so
+    it is no error, and ``in_dims`` with None says so; where micro-batches are larger, or ``in_dims`` given, there is none.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -133,7 +141,44 @@ def only_the_batch(options: Options, dims: Sequence[Any], batch: int) -> None:
         )
 
 
-def note_unsplit(error: Exception, options: Options, args: Sequence[Any]) -> None:
+def warn_unsplit(
+    options: Options, args: Sequence[Any], kwargs: Mapping[str, Any], differentiated: Sequence[int], batch: int
+) -> None:
+    """Of micro-batches of one example: what is as long as the batch, and would be broadcast; NOTE [what is passed whole]."""
+    if options.in_dims is None and (len(args) > len(differentiated) + 1 or kwargs):
+        said = _unsplit(options, args, kwargs, differentiated, batch)
+        if said is not None:
+            _batch.warn(
+                f"{said} Micro-batches have one example, with which it may be broadcast without an error. Where it is meant "
+                "whole, in_dims says so, and there is no warning"
+            )
+
+
+def _unsplit(
+    options: Options, args: Sequence[Any], kwargs: Mapping[str, Any], differentiated: Sequence[int], batch: int
+) -> str | None:
+    """What has the batch's leading size, but is passed whole."""
+    size = _leading(args[batch])
+    if size <= 1:
+        return None
+    whole = [n for n, arg in enumerate(args) if n not in (*differentiated, batch) and _leading(arg) == size]
+    named = [key for key, arg in kwargs.items() if _leading(arg) == size]
+    names = " and ".join([f"args[{n}]" for n in whole] + [f"the keyword argument {key!r}" for key in named])
+    if not names:
+        return None
+    more = len(args)
+    dims = tuple(0 if n in (batch, *whole) or n >= more else None for n in range(more + len(named)))
+    each, verb = ("has", "is") if len(whole) + len(named) == 1 else ("have", "are")
+    positional = " (keyword arguments are never split: pass it positionally)" if named else ""
+    return (
+        f"{options.name}: {names} {each} the batch's leading size, {size}, but {verb} passed whole; "
+        f"did you mean in_dims={dims}?{positional}"
+    )
+
+
+def note_unsplit(
+    error: Exception, options: Options, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+) -> None:
     """Add to a loss's own error what was passed whole, or split, where that is likely not what was meant."""
     if torch.compiler.is_compiling():
         return  # Dynamo knows no tracebacks
@@ -149,18 +194,9 @@ def note_unsplit(error: Exception, options: Options, args: Sequence[Any]) -> Non
         return
     if options.in_dims is not None:
         return
-    size = _leading(args[batch])
-    whole = [
-        n for n, arg in enumerate(args) if n not in (*differentiated, batch) and size > 1 and _leading(arg) == size
-    ]
-    if whole:
-        dims = tuple(0 if n in (batch, *whole) else None for n in range(len(args)))
-        names = " and ".join(f"args[{n}]" for n in whole)
-        each, verb = ("has", "is") if len(whole) == 1 else ("have", "are")
-        error.add_note(
-            f"{options.name}: {names} {each} the batch's leading size, {size}, but {verb} passed whole; "
-            f"did you mean in_dims={dims}?"
-        )
+    said = _unsplit(options, args, kwargs or {}, differentiated, batch)
+    if said is not None:
+        error.add_note(said)
     if type(args[batch]) in (list, tuple) and not any(isinstance(item, Tensor) for item in args[batch]):
         error.add_note(
             f"{options.name}: args[{batch}] is {describe(args[batch])}, and every tensor in it was split; "
@@ -169,6 +205,7 @@ def note_unsplit(error: Exception, options: Options, args: Sequence[Any]) -> Non
 
 
 def _leading(tree: Any) -> int:
-    """The one size that all tensors of a tree have along dim 0; 0 where there is none."""
-    sizes = {leaf.shape[0] if leaf.ndim else 0 for leaf in _tree.flatten(tree)[0] if isinstance(leaf, Tensor)}
+    """The one size that all tensors of a tree have along dim 0; 0 where there is none, or one that is not dense."""
+    tensors = [leaf for leaf in _tree.flatten(tree)[0] if isinstance(leaf, Tensor)]
+    sizes = {leaf.shape[0] if _batch.is_dense(leaf) and leaf.ndim else 0 for leaf in tensors}
     return sizes.pop() if len(sizes) == 1 else 0

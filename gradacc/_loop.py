@@ -72,7 +72,7 @@ def loss_of(
             with own.calling():
                 out = loss_fn(*positional, **named)
         except Exception as error:
-            _call.note_unsplit(error, options, args)
+            _call.note_unsplit(error, options, args, kwargs)
             raise
         return _loss.outcome(options, out, microbatch.sizes)
 

@@ -447,6 +447,45 @@ def test_a_losss_own_error_tells_what_was_not_split(case):
     assert all(re.match(f"accumulate: {note}", text) for note, text in zip(notes, found, strict=True)), found
 
 
+def test_it_tells_what_was_given_by_keyword():
+    with pytest.raises(RuntimeError) as caught:
+        gradacc.accumulate(lambda w, x, y: (x @ w - y).square().mean(), steps=2)(torch.ones(2), X, y=X[:, 0])
+    (note,) = caught.value.__notes__
+    assert "the keyword argument 'y' has the batch's leading size, 6" in note
+    assert "in_dims=(None, 0, 0)? (keyword arguments are never split" in note
+
+
+def pairs(w, x, y):
+    return (x @ w - y).square().mean()
+
+
+@pytest.mark.parametrize("cut", [dict(steps=6), dict(steps=9), dict(microbatch_size=1)])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_what_one_example_would_be_broadcast_with_is_said(engine, cut):
+    """The mean of all pairs, without an error."""
+    grad_fn = gradacc.accumulate(pairs, **cut)
+    message = (
+        r"accumulate: args\[2\] has the batch's leading size, 6, .*in_dims=\(None, 0, 0\)\? Micro-batches have one"
+    )
+    with pytest.warns(UserWarning, match=message):
+        ENGINES[engine](lambda: grad_fn(torch.ones(2), X, X[:, 0]))
+    with pytest.warns(UserWarning, match="the keyword argument 'y'"):
+        ENGINES[engine](lambda: grad_fn(torch.ones(2), X, y=X[:, 0]))
+
+
+@pytest.mark.parametrize(
+    ("options", "rows"),
+    [
+        (dict(steps=6, in_dims=(None, 0, None)), 6),
+        (dict(steps=6, in_dims=(None, 0, 0)), 6),
+        (dict(steps=6), 1),
+        (dict(steps=1), 6),
+    ],
+)
+def test_what_is_said_or_cannot_be_broadcast_is_nothing_to_speak_of(options, rows):
+    gradacc.accumulate(pairs, **options)(torch.ones(2), X, X[:rows, 0])
+
+
 def test_an_error_of_ours_gets_no_note():
     options = _options.options("accumulate", loss_fn, _options.Given(steps=2))
     with pytest.raises(TypeError) as caught:
