@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.checkpoint import CheckpointFunction
+from torch.utils.hooks import RemovableHandle
 
 from gradacc import _graph, _tree, _where
 from gradacc._engines import Buffer, Deliver, fused
@@ -54,6 +55,8 @@ class Tape(NamedTuple):
     target: Tensor
     edge: GradientEdge | None
     """None where the loss depends on nothing that requires grad."""
+    hooked: bool = False
+    """Whether hooks were registered while the loss ran, maybe on nodes of the graph, which does not show them."""
 
 
 def guard() -> AbstractContextManager[None]:
@@ -95,20 +98,22 @@ def admit(tree: Any) -> Any:
 def forward(buffer: Buffer, loss: Callable[[Sequence[Tensor]], Outcome]) -> tuple[Tape, Outcome]:
     """Run the loss of one micro-batch."""
     leaves = [param.detach().requires_grad_() for param in buffer.params]
+    # Torch counts the hooks that it has ever been given.
+    hooks = RemovableHandle.next_id
     with torch.enable_grad():
         outcome = loss(leaves)
-        # A node of our own, through which no other pass goes: a hook of the loss may differentiate it again.
+        # A node of our own, through which no other pass goes: a node of the loss may differentiate it again.
         root = outcome.target.view_as(outcome.target)
     _check_untouched(leaves)
     edge = get_gradient_edge(root) if root.requires_grad else None
     # From here on the edge alone keeps the graph.
     outcome = outcome.map(_bare)
-    return Tape(leaves, outcome.target, edge), outcome
+    return Tape(leaves, outcome.target, edge, RemovableHandle.next_id != hooks), outcome
 
 
 def backward(buffer: Buffer, tape: Tape, counts: Contribution, deliver: Deliver | None = None) -> Buffer:
     """Run it backward, into the buffer: ``buffer.grads`` is changed in place."""
-    leaves, target, edge = tape
+    leaves, target, edge, hooked = tape
     _grow(buffer.grads, counts.growth)
     if edge is None:
         return buffer
@@ -119,7 +124,8 @@ def backward(buffer: Buffer, tape: Tape, counts: Contribution, deliver: Deliver 
     done = partial(_done, buffer.grads, reached, deliver)
     edges: list[GradientEdge] = []
     added: set[int] = set()
-    if not counts.narrow:
+    # NOTE [reading the graph]
+    if not (counts.narrow or hooked):
         edges, added = fused.install(edge.node, uses, leaves, buffer.grads, counts.keeps, done)
     rest = [i for i in range(len(leaves)) if i not in added]
     hook: Callable[[int, Tensor], None] | None = None

@@ -19,14 +19,15 @@ NOTE [reading the graph]
     casts (autocast), `torch.func` inside the loss. A parameter is fused if all its uses are (tied, used twice); otherwise
     none is. Left to autograd are also parameters with hooks, which are to see the gradient, and nodes whose other operand is
     held by a saved-tensor hook (activation checkpointing, offloading), which must be unpacked once; everything in anomaly
-    mode, which looks at gradients. What the graph does not show is hooks on its nodes: a hook on a transpose itself
-    (``w.t().register_hook``), on a parameter's ``AccumulateGrad``, or one that looks at the product's gradients
-    (``y.grad_fn.register_hook``, the deprecated ``Module.register_backward_hook``) finds None in the place of a fused one.
+    mode, which looks at gradients. What the graph does not show is hooks on its nodes: on a transpose
+    (``w.t().register_hook``), on a parameter's ``AccumulateGrad``, or on a product (``y.grad_fn.register_hook``, backward hooks
+    of modules), which would find None in the place of a fused gradient, or never run. But torch numbers its hooks, so whether
+    any was registered while the loss ran is known, and then that micro-batch is left to autograd altogether.
     What adds is ``addmm`` with ``out=``, the same kernel as ``addmm_``: `torch.utils.flop_counter` and the profiler know
     operations by name, and count nothing for that one.
     An embedding adds its rows one by one to the sum of all micro-batches, as the large batch's own backward pass does.
 
-    A hook of the loss may run a backward pass of its own through the same nodes (implicit differentiation does): only the
+    A custom ``Function`` may run a backward pass of its own through the same nodes (implicit differentiation does): only the
     pass that began at the loss adds.
 
     ``backward`` computes what leads to its ``inputs``: fused parameters are not among them, but the edges of their nodes
