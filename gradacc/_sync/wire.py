@@ -266,7 +266,7 @@ def decode(coded: Tensor, columns: int) -> Tensor:
     """The inverse of `encode`, for the records of all ranks: ``[W, digits] -> [W, columns]``."""
     width = _BYTES[coded.dtype]
     raw = (coded.to(torch.int64).unsqueeze(-1) >> _shifts(width, coded.device)) & 255
-    return raw.to(torch.uint8).flatten(1)[:, : 8 * columns].contiguous().view(torch.int64)
+    return raw.to(torch.uint8).flatten(1)[:, : 8 * columns].flatten().view(torch.int64).view(-1, columns)
 
 
 def _shifts(width: int, device: torch.device) -> Tensor:

@@ -6,9 +6,11 @@ import optree
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import CommDebugMode
 
 import gradacc
 from gradacc import Mean, TrainState, optim
+from gradacc._sync import group
 from tests.gpu.cases import LOSSES, batch, move, nothing_waits, parameters, weighted
 from tests.helpers import ENGINES, assert_trees_close, assert_trees_equal, large
 
@@ -169,15 +171,22 @@ def test_a_checkpoint(tmp_path, device):
     assert_trees_equal(loaded, state)
 
 
-def test_one_rank_of_nccl(tmp_path, device):
-    """A group of one process: the call is the one without sync, and the backend's own all-reduce takes the buffers."""
+@pytest.mark.parametrize("options", [{}, {"overlap": True}, {"compress": torch.bfloat16}], ids=str)
+def test_one_rank_of_nccl(options, tmp_path, device, monkeypatch):
+    """A group of one process, where nothing would cross, is taken as any other: the backend gets the buffers."""
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    monkeypatch.setattr(group, "resolve", lambda name, given: dist.group.WORLD)
     try:
         params, data = move(parameters(), device), move(batch(), device)
         expected = gradacc.accumulate_and_value(weighted, steps=4)(params, data)
-        synced = gradacc.accumulate_and_value(weighted, steps=4, sync=gradacc.all_reduce())
-        assert_trees_close(synced(params, data), expected)
-        dist.all_reduce(expected[0]["w"])
+        synced = gradacc.accumulate_and_value(weighted, steps=4, sync=gradacc.all_reduce(**options))
+        synced(params, data)
+        with CommDebugMode() as counter:
+            grads, value = synced(params, data)
+        assert counter.get_total_counts() == 1
+        assert_trees_close(value, expected[1])
+        within = {"rtol": 2**-8, "atol": 0} if options.get("compress") else {}
+        assert_trees_close(grads, expected[0], **within)
     finally:
         dist.destroy_process_group()
