@@ -184,7 +184,8 @@ def test_one_rank_of_nccl(options, tmp_path, device, monkeypatch):
         synced(params, data)
         with CommDebugMode() as counter:
             grads, value = synced(params, data)
-        assert counter.get_total_counts() == 1
+        assert counter.get_total_counts() == 1 or options.get("overlap")
+        assert counter.get_total_counts() > 0
         assert_trees_close(value, expected[1])
         within = {"rtol": 2**-8, "atol": 0} if options.get("compress") else {}
         assert_trees_close(grads, expected[0], **within)
