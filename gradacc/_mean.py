@@ -48,8 +48,9 @@ class Mean:
             term). It is best left where it was counted: on an accelerator it is not read, which would wait for the device.
 
     Raises:
-        TypeError: arithmetic other than the sum of two `Mean`s. A factor goes into the total, ``Mean(5.0 * total, weight)``,
-            and so does a penalty, ``Mean(total + weight * penalty, weight)``.
+        TypeError: arithmetic other than the sum of two `Mean`s, comparisons, ``float(mean)``, a format: a result's ``value`` is
+            a tensor, of which there are these. In a loss, a factor goes into the total, ``Mean(5.0 * total, weight)``, and
+            so does a penalty, ``Mean(total + weight * penalty, weight)``.
 
     Example:
         >>> import torch, gradacc
@@ -110,6 +111,9 @@ class Mean:
     def __truediv__(self, other: object) -> NoReturn:
         _refuse(f"a Mean divided by {describe(other)}", "Mean(mean.total / divisor, mean.weight)")
 
+    def __rtruediv__(self, other: object) -> NoReturn:
+        _refuse(f"{describe(other)} divided by a Mean", _VALUE)
+
     def __neg__(self) -> NoReturn:
         _refuse("minus a Mean", "Mean(-mean.total, mean.weight)")
 
@@ -118,7 +122,39 @@ class Mean:
 
     __rsub__ = __sub__
 
+    def __pow__(self, other: object) -> NoReturn:
+        _refuse(f"a power of a Mean ({describe(other)})", _VALUE)
 
+    __rpow__ = __mod__ = __rmod__ = __floordiv__ = __rfloordiv__ = __matmul__ = __rmatmul__ = __pow__
+
+    def __abs__(self) -> NoReturn:
+        _refuse("the absolute value of a Mean", _VALUE)
+
+    def __lt__(self, other: object) -> NoReturn:
+        _refuse(f"a comparison of a Mean with {describe(other)}", _VALUE)
+
+    __le__ = __gt__ = __ge__ = __lt__
+
+    def __float__(self) -> NoReturn:
+        _refuse("a Mean as a number", _VALUE)
+
+    __int__ = __complex__ = __float__
+
+    def __round__(self, digits: int | None = None) -> NoReturn:
+        _refuse("a rounded Mean", _VALUE)
+
+    def __format__(self, spec: str) -> str:
+        if spec:
+            _refuse(f"a Mean formatted as {spec!r}", _VALUE)
+        return str(self)
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if hasattr(Tensor, name) and not name.startswith("_"):
+            raise AttributeError(f"a gradacc.Mean has no {name!r}; its quotient, mean.value, is a tensor and has it")
+        raise AttributeError(f"'Mean' object has no attribute {name!r}")
+
+
+_VALUE = "mean.value, if the quotient is meant (of a result; within a loss it is the micro-batch's alone)"
 _TERM = "Mean(mean.total + mean.weight * term, mean.weight) for a term that is no mean"
 
 

@@ -191,7 +191,10 @@ def dtype(sums: Sums) -> torch.dtype | None:
 def factor(sums: Sums) -> float | Tensor:
     """``unit / W``, what is left to multiply at the end: NaN for a mean of nothing."""
     unit, weight = sums.unit, sums.weight
-    found: float | Tensor = unit / weight if unit is not None and (isinstance(weight, Tensor) or weight) else math.nan
+    if isinstance(weight, Tensor):
+        # One that is not read, and has overflowed: no share of it is 0.
+        return math.nan if unit is None else torch.where(weight == math.inf, math.nan, unit / weight)
+    found: float | Tensor = unit / weight if unit is not None and weight else math.nan
     return found
 
 
@@ -212,9 +215,28 @@ def finalize(options: Options, sums: Sums, like: Tensor) -> tuple[Tensor | Mean,
             )
         number = 0.0 if options.reduction == "sum" else math.nan
         return torch.full((), number, dtype=_dtypes.real(like.dtype), device=like.device), None
+    _check_weight(options.name, sums)
     rest = factor(sums)
     parts, treedef = _tree.flatten(sums.aux, is_part)
     return _parts.final(sums.value, rest), _tree.unflatten(treedef, [_parts.final(part, rest) for part in parts])
+
+
+def _check_weight(name: str, sums: Sums) -> None:
+    """The sum of all weights is a number, where it is read: the quotient by infinity is 0, and no gradient."""
+    weight = sums.weight
+    if isinstance(weight, Tensor) or torch.compiler.is_compiling():
+        return
+    if weight == math.inf:
+        raise ValueError(
+            f"{name}: the weights of all micro-batches add up to more than float64 holds (1.8e308). Divide totals and weights "
+            "by the same number"
+        )
+    own = sums.value.mean.weight if isinstance(sums.value, Total) else None
+    if isinstance(own, Tensor) and not own.is_floating_point() and weight >= 2.0**63:
+        raise ValueError(
+            f"{name}: the weights of all micro-batches are integers and add up to {weight:g}, more than int64 holds. Return "
+            "them as floating numbers"
+        )
 
 
 def _unit(sums: Sums, outcome: Outcome, known: int | None) -> Any:

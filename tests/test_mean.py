@@ -1,5 +1,7 @@
 """`Mean`: an element of a commutative monoid, and a pytree node."""
 
+import copy
+import pickle
 from decimal import Decimal
 from fractions import Fraction
 
@@ -98,6 +100,64 @@ def test_arithmetic_of_values_is_refused_and_names_what_works():
         for operation in operations:
             with pytest.raises(TypeError, match=rf"^gradacc\.Mean: .*{message}.*reduction='sum'"):
                 operation()
+
+
+QUOTIENTS = {
+    "5.0 / mean": lambda mean: 5.0 / mean,
+    "tensor / mean": lambda mean: torch.tensor(2.0) / mean,
+    "a power": lambda mean: mean**2,
+    "to a power": lambda mean: 2**mean,
+    "tensor to a power": lambda mean: torch.tensor(2.0) ** mean,
+    "modulo": lambda mean: mean % 2,
+    "floor": lambda mean: mean // 2,
+    "matmul": lambda mean: torch.ones(2) @ mean,
+    "abs": abs,
+    "less": lambda mean: mean < 3,
+    "at least": lambda mean: mean >= torch.tensor(3.0),
+    "tensor less": lambda mean: torch.tensor(3.0) < mean,
+    "max": lambda mean: max(mean, mean),
+    "float": float,
+    "int": int,
+    "complex": complex,
+    "round": lambda mean: round(mean, 2),
+    "format": lambda mean: f"{mean:.3f}",
+}
+
+
+@pytest.mark.parametrize("operation", QUOTIENTS.values(), ids=QUOTIENTS)
+def test_what_is_done_to_a_quotient_names_value(operation):
+    with pytest.raises(TypeError, match=r"^gradacc\.Mean: .*Write mean\.value, if the quotient is meant"):
+        operation(Mean(torch.tensor(6.0), 4))
+
+
+def test_so_do_a_tensors_methods():
+    mean = Mean(torch.tensor(6.0), 4)
+    for name in ("item", "backward", "detach", "shape"):
+        with pytest.raises(AttributeError, match=rf"has no '{name}'; its quotient, mean\.value, is a tensor"):
+            getattr(mean, name)
+    with pytest.raises(AttributeError, match="'Mean' object has no attribute 'totl'"):
+        mean.totl  # noqa: B018
+    assert f"{mean}" == str(mean) == repr(mean)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(mean)))
+    assert again.value == mean.value
+
+
+@pytest.mark.parametrize("engine", ["eager", "fused"])
+@pytest.mark.parametrize(("weight", "number"), [(1e308, "float64 holds"), (torch.tensor(2**62), "int64 holds")])
+def test_weights_that_overflow_together(weight, number, engine):
+    """Each is fine; divided by infinity every gradient would be 0."""
+
+    def loss(w, x):
+        return Mean((x @ w).sum(), weight)
+
+    w, x = torch.ones(3, dtype=D), torch.ones(6, 3, dtype=D)
+    with pytest.raises(ValueError, match=f"^accumulate: the weights of all micro-batches.*{number}"):
+        ENGINES[engine](lambda: gradacc.accumulate(loss, steps=3)(w, x))
+    init, update, merge, finalize = gradacc.accumulator(loss)
+    state = merge(update(init(w), w, x), update(update(init(w), w, x), w, x))
+    with pytest.raises(ValueError, match=f"^accumulator: the weights of all micro-batches.*{number}"):
+        finalize(state)
+    gradacc.accumulate(loss, steps=1)(w, x)
 
 
 def test_a_factor_and_a_penalty_as_the_error_says():
