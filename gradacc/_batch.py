@@ -18,7 +18,9 @@ NOTE [one batch or micro-batches]
     - tensors of different dtypes or numbers of dimensions, or tensors beside something else, are the parts of one batch.
 
     What is left is two or more tensors that look alike, or one alone: both readings are possible, and a warning names them.
-    ``split=iter`` says that a batch is an iterable of micro-batches, and an iterator can be nothing else: neither is asked.
+    So it is of a deque and of a dict's ``values()``. A list of *lists* is what a loader of pairs makes of several batches, and
+    taken for micro-batches. ``split=iter`` says that a batch is an iterable of micro-batches, and an iterator can be nothing
+    else: neither is asked.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence, ValuesView
 from typing import Any
 
 import torch
@@ -154,6 +156,9 @@ def check_parts(name: str, batch: Any, dim: Any) -> None:
     Raises:
         TypeError: it can only be one. (Where it may be, there is a warning.)
     """
+    if isinstance(batch, (deque, ValuesView)):
+        # Of a dict: its parts.
+        batch = list(batch)
     if not may_be_one(batch):
         return
     first, along = batch[0], dim if isinstance(dim, int) else 0

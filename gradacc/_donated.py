@@ -5,9 +5,10 @@ NOTE [use after donation]
     parameters that is "the dict of the first step") would see other numbers, without a word. So results are new tensor
     *objects* over that memory, and the objects that were given are emptied and become `Donated`: every use of them raises, by
     name, in the next call with the same state too. That costs about 2 us a tensor and no memory, and it is all that can be
-    done: other objects over the same memory (views, ``detach()``, NumPy arrays) see what is written. Left alone are tensors of
-    a subclass: an ``nn.Parameter`` is a module's own, and a module whose parameters `gradacc.functional` returned is trained
-    in place by a donated step. So are tensors in a transform or while Dynamo traces, where nothing is written in place.
+    done: other objects over the same memory (views, ``detach()``, NumPy arrays) see what is written. (And ``torch.tensor`` asks
+    no class: it makes an empty tensor of one.) Left alone are tensors of a subclass: an ``nn.Parameter`` is a module's own, and
+    a module whose parameters `gradacc.functional` returned is trained in place by a donated step. So are tensors in a
+    transform or while Dynamo traces, where nothing is written in place.
     It happens last: what was given to a call that fails is not emptied. Where an accumulator fails in the middle of writing
     (a backward pass that raises), its sums are worth nothing, and are retired all the same.
 """

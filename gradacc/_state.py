@@ -10,6 +10,7 @@ NOTE [facts]
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -88,11 +89,16 @@ def of_params(params: Sequence[Tensor]) -> tuple[Param, ...]:
 def like_params(state: State) -> tuple[list[Tensor], _tree.TreeDef]:
     """Tensors with the shapes, dtypes and devices of the parameters, and the memory of one number each; their structure."""
     slots, treedef = _tree.flatten(state.grads, is_missing)
-    tensors = [
-        torch.zeros((), dtype=p.dtype, device=slot.device if isinstance(slot, Tensor) else p.device).expand(p.shape)
+    numbers = [
+        torch.zeros((), dtype=p.dtype, device=slot.device if isinstance(slot, Tensor) else p.device)
         for slot, p in zip(slots, state.facts.params, strict=True)
     ]
-    return tensors, treedef
+    return [_expanded(number, p.shape) for number, p in zip(numbers, state.facts.params, strict=True)], treedef
+
+
+def _expanded(number: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """To a shape; to one of one element with usual strides, which ``zeros_like`` would keep, and autograd warns of others."""
+    return number.reshape(shape) if math.prod(shape) == 1 else number.expand(shape)
 
 
 def pack(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -185,12 +186,24 @@ def _scale(opt_state: Any, takes: bool, kwargs: dict[str, Any]) -> Tensor | None
     return None
 
 
-def _has_scale_inside(opt_state: Any) -> bool:
-    """Whether a wrapper's state has a `LossScaleState` in it; trees of parameters are not searched."""
-    parts = (
-        opt_state.values() if isinstance(opt_state, dict) else opt_state if isinstance(opt_state, (tuple, list)) else ()
-    )
-    return len(parts) <= 16 and any(isinstance(part, LossScaleState) or _has_scale_inside(part) for part in parts)
+def _has_scale_inside(opt_state: Any, depth: int = 0) -> bool:
+    """Whether a wrapper's state has a `LossScaleState` in it, in a container, a dataclass or an object of any class.
+
+    Trees of parameters, which are larger or deeper, are not searched.
+    """
+    if isinstance(opt_state, Mapping):
+        parts = list(opt_state.values())
+    elif isinstance(opt_state, (tuple, list)):
+        parts = list(opt_state)
+    elif isinstance(opt_state, (Tensor, type)) or torch.compiler.is_compiling():
+        return False
+    elif dataclasses.is_dataclass(opt_state):
+        parts = [getattr(opt_state, field.name) for field in dataclasses.fields(opt_state)]
+    else:
+        parts = list(getattr(opt_state, "__dict__", {}).values())
+    if len(parts) > 16 or depth > 8:
+        return False
+    return any(isinstance(part, LossScaleState) or _has_scale_inside(part, depth + 1) for part in parts)
 
 
 def _apart(metrics: Any, given: Sequence[Any]) -> Any:

@@ -360,6 +360,14 @@ def test_micro_batches_are_nothing_to_speak_of(case, engine):
     torch.testing.assert_close(actual, torch.func.grad(lambda w: (X @ w).square().mean())(W))
 
 
+@pytest.mark.parametrize("make", [deque, lambda parts: dict(enumerate(parts)).values()], ids=["deque", "values"])
+def test_so_are_other_containers_of_parts(make):
+    with pytest.warns(UserWarning, match="read as 2 micro-batches"):
+        gradacc.accumulate(lambda w, x: (x @ w).square().mean())(W, make([X, X + 1]))
+    with pytest.raises(TypeError, match="one batch in parts"):
+        gradacc.accumulate(lambda w, x: (x @ w).square().mean())(W, make([X, torch.arange(6)]))
+
+
 def test_numbers_as_micro_batches_are_nothing_to_speak_of():
     parts = [torch.tensor(1.0), torch.tensor(3.0)]
     grads = gradacc.accumulate(lambda w, t: gradacc.Mean(w * t, 1))(torch.ones(()), parts)

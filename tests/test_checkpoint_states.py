@@ -125,6 +125,24 @@ def test_any_state_is_like_any_other(name, tmp_path):
         assert same(finalize(update(loaded["window"], *args)), finalize(update(saved, *args)))
 
 
+@pytest.mark.parametrize("shape", [(1,), (1, 1), (), (3,), (1, 3)])
+def test_strides_are_a_tensors_usual_ones(tmp_path, shape):
+    """Of a placeholder they would be 0, which autograd warns of in the next update."""
+    w = torch.ones(shape)
+    init, update, _, finalize = gradacc.accumulator(lambda w, x: (w * x).square().mean())
+    save(
+        tmp_path / "some", update(init(w), w, torch.ones(2)[:, None]) if shape == (1,) else update(init(w), w, w[None])
+    )
+    state = load(tmp_path / "some", init(w))
+    assert state.grads.stride() == w.stride()
+    state = update(state, w, w[None])
+    assert finalize(state)[0].stride() == w.stride()
+    unused = gradacc.accumulator(lambda p, x: (p["v"] * x).square().mean())
+    both = {"v": torch.ones(()), "w": w}
+    grads, _ = unused.finalize(unused.update(unused.init(both), both, torch.ones(2)))
+    assert grads["w"].stride() == w.stride()
+
+
 def test_classes_of_aux_come_back(tmp_path):
     found = states("aux")
     save(tmp_path, found["all"])

@@ -2,7 +2,9 @@
 
 import functools
 import math
+from typing import Any
 
+import optree
 import pytest
 import torch
 
@@ -364,7 +366,20 @@ def test_a_scaled_loss_without_a_scale(state):
         train_step(grad_fn, SCALED)(scaled, batch, loss_scale=2.0)
 
 
+@optree.dataclasses.dataclass(namespace="gradacc")
+class Around:
+    inner: Any
+
+
+class Holder:
+    def __init__(self, inner):
+        self.inner = inner
+
+
 INSIDE = {
+    "a dataclass": Around,
+    "an object": Holder,
+    "an object in a dataclass": lambda inner: Around(Holder(inner)),
     "named": lambda inner: {"inner": inner, "average": {str(n): torch.ones(()) for n in range(99)}},
     "a tuple": lambda inner: (torch.ones(()), inner),
     "deeper": lambda inner: [({"all": inner},)],

@@ -121,6 +121,9 @@ def _tensor(data: Path, place: _dcp.Place, key: str, like: Tensor) -> Tensor:
     what = f"like{key}"
     _verify(data, place, what)
     out = torch.empty_like(like, device="cpu", requires_grad=False)
+    if 0 in out.stride():
+        # A placeholder of one element, expanded: autograd warns of gradients with such strides.
+        out = torch.empty(like.shape, dtype=like.dtype, device="cpu")
     try:
         _dcp.read(data, place, out)
     except Exception as error:

@@ -5,7 +5,7 @@ NOTE [memory that is shared]
     one tensor may begin at different places (``f[:2]`` and ``f[1:]``), and arrays from elsewhere may be one memory in two
     storages. Columns of one matrix have overlapping ranges, and not one element in common; they are taken for shared all the
     same: then one is updated where it is, and the others in copies. A tensor whose own elements share memory (an expanded
-    one, a sliding window) is copied too.
+    one, a sliding window) is copied too, and so is one that is the negative or the conjugate of what its memory holds.
 """
 
 from __future__ import annotations
@@ -82,11 +82,13 @@ def chunks(leaves: Sequence[Tensor], size: int = CHUNK) -> Iterator[list[int]]:
 
 
 def _disjoint(leaves: Iterable[Any]) -> bool:
-    """Whether no element of a tensor is in the memory of another element, of its own or of another tensor."""
+    """Whether no element of a tensor is in the memory of another element, of its own or of another tensor, as it is."""
     begins, ends = [], []
     for leaf in leaves:
         if not isinstance(leaf, Tensor):
             continue
+        if leaf.is_neg() or leaf.is_conj():
+            return False
         if leaf.is_contiguous() and (begin := leaf.data_ptr()):  # a call less for most tensors
             end = begin + leaf.nbytes
         elif _overlaps_itself(leaf):
@@ -148,7 +150,7 @@ def _claimed(taken: list[tuple[int, int]], leaf: Tensor) -> Tensor:
     leaf, span = leaf.detach(), _span(leaf)
     if span[0] == span[1]:
         return leaf
-    if _overlaps_itself(leaf) or _meets(taken, span):
-        return leaf.clone()
+    if leaf.is_neg() or leaf.is_conj() or _overlaps_itself(leaf) or _meets(taken, span):
+        return leaf.resolve_conj().resolve_neg().clone()
     bisect.insort(taken, span)
     return leaf

@@ -401,3 +401,24 @@ def test_under_inference_mode(make):
     assert_trees_equal(new, expected)
     with pytest.raises(ValueError, match=GONE):
         params["a"].sum()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: optim.sgd(0.1, momentum=0.9), lambda: optim.adam(0.1), lambda: optim.adamw(0.1)]
+)
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda: torch.complex(torch.zeros(4), torch.ones(4)).conj().imag,
+        lambda: torch.complex(torch.zeros(4), torch.ones(4)).conj(),
+    ],
+    ids=["negative", "conjugate"],
+)
+def test_a_parameter_that_its_memory_holds_otherwise(make, view):
+    """Its memory holds the negative or the conjugate, which list kernels cannot write."""
+    updated = []
+    for params in ({"a": view(), "b": torch.ones(4)}, {"a": view().resolve_conj().resolve_neg(), "b": torch.ones(4)}):
+        optimizer = make()
+        grads = {"a": torch.ones_like(params["a"]), "b": torch.ones(4)}
+        updated.append(optimizer.step(params, grads, optimizer.init(params), donate=True)[0])
+    torch.testing.assert_close(updated[0], updated[1])
