@@ -96,8 +96,9 @@ def accumulator(
         sync: `gradacc.all_reduce`: ``finalize`` is then of the union of all ranks' states, in one all-reduce a call (one more
             exchange at first use), which empty states take part in; with the same bits on every rank. There is no backward
             pass to overlap it with: ``overlap`` is left out. An ``update`` that raises tells nobody: a rank that catches the
-            error calls ``finalize`` all the same, with the state before it; where it ends instead, the others wait for the
-            group's timeout.
+            error calls ``finalize`` all the same, with the state before it. Where it begins another state by ``init`` instead,
+            and not all ranks do so, the next ``finalize`` is an error on all of them, and so are later ones of this
+            accumulator; where it ends, the others wait for the group's timeout.
         donate: the memory of a state given to ``update``, ``merge`` or ``finalize`` may be reused; to use the state, or a
             tensor of it, afterwards is an error. Without it nothing that the caller holds changes, which costs a copy of all
             gradients an update.
@@ -168,11 +169,19 @@ def accumulator(
 
     def init(params: Any) -> State:
         """Nothing accumulated."""
+        if agreed is not None and not torch.compiler.is_compiling():
+            agreed.begun.begin()
         return _init(options, params)
 
     def update(state: State, *args: Any, **kwargs: Any) -> State:
         """One more micro-batch: ``args`` and ``kwargs`` are what ``loss_fn`` takes."""
-        return _update(options, loss_fn, donate, state, args, kwargs)
+        if agreed is None or torch.compiler.is_compiling():
+            return _update(options, loss_fn, donate, state, args, kwargs)
+        try:
+            return _update(options, loss_fn, donate, state, args, kwargs)
+        except BaseException:
+            agreed.begun.raised = True
+            raise
 
     def merge(a: State, b: State) -> State:
         """What is in either state."""

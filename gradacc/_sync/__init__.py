@@ -125,6 +125,11 @@ def connect(options: Options, agreed: Agreed | None) -> Boundary:
             f"{options.name}: sync=all_reduce() inside a functorch transform or another grad_fn's loss is not available in "
             "this version; call it outside, or leave sync out"
         )
+    if agreed.begun.apart:
+        raise RuntimeError(
+            f"{options.name}: an earlier finalize has found that ranks of {groups.title(group)} are in different windows. Make "
+            "another accumulator on every rank, and go on from the same place"
+        )
     link = Link(options, group, agreed, channels.of(group))
     link.begin()
     return link

@@ -23,6 +23,7 @@ from gradacc._sync import group as groups
 from gradacc._sync import layout as layouts
 from gradacc._sync import scale as scales
 from gradacc._sync import wire
+from gradacc._sync.begun import Begun
 from gradacc._sync.channel import Channel
 from gradacc._sync.layout import Layout, Spec
 
@@ -45,6 +46,7 @@ class Agreed:
     def __init__(self, name: str, loss_fn: Callable[..., Any], group: Any) -> None:
         self.title = _title(f"{name}({_place(loss_fn)})", group)
         """What ranks call it among themselves."""
+        self.begun = Begun()
         self.groups: WeakKeyDictionary[Any, dict[Any, Agreement]] = WeakKeyDictionary()
 
 
@@ -207,6 +209,16 @@ def of_weights(name: str, group: dist.ProcessGroup, wrong: Sequence[bool]) -> Ex
     return ValueError(
         f"{name}: loss_fn returned a Mean whose weight is negative, infinite or NaN on {_named(group, wrong)} of "
         f"{groups.title(group)}; it must be finite and not negative. Nothing was returned"
+    )
+
+
+def of_dropped(name: str, group: dist.ProcessGroup, dropped: Sequence[bool]) -> Exception:
+    """An error that names the ranks that have begun another window."""
+    return RuntimeError(
+        f"{name}: on {_named(group, dropped)} of {groups.title(group)} an update raised and another state was begun without a "
+        "finalize, so finalize is called for different windows, and nothing was returned. A rank that catches the error of an "
+        "update must call finalize all the same, with the state before it. Make another accumulator on every rank, and go on "
+        "from the same place"
     )
 
 

@@ -32,15 +32,16 @@ from gradacc._sync.wire import Shape
 FINE, RAISED, SWITCHING = 0, 1, 2
 """How a rank's call goes; SWITCHING: it is of another shape than was expected."""
 
-DIFFERENTIATED, ARRIVED, WITHHELD, APART, FAR = 4, 8, 16, 32, 64
+DIFFERENTIATED, ARRIVED, WITHHELD, APART, FAR, DROPPED = 4, 8, 16, 32, 64, 128
 """Bits beside it: of `gradacc._sums.Sums`; whether a loss reached the parameters; whether gradients are still to come (NOTE
-[scales]); whether the call before this one raised on this rank when the others had their results; and whether gradients of
-weights that are not read do not fit, so that zeros came in their place (NOTE [scales])."""
+[scales]); whether the call before this one raised on this rank when the others had their results; whether gradients of weights
+that are not read do not fit, so that zeros came in their place (NOTE [scales]); and NOTE [windows that are dropped] in
+``begun.py``."""
 
 FIRST = -1
 """In the place of the number of a ``grad_fn`` that has none yet."""
 
-NUMBER, IDENTITY, WEIGHT, UNIT, COLUMNS = range(1, 6)
+NUMBER, IDENTITY, BEGUN, WEIGHT, UNIT, COLUMNS = range(1, 7)
 """Columns of every record, behind the status and its bits; weight and unit are floats."""
 
 _MAGIC = 0x67726164 << 16
@@ -59,6 +60,7 @@ class Row(NamedTuple):
     bits: int
     number: int
     identity: int
+    begun: int
 
     @property
     def status(self) -> int:

@@ -20,7 +20,18 @@ from gradacc._sync import layout as layouts
 from gradacc._sync import scale as scales
 from gradacc._sync import wire
 from gradacc._sync.agreement import Agreed, Agreement
-from gradacc._sync.channel import APART, ARRIVED, COLUMNS, DIFFERENTIATED, FAR, FINE, SWITCHING, WITHHELD, Channel
+from gradacc._sync.channel import (
+    APART,
+    ARRIVED,
+    COLUMNS,
+    DIFFERENTIATED,
+    DROPPED,
+    FAR,
+    FINE,
+    SWITCHING,
+    WITHHELD,
+    Channel,
+)
 from gradacc._sync.layout import Layout
 from gradacc._sync.sending import Sending
 from gradacc._sync.turn import DESCRIPTIONS, GREETING, REST, SUMS, Next, Turn
@@ -32,6 +43,8 @@ class Link(Turn):
     def __init__(self, options: Options, group: dist.ProcessGroup, agreed: Agreed, channel: Channel) -> None:
         super().__init__(options.name, agreed.title, group, channel)
         self.options, self.agreed = options, agreed
+        self.begun = agreed.begun
+        self.states, self.dropped = agreed.begun.take()
         self.agreement: Agreement | None = None
         self.factor: float | Tensor = 1.0
         """What a gradient is multiplied by on its way: from this rank's unit to the common one."""
@@ -180,6 +193,7 @@ class Link(Turn):
             ARRIVED * (kept and arrived),
             WITHHELD * (kept and self.withholds),
             APART * self.channel.apart,
+            DROPPED * self.dropped,
         )
         bits: int | Tensor = channels.bits(FINE, *flags)
         if self.far is not None:
@@ -188,6 +202,7 @@ class Link(Turn):
             bits,
             self.number,
             agreement.identity,
+            self.states,
             _floating(weight if kept else 0.0),
             _floating(0.0 if sums.unit is None or not kept else sums.unit),
         ]

@@ -15,7 +15,8 @@ from gradacc._sync import agreement as agreements
 from gradacc._sync import channel as channels
 from gradacc._sync import group as groups
 from gradacc._sync import wire
-from gradacc._sync.channel import APART, RAISED, SWITCHING, Channel
+from gradacc._sync.begun import Begun
+from gradacc._sync.channel import APART, DROPPED, RAISED, SWITCHING, Channel
 from gradacc._sync.sending import Sending
 
 DESCRIPTIONS, GREETING, SUMS, REST, NAMES, NOTHING = range(6)
@@ -44,6 +45,9 @@ class Turn:
         self._begun: Next | None = None
         self._sending: Sending | None = None
         self._problem: Exception | None = None
+        self.begun: Begun | None = None
+        self.states, self.dropped = 0, False
+        """What there was in it when the call began: NOTE [windows that are dropped]."""
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -146,8 +150,9 @@ class Turn:
     def record(self, columns: int, status: int, identity: int = 0) -> Tensor:
         """Of a rank that has nothing to give."""
         record = torch.zeros(columns, dtype=torch.int64)
-        record[0] = channels.bits(status, APART * self.channel.apart)
+        record[0] = channels.bits(status, APART * self.channel.apart, DROPPED * self.dropped)
         record[channels.NUMBER], record[channels.IDENTITY] = self.number, identity
+        record[channels.BEGUN] = self.states
         return record
 
     def conclude(self, keep: bool = True) -> None:
@@ -163,7 +168,12 @@ class Turn:
         rows = channels.rows(name, group, table)
         channel.number = max(channel.number, *(row.number for row in rows))
         statuses = {row.status for row in rows}
-        if RAISED in statuses:
+        dropped = [bool(row.bits & DROPPED) for row in rows]
+        if any(dropped) and len({row.begun for row in rows}) > 1:
+            self._problem = agreements.of_dropped(name, group, dropped)
+            if self.begun is not None:
+                self.begun.apart = True
+        elif RAISED in statuses:
             self._problem = agreements.of_statuses(name, group, [row.status == RAISED for row in rows])
         elif len({(row.status, row.number, row.identity) for row in rows}) > 1:
             self.go(NAMES)

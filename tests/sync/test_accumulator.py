@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.tensor.debug import CommDebugMode
 
 import gradacc
@@ -251,3 +252,54 @@ def test_states_from_other_processes_are_merged_here(pool, name, sizes):
     if options.get("has_aux"):
         each = acc.finalize(functools.reduce(acc.merge, states))[1][1]["each"]
         assert_trees_close(each, loss(params, x)[1]["each"])
+
+
+def dropping(group, how):
+    """In window 2 of 5 an update raises on rank 0; ``how`` it goes on."""
+    rank, current = dist.get_rank(group), [0]
+
+    def loss(w, x):
+        if how != "fine" and rank == 0 and current[0] == 2 and (x < 0).any():
+            raise ValueError("of this rank")
+        return (w * x).mean()
+
+    acc = gradacc.accumulator(loss, sync=gradacc.all_reduce(group))
+    w, answers = torch.ones(1), []
+    for window in range(5):
+        current[0] = window
+        x = torch.full((2, 1), float(window + 1))
+        state = acc.init(w)
+        try:
+            state = acc.update(state, w, x)
+            state = acc.update(state, w, x if how == "fine" else -x)
+        except ValueError:
+            if how == "dropped":
+                continue
+            if how == "begun again":
+                state = acc.update(acc.init(w), w, x)
+        if how == "dropped by all" and window == 2:
+            continue
+        try:
+            answers.append(acc.finalize(state)[0].item())
+        except RuntimeError as error:
+            answers.append(str(error))
+    return answers
+
+
+@pytest.mark.parametrize("how", ["fine", "state before", "dropped", "begun again", "dropped by all"])
+def test_a_window_that_one_rank_drops_is_never_mixed_with_another(pool, how):
+    answers = pool.run(2, dropping, how)
+    if how in ("fine", "state before", "dropped by all"):
+        right = {
+            "fine": [1.0, 2.0, 3.0, 4.0, 5.0],
+            "state before": [0.0, 0.0, 1.0, 0.0, 0.0],
+            "dropped by all": [0.0] * 4,
+        }[how]
+        assert answers == [pytest.approx(right)] * 2
+        return
+    for found in answers:
+        assert found[:2] == [0.0, 0.0]
+        assert "on rank 0 of process group" in found[2]
+        assert "an update raised and another state was begun" in found[2]
+        for later in found[3:]:
+            assert "are in different windows" in later
