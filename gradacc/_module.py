@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gradacc import _own_tensors, _replicas, _traced
+from gradacc import _closed, _own_tensors, _replicas, _traced
 
 Tensors = dict[str, Tensor]
 
@@ -108,6 +108,7 @@ def _applied(
         return output if buffers is None else (output, {name: tensors[name].detach() for name in plan.buffers})
     replaced = {name: own[name] for name in (*params, *given) if tensors[name] is not own.get(name) and name in own}
     _own_tensors.refuse_hooks("apply", replaced)
+    _closed.note_replaced(replaced, tensors)
     new = _replicas.replicate(plan, own, tensors, replaced)
     with _own_tensors.refused(replaced):
         output = new[id(plan.modules[0])](*inputs, **kwargs)

@@ -63,8 +63,8 @@ class Engine(Protocol):
     ) -> Buffer:
         """Of a state's gradients, which are only changed if they are ``donated``."""
 
-    def calling(self) -> AbstractContextManager[None]:
-        """The context of the loss itself."""
+    def calling(self, arguments: Any) -> AbstractContextManager[None]:
+        """The context of the loss itself, of a call with these arguments beside the parameters."""
 
     def admit(self, tree: Any) -> Any:
         """Arguments on their way to the loss."""

@@ -40,7 +40,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
-from gradacc import _graph, _tree, _where
+from gradacc import _closed, _graph, _tree, _where
 from gradacc._engines import Buffer, Deliver, fused
 from gradacc._loss import Outcome
 from gradacc._sums import Contribution
@@ -55,6 +55,7 @@ class Tape(NamedTuple):
     target: Tensor
     edge: GradientEdge | None
     """None where the loss depends on nothing that requires grad."""
+    seen: _closed.Seen
     hooked: bool = False
     """Whether hooks were registered while the loss ran, maybe on nodes of the graph, which does not show them."""
 
@@ -82,8 +83,9 @@ def resume(
     return Buffer([_normal(param) for param in params], list(dtypes), held, arrived, {})
 
 
-def calling() -> AbstractContextManager[None]:
+def calling(arguments: Any) -> AbstractContextManager[None]:
     """Around the loss: another ``grad_fn`` that it calls must be differentiable."""
+    _closed.note_arguments(arguments)
     return _where.inside_a_loss()
 
 
@@ -98,9 +100,12 @@ def admit(tree: Any) -> Any:
 def forward(buffer: Buffer, loss: Callable[[Sequence[Tensor]], Outcome]) -> tuple[Tape, Outcome]:
     """Run the loss of one micro-batch."""
     leaves = [param.detach().requires_grad_() for param in buffer.params]
+    if not buffer.arrived:
+        # Of later micro-batches of a call, the parameters' memory tells enough.
+        _closed.mark(leaves)
     # Torch counts the hooks that it has ever been given.
     hooks = RemovableHandle.next_id
-    with torch.enable_grad():
+    with torch.enable_grad(), _closed.seeing() as seen:
         outcome = loss(leaves)
         # A node of our own, through which no other pass goes: a node of the loss may differentiate it again.
         root = outcome.target.view_as(outcome.target)
@@ -108,18 +113,18 @@ def forward(buffer: Buffer, loss: Callable[[Sequence[Tensor]], Outcome]) -> tupl
     edge = get_gradient_edge(root) if root.requires_grad else None
     # From here on the edge alone keeps the graph.
     outcome = outcome.map(_bare)
-    return Tape(leaves, outcome.target, edge, RemovableHandle.next_id != hooks), outcome
+    return Tape(leaves, outcome.target, edge, seen, RemovableHandle.next_id != hooks), outcome
 
 
 def backward(buffer: Buffer, tape: Tape, counts: Contribution, deliver: Deliver | None = None) -> Buffer:
     """Run it backward, into the buffer: ``buffer.grads`` is changed in place."""
-    leaves, target, edge, hooked = tape
+    leaves, target, edge, seen, hooked = tape
     _grow(buffer.grads, counts.growth)
     if edge is None:
         return buffer
     uses = _graph.nodes([edge.node])
     _check_checkpoints(uses)
-    _note_closed(buffer.closed, leaves, uses)
+    _note_closed(buffer, leaves, uses, seen)
     reached: set[int] = set()
     done = partial(_done, buffer.grads, reached, deliver)
     edges: list[GradientEdge] = []
@@ -202,14 +207,18 @@ def _check_checkpoints(uses: Mapping[Node, int]) -> None:
         )
 
 
-def _note_closed(closed: dict[int, weakref.ref[Tensor]], leaves: Sequence[Tensor], uses: Mapping[Node, int]) -> None:
+def _note_closed(buffer: Buffer, leaves: Sequence[Tensor], uses: Mapping[Node, int], seen: _closed.Seen) -> None:
+    """NOTE [leaves that are not parameters]"""
     own = set(map(id, leaves))
-    node: Any
-    for node in uses:
-        if type(node) is _LEAF:
-            leaf = node.variable
-            if id(leaf) not in own:
-                closed[id(leaf)] = weakref.ref(leaf)
+    nodes: list[Any] = [node for node in uses if type(node) is _LEAF]
+    others = [leaf for leaf in (node.variable for node in nodes) if id(leaf) not in own]
+    if others:
+        closed = buffer.closed
+        _closed.check_replaced(others, seen)
+        _closed.check_memory(
+            [leaf for leaf in others if id(leaf) not in closed or closed[id(leaf)]() is not leaf], buffer.params, seen
+        )
+        closed.update((id(leaf), weakref.ref(leaf)) for leaf in others)
 
 
 def _like(target: Tensor, number: float | Tensor) -> Tensor:
