@@ -5,7 +5,8 @@ NOTE [one sum, two meanings]
     states are combined by. In a loss it looks like something else, ``a.value + b.value``: the usual loss of a detector or of
     several tasks, where each is a mean over something of its own. Both are plausible there (a mean that is computed in chunks
     is pooled), and nothing in the numbers tells them apart; so a `Mean` knows that it was made by ``+``, and as a loss is
-    refused until the caller has said which is meant. Everything else that would be arithmetic of values is refused at once.
+    refused until the caller has said which is meant (torch's tree maps and `torch.vmap` keep that). Everything else that would
+    be arithmetic of values is refused at once.
 """
 
 from __future__ import annotations
@@ -196,4 +197,4 @@ _EXACT = 2**53
 """Integers below this are exact in float64, and some thousand of them add up in int64; larger ones are taken as floats."""
 
 
-_tree.register(Mean, lambda mean: (mean.total, mean.weight), ("total", "weight"))
+_tree.register(Mean, lambda mean: (mean.total, mean.weight), ("total", "weight"), mark="_pooled")

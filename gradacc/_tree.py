@@ -111,9 +111,24 @@ def map_tensors(func: Callable[[Tensor], Tensor], tree: Any) -> Any:
     return unflatten(treedef, [func(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves])
 
 
-def register(cls: type, to_children: Callable[[Any], tuple[Any, ...]], names: tuple[str, ...]) -> None:
-    """Make ``cls`` a pytree node for optree and for torch: its children are ``to_children(x)``, and ``cls(*children)``."""
+def register(
+    cls: type, to_children: Callable[[Any], tuple[Any, ...]], names: tuple[str, ...], mark: str | None = None
+) -> None:
+    """Make ``cls`` a pytree node for optree and for torch: its children are ``to_children(x)``, and ``cls(*children)``.
+
+    ``mark`` names a bool of a node that torch's maps keep, and is structure to torch where it is set.
+    """
     entries = tuple(names)
+
+    def context(node: Any) -> str | None:
+        return mark if mark is not None and getattr(node, mark) else None
+
+    def from_torch(children: Iterable[Any], marked: str | None) -> Any:
+        node = cls(*children)
+        if marked is not None:
+            object.__setattr__(node, marked, True)
+        return node
+
     optree.register_pytree_node(
         cls,
         lambda node: (to_children(node), None, entries),
@@ -123,12 +138,12 @@ def register(cls: type, to_children: Callable[[Any], tuple[Any, ...]], names: tu
     )
     torch_pytree.register_pytree_node(
         cls,
-        lambda node: (list(to_children(node)), None),
-        lambda children, _: cls(*children),
+        lambda node: (list(to_children(node)), context(node)),
+        from_torch,
         serialized_type_name=f"gradacc.{cls.__name__}",
         flatten_with_keys_fn=lambda node: (
             [(torch_pytree.GetAttrKey(name), child) for name, child in zip(entries, to_children(node), strict=True)],
-            None,
+            context(node),
         ),
     )
 

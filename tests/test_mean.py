@@ -239,6 +239,26 @@ def test_pooled_it_is_refused_as_a_loss_until_it_is_said(make, engine):
     torch.testing.assert_close(actual, torch.func.grad(large)(P))
 
 
+@pytest.mark.parametrize(
+    "through",
+    [
+        lambda mean: torch.utils._pytree.tree_map(lambda t: t * 1.0, mean),
+        lambda mean: torch.utils._pytree.tree_map_with_path(lambda _, t: t * 1.0, mean),
+        lambda mean: torch.utils._pytree.tree_map(
+            torch.sum, torch.vmap(lambda one: Mean(mean.total * one, one) + Mean(mean.total * one, one))(torch.ones(3))
+        ),
+    ],
+    ids=["tree_map", "tree_map_with_path", "vmap"],
+)
+def test_a_sum_of_means_is_one_behind_a_map(through):
+    def loss(params, batch):
+        first, second = (Mean(mean.total, mean.weight * 1.0) for mean in detection(params, batch))
+        return through(first + second)
+
+    with pytest.raises(ValueError, match="returned a sum of Means"):
+        gradacc.accumulate(loss, steps=1)(P, BATCH)
+
+
 def test_one_mean_is_no_sum():
     loss = lambda params, batch: sum([detection(params, batch)[0]])  # noqa: E731
     expected = torch.func.grad(lambda p: detection(p, BATCH)[0].value)(P)
