@@ -151,7 +151,8 @@ def check_dependence(name: str, depends: bool) -> None:
     if not depends:
         raise ValueError(
             f"{name}: the loss does not depend on any parameter. Does loss_fn use the params it is given "
-            "(and not a module's own), without detach(), no_grad() or .item()?"
+            "(and not a module's own), without detach(), no_grad() or .item()? (What is trainable in a module may have changed "
+            "since gradacc.functional(module), as set_adapter does: call it again.)"
         )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from gradacc import _closed, _own_tensors, _replicas, _traced
+from gradacc._describe import describe
 
 Tensors = dict[str, Tensor]
 
@@ -30,7 +33,8 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]
     module is frozen as a whole, ``params`` is empty: ``apply({}, x)`` is the module, and there is nothing to differentiate.
 
     No gradient flows through the module's own tensors, so hooks on them (``weight.register_hook(mask)``,
-    ``register_post_accumulate_grad_hook``), which the ``.backward()`` loop runs, are an error. Do to the gradients what the
+    ``register_post_accumulate_grad_hook``), which the ``.backward()`` loop runs, are an error. (Those on their
+    ``AccumulateGrad`` nodes cannot be seen from here, and do not run.) Do to the gradients what the
     hook did: ``grads["weight"] *= mask``; or write ``weight * mask`` into the forward pass (`torch.nn.utils.parametrize`).
     Hooks of modules, also backward hooks, run as in that loop.
 
@@ -92,6 +96,7 @@ def _applied(
     kwargs: dict[str, Any],
 ) -> Any:
     given = {} if buffers is None else buffers
+    _check_names(params, buffers)
     _known("params", params, plan.params)
     _known("buffers", given, plan.buffers)
     own = plan.tensors()
@@ -110,7 +115,7 @@ def _applied(
     _own_tensors.refuse_hooks("apply", replaced)
     _closed.note_replaced(replaced, tensors)
     new = _replicas.replicate(plan, own, tensors, replaced)
-    with _own_tensors.refused(replaced):
+    with _own_tensors.refused(replaced), _without_cached():
         output = new[id(plan.modules[0])](*inputs, **kwargs)
     if buffers is None:
         return output
@@ -119,6 +124,19 @@ def _applied(
 
 
 _traced.whole_or_not_at_all(_applied)
+
+
+@contextmanager
+def _without_cached() -> Iterator[None]:
+    """Under `parametrize.cached` a replica has a cache of its own: the caller's outlives it, and goes by ``id``."""
+    if not parametrize._cache_enabled:
+        yield
+        return
+    before, parametrize._cache = parametrize._cache, {}
+    try:
+        yield
+    finally:
+        parametrize._cache = before
 
 
 def _check(module: Any) -> None:
@@ -137,6 +155,15 @@ def _check(module: Any) -> None:
             )
         if isinstance(part, torch.jit.ScriptModule):
             raise TypeError(f"functional: {where} is scripted; pass the Python module that it was made from")
+
+
+def _check_names(params: Any, buffers: Any) -> None:
+    if not isinstance(params, Mapping) or not isinstance(buffers, (Mapping, type(None))):
+        what, given = ("buffers", buffers) if isinstance(params, Mapping) else ("params", params)
+        raise TypeError(
+            f"apply: {what} must be a dict from names to tensors, as functional returns it, got {describe(given)}; call "
+            "apply(params, *inputs, buffers=None, **kwargs)"
+        )
 
 
 def _known(what: str, given: Mapping[str, Tensor], own: Mapping[str, Any]) -> None:

@@ -37,22 +37,24 @@ _lock = threading.Lock()
 def refused(own: Mapping[str, Tensor]) -> Iterator[None]:
     """While the context lasts, this thread may not use the values of these tensors."""
     token = _refused.set({**_refused.get(), **{id(tensor): name for name, tensor in own.items()}})
-    with _lock:
-        for tensor in own.values():
-            users = _users.get(id(tensor), 0)
-            _users[id(tensor)] = users + 1
-            if not users:
-                tensor.__class__ = _watched(type(tensor))
+    watched: list[Tensor] = []
     try:
+        with _lock:
+            for tensor in own.values():
+                users = _users.get(id(tensor), 0)
+                if not users:
+                    tensor.__class__ = _watched(type(tensor))
+                _users[id(tensor)] = users + 1
+                watched.append(tensor)
         yield
     finally:
         with _lock:
-            for tensor in own.values():
+            for tensor in watched:
                 users = _users.pop(id(tensor)) - 1
                 if users:
                     _users[id(tensor)] = users
                 else:
-                    tensor.__class__ = type(tensor).__mro__[2]
+                    tensor.__class__ = _plain(type(tensor))
         _refused.reset(token)
 
 
@@ -102,6 +104,13 @@ class _Watched:
         with torch._C.DisableTorchFunctionSubclass():
             return func(*args, **(kwargs or {}))
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """Another thread may copy the module meanwhile: a copy is of the class that the tensor has else."""
+        copied = super().__deepcopy__(memo)  # type: ignore[misc]  # a tensor's
+        if isinstance(copied, _Watched) and not isinstance(copied, _Stale):
+            copied.__class__ = _plain(type(copied))
+        return copied
+
 
 class _Stale(_Watched, Tensor):
     """A copy of what comes from a tensor that was replaced."""
@@ -116,10 +125,10 @@ _ABOUT = frozenset(
         "shape", "size", "dim", "ndim", "numel", "nelement", "stride", "storage_offset", "layout", "dtype", "device",
         "get_device", "is_contiguous", "element_size", "itemsize", "nbytes", "names", "is_cuda", "is_cpu", "is_meta",
         "is_sparse", "is_quantized", "is_nested", "is_mps", "is_xpu", "is_mkldnn", "is_floating_point", "is_complex",
-        "is_signed", "is_leaf", "is_inference", "requires_grad", "grad", "grad_fn", "data_ptr", "_version",
+        "is_signed", "is_leaf", "is_inference", "requires_grad", "grad", "grad_fn", "_version",
         "is_same_size", "is_pinned", "__len__", "__hash__", "__repr__", "__format__", "empty_like", "zeros_like",
         "ones_like", "full_like", "rand_like", "randn_like", "new_empty", "new_zeros", "new_ones", "new_full",
-        "new_tensor", "result_type",
+        "result_type",
     )
 )  # fmt: skip
 """What says nothing of a tensor's values, or only prints them."""
@@ -130,6 +139,11 @@ _LIKE = frozenset(("to", "type_as", "view_as", "expand_as", "reshape_as"))
 @functools.cache
 def _watched(cls: type[Tensor]) -> type[Tensor]:
     return type(cls.__name__, (_Watched, cls), {"__module__": cls.__module__})
+
+
+def _plain(cls: type[Any]) -> type[Any]:
+    """The class of which this is the watched one."""
+    return cls.__mro__[2]
 
 
 def _stale(tensor: Tensor, source: str, is_constant: bool) -> Tensor:

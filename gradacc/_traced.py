@@ -13,6 +13,7 @@ NOTE [while Dynamo traces]
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -23,6 +24,10 @@ from gradacc import _replicas
 
 Look = Callable[[Any], None]
 """Called by Dynamo where it meets ``comptime(look)``, with its context."""
+
+
+Found = weakref.WeakKeyDictionary[Any, dict[str, Any]]
+"""By Dynamo's translator, what a trace has done so far."""
 
 
 class Looks(NamedTuple):
@@ -49,16 +54,17 @@ def looks(plan: _replicas.Plan) -> Looks:
         torch._dynamo.exc.TorchRuntimeError: from the second, if the module has been written to, or a tensor of its own used
             for which another was given.
     """
-    found: dict[int, dict[str, Any]] = {}
+    # Weak: a trace may end between the two.
+    found: Found = weakref.WeakKeyDictionary()
 
     # Dynamo calls functions without free variables.
-    def before(context: Any, plan: _replicas.Plan = plan, found: dict[int, dict[str, Any]] = found) -> None:
+    def before(context: Any, plan: _replicas.Plan = plan, found: Found = found) -> None:
         translator = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
-        found[id(translator)] = _seen(translator.output, plan)
+        found[translator] = _seen(translator.output, plan)
 
-    def after(context: Any, plan: _replicas.Plan = plan, found: dict[int, dict[str, Any]] = found) -> None:
+    def after(context: Any, plan: _replicas.Plan = plan, found: Found = found) -> None:
         translator = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
-        known = found.pop(id(translator))
+        known = found.pop(translator)
         _refuse([what for what, mark in _seen(translator.output, plan).items() if known.get(what, 0) != mark])
 
     return Looks(before, after)

@@ -430,3 +430,37 @@ def test_hooks_of_modules_run_with_the_gradients():
     apply, params, _ = gradacc.functional(module)
     grads = gradacc.accumulate(lambda p, x: apply(p, x).square().sum(), steps=2, reduction="sum")(params, X)
     assert_trees_close(grads, {name: param.grad for name, param in reference.named_parameters()})
+
+
+def test_apply_without_a_dict_of_parameters():
+    module = nn.Linear(3, 2)
+    apply, params, _ = gradacc.functional(module)
+    for arguments in ((list(module.parameters()), torch.ones(1, 3)), (torch.ones(1, 3),)):
+        with pytest.raises(
+            TypeError, match="params must be a dict from names to tensors, as functional returns it, got"
+        ):
+            apply(*arguments)
+    with pytest.raises(TypeError, match="buffers must be a dict"):
+        apply(params, torch.ones(1, 3), buffers=[])
+
+
+def test_under_a_cache_of_parametrizations():
+    """It goes by ``id``, and outlives a micro-batch's replica."""
+
+    class Symmetric(nn.Module):
+        def forward(self, x):
+            return x.triu() + x.triu(1).mT
+
+    module, x = nn.Linear(3, 3, dtype=torch.float64), torch.arange(12, dtype=torch.float64).view(4, 3).sin()
+    nn.utils.parametrize.register_parametrization(module, "weight", Symmetric())
+    apply, params, _ = gradacc.functional(module)
+    params = {name: param + 0.1 for name, param in params.items()}
+
+    def loss(p, x):
+        return apply(p, x).square().mean() + apply(p, 2 * x).square().mean()
+
+    expected = gradacc.accumulate(loss, steps=2)(params, x)
+    with nn.utils.parametrize.cached():
+        assert_trees_close(gradacc.accumulate(loss, steps=2)(params, x), expected)
+        module(x)
+        assert_trees_close(gradacc.accumulate(loss, steps=2)(params, x), expected)

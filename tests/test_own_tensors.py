@@ -258,3 +258,28 @@ def test_another_thread_may_run_the_module_meanwhile():
     torch.testing.assert_close(results[0], expected)
     torch.testing.assert_close(inside, expected)
     assert {type(param) for param in module.parameters()} == {nn.Parameter}
+
+
+def test_a_copy_made_meanwhile_by_another_thread():
+    """It is of the class that the tensors have else, and can be used as the module itself."""
+    made = []
+
+    class Copied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 3, dtype=D)
+
+        def forward(self, x):
+            thread = threading.Thread(target=lambda: made.append(copy.deepcopy(module)))
+            thread.start()
+            thread.join()
+            return self.linear(x)
+
+    module = Copied()
+    apply, params, _ = gradacc.functional(module)
+    apply(params, X)
+    (other,) = made
+    assert type(other.linear.weight) is nn.Parameter
+    assert type(module.linear.weight) is nn.Parameter
+    again, params, _ = gradacc.functional(other)
+    assert_trees_close(again(params, X), module(X))
