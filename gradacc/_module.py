@@ -54,7 +54,8 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]
             one is a `torch._dynamo.exc.TorchRuntimeError`.)
 
     Where it is not equal: what a forward pass writes into the module (``self.calls += 1``, ``self.losses.append(x)``, hooks
-    that it registers) is dropped after the call: NOTE [what belongs to a replica]. In a compiled function a module that
+    that it registers) is dropped after the call, and a loss that looks for it there (``module.l_aux``) finds nothing, or what
+    was there before: return it from the forward pass. NOTE [what belongs to a replica]. In a compiled function a module that
     writes is an error: NOTE [while Dynamo traces].
 
     Example:

@@ -9,6 +9,10 @@ NOTE [the module's own tensors]
     `torch.no_grad` and under `torch.vmap` too. Only what this thread's replica uses is refused (another thread may run the
     module itself), and only what depends on the values: shapes, dtypes, devices and the like are the same.
 
+    What torch does not tell such a class is not seen: ``torch.tensor(weight)``, ``set_``, ``as_subclass``, scripted functions,
+    another thread. Where a gradient would flow there, NOTE [leaves that are not parameters] sees it; a copy of the values
+    without a graph (an alias by ``detach()`` in an object of another kind, too) nobody does.
+
     A tensor that was computed from an own one earlier (``self.half = self.weight[:2]`` in ``__init__``) is no better. The
     replica's copy of it is of such a subclass for good.
 """

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import itertools
 import operator
 import types
@@ -138,6 +139,13 @@ def replicate(
                 leading.append((attributes, key, value))
             else:
                 attributes[key] = _state(value, new)
+    for module, replica in zip(plan.modules, made, strict=True):
+        for slot in _slots(type(module)):  # type: ignore[arg-type]  # a class is hashable
+            try:
+                held = slot.__get__(module)
+            except AttributeError:  # nothing in it yet
+                continue
+            slot.__set__(replica, _state(held, new))
     # Last, since these may lead to any of the above.
     for attributes, key, value in leading:
         attributes[key] = _led(value, new, frozenset())
@@ -170,6 +178,11 @@ _PLAIN = frozenset(
     )
 )  # fmt: skip
 """Types of values that hold nothing else."""
+
+
+@functools.cache
+def _slots(cls: type[Any]) -> list[types.MemberDescriptorType]:
+    return [value for base in cls.__mro__ for value in vars(base).values() if type(value) is types.MemberDescriptorType]
 
 
 def _shallow(module: nn.Module) -> nn.Module:

@@ -337,3 +337,25 @@ def test_threads_have_replicas_of_their_own():
     assert len(results) == 150
     assert all(torch.equal(result, expected) for result in results)
     assert module.same == [[]]
+
+
+def test_slots():
+    class Slotted(nn.Module):
+        __slots__ = ("empty", "factor", "seen")
+
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 2)
+            object.__setattr__(self, "factor", 3.0)
+            object.__setattr__(self, "seen", [])
+
+        def forward(self, x):
+            self.seen.append(1)
+            return self.linear(x) * self.factor
+
+    module = Slotted()
+    apply, params, _ = gradacc.functional(module)
+    x = torch.ones(2, 3)
+    output = apply(params, x)
+    assert module.seen == []
+    assert torch.equal(output, module(x))
