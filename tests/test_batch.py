@@ -343,7 +343,6 @@ HONEST = {
     "dicts": [{"x": X[:3]}, {"x": X[3:]}],
     "pairs": [(X[:3], Y[:3]), [X[3:], Y[3:]]],
     "a window": next(iter(gradacc.data.windows(DataLoader(X, batch_size=2), 3))),
-    "a deque": deque([X[:3], X[3:]]),
 }
 
 

@@ -47,6 +47,8 @@ ATTRIBUTES = {
     "_backward_hooks": lambda: _WEIGHT._backward_hooks,
     "_base": lambda: _WEIGHT._base,
     "_buffers": lambda: nn.Linear(1, 1)._buffers,
+    "_cache": lambda: nn.utils.parametrize._cache,
+    "_cache_enabled": lambda: nn.utils.parametrize._cache_enabled,
     "_cdata": lambda: _WEIGHT.untyped_storage()._cdata,
     "_compiled_call_impl": lambda: nn.Linear(1, 1)._compiled_call_impl,
     "_current_graph_task_id": lambda: torch._C._current_graph_task_id(),
