@@ -20,6 +20,7 @@ _HEAD = """\
 # Speed and memory
 
 This page is generated from `benchmarks/results` by `python -m benchmarks.pages`. `make bench` measures anew.
+The figures are of version 0.1.0: the code has changed since, and they have not been measured again yet.
 
 All variants of a table take turns in one process, once a round, in a balanced order. A ratio is within a round; what is shown
 is the median over rounds and the quartiles. One variant runs twice a round under two names: how far its second row is from 1 is
