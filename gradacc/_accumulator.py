@@ -118,8 +118,8 @@ def accumulator(
         A state is a pytree, to torch and to optree in the namespace "gradacc"; its leaves are tensors, which states may have
         in common, and it can be pickled and copied. Its structure says what it has seen: after the first micro-batch that
         counts for something (and reached the same parameters as later ones) it stays the same, but for the lengths of what
-        is concatenated, all of which each update copies. A checkpoint holds the rest: ``like`` of `gradacc.checkpoint.load` may be
-        any state of the accumulator, ``init``'s too.
+        is concatenated, all of which each update copies. A checkpoint holds the structure, too: ``like`` of
+        `gradacc.checkpoint.load` may be any state of the accumulator, ``init``'s for instance.
 
         All four can be called under torch.func's transforms and inside `torch.compile`; what `torch.vmap` returns are
         batched states, which go on under `torch.vmap`. By plain autograd (a ``.backward()`` through the results, where an
