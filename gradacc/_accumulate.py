@@ -256,7 +256,7 @@ def _run(
         call = _connect.asked((args, kwargs), params, (rest, kwargs))
         loss = _loop.loss_of(options, loss_fn, args, differentiated, treedef, kwargs)
         fold = _loop.start(options, params, treedef, loss)
-        boundary.bind(params, treedef, fold.accumulated)
+        boundary.bind(params, treedef, fold.accumulated, args[batch])
         divided = _split.microbatches(options, args, differentiated, batch)
         if divided.cut is not None and divided.cut.runs and divided.cut.runs[0].size == 1:
             _call.warn_unsplit(options, args, kwargs, differentiated, batch)

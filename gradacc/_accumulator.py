@@ -306,7 +306,7 @@ def _finalize(options: Options, agreed: _sync.Agreed | None, donate: bool, state
         with engine.guard():
             params, treedef = _state.like_params(state)
             fold = _loop.start(options, params, treedef, None)
-            boundary.bind(params, treedef, fold.accumulated)
+            boundary.bind(params, treedef, fold.accumulated, None)
             grads, _, sums = _state.unpack(state, engine is eager)
             if not donate:
                 # Nothing that is returned, or changed on the way, is the state's; what crosses comes back in new memory.

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any, Generic, TypeAlias, TypeVar
 import torch.distributed as dist
 from torch import Tensor
 
-from gradacc import _tree
 from gradacc._describe import describe
 from gradacc._options import positive_int
 from gradacc._sync import group as groups
 from gradacc._sync.loop import Loop
+from gradacc._window import Window
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -27,13 +27,6 @@ Steps: TypeAlias = int | Callable[[int], int]
 """Micro-batches in a window, or a function of its number (0, 1, …) that returns them."""
 
 _NAME = "windows"
-
-
-class _Window(list[T]):
-    """A list that can only be micro-batches: NOTE [one batch or micro-batches] in ``_batch.py``."""
-
-
-_tree.register_list(_Window)
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +154,11 @@ def _number(length: int, steps: Steps) -> int:
     return number
 
 
-def _cut(loader: Iterable[T], steps: Steps) -> Iterator[list[T]]:
+def _cut(loader: Iterable[T], steps: Steps) -> Iterator[Window[T]]:
     left = iter(loader)
     for update, first in enumerate(left):
         size = _size(steps, update)
-        window = _Window([first, *itertools.islice(left, size - 1)])
+        window = Window([first, *itertools.islice(left, size - 1)])
         ended = len(window) < size  # before the caller has it
         yield window
         if ended:
@@ -178,7 +171,7 @@ def _together(loader: Iterable[T], steps: Steps, loop: Loop) -> Iterator[list[T]
     counted: int | None = None
     own, total = _cut(loader, steps), None
     for number in itertools.count():
-        window: list[T] = _Window()
+        window: Window[T] = Window()
         error: Exception | None = None
         try:
             if number == 0 and length is not None:
@@ -198,6 +191,7 @@ def _together(loader: Iterable[T], steps: Steps, loop: Loop) -> Iterator[list[T]
             raise error
         if total is not None and number >= total:
             break
+        window.number = number + 1
         loop.begin_window()
         yield window
     if window:

@@ -34,7 +34,7 @@ NOTE [failing together]
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -60,8 +60,8 @@ class Boundary(Protocol):
     def overlaps(self) -> bool:
         """Whether gradients are to be delivered before `cross`."""
 
-    def bind(self, params: Sequence[Tensor], treedef: _tree.TreeDef, dtypes: Sequence[torch.dtype]) -> None:
-        """Say what is differentiated, as soon as it is known."""
+    def bind(self, params: Sequence[Tensor], treedef: _tree.TreeDef, dtypes: Sequence[torch.dtype], batch: Any) -> None:
+        """Say what is differentiated, and what the batch is, as soon as it is known."""
 
     def set_unit(self, unit: float | Tensor | None, weight: float | Tensor) -> None:
         """Say in which unit this rank's gradients are, and how much they count for, before the first one is delivered."""
@@ -89,7 +89,7 @@ class Alone:
 
     crosses = overlaps = False
 
-    def bind(self, params: Sequence[Tensor], treedef: _tree.TreeDef, dtypes: Sequence[torch.dtype]) -> None:
+    def bind(self, params: Sequence[Tensor], treedef: _tree.TreeDef, dtypes: Sequence[torch.dtype], batch: Any) -> None:
         """Nobody asks."""
 
     def set_unit(self, unit: float | Tensor | None, weight: float | Tensor) -> None:

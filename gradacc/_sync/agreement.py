@@ -222,6 +222,17 @@ def of_dropped(name: str, group: dist.ProcessGroup, dropped: Sequence[bool]) -> 
     )
 
 
+def of_windows(name: str, group: dist.ProcessGroup, windows: Sequence[int]) -> Exception:
+    """An error that says which window each rank is in; 0: none that has a number."""
+    ranks = dist.get_process_group_ranks(group)
+    each = ", ".join(f"rank {rank} in window {n}" for rank, n in zip(ranks, windows, strict=True) if n)
+    return RuntimeError(
+        f"{name}: ranks of {groups.title(group)} are in different windows of their loops: {each}. A rank has left out a call "
+        "(by catching an error and going on, for instance), so nothing was returned. Let all ranks begin the loop again from "
+        "the same place (a step, a checkpoint); pass iter(window) where ranks are to pair other windows on purpose"
+    )
+
+
 def of_far(name: str, group: dist.ProcessGroup, far: Sequence[bool]) -> Exception:
     """An error that names the ranks whose gradients did not fit."""
     return RuntimeError(

@@ -14,6 +14,10 @@ NOTE [what a record says of its call]
     Which ``grad_fn`` it is of (how many this group had agreed on before), and the number of the call in this group, which is
     counted when a call begins, before anything can raise. Where ranks differ, all of them tell each other what they were about
     to call, and raise an error that names it. Then they have the same number again (the largest), and go on together.
+
+    A rank that leaves out a call of the same ``grad_fn`` has the others' numbers in all that follow. Where the batch is a
+    window of a loop that all ranks run (`gradacc.data.windows` with a group), the record says which one, and ranks in different
+    ones get an error; elsewhere such a rank is found out when it makes one call less than the others, who then wait for it.
 """
 
 from __future__ import annotations
@@ -41,7 +45,7 @@ that are not read do not fit, so that zeros came in their place (NOTE [scales]);
 FIRST = -1
 """In the place of the number of a ``grad_fn`` that has none yet."""
 
-NUMBER, IDENTITY, BEGUN, WEIGHT, UNIT, COLUMNS = range(1, 7)
+NUMBER, IDENTITY, BEGUN, WINDOW, WEIGHT, UNIT, COLUMNS = range(1, 8)
 """Columns of every record, behind the status and its bits; weight and unit are floats."""
 
 _MAGIC = 0x67726164 << 16
@@ -61,6 +65,8 @@ class Row(NamedTuple):
     number: int
     identity: int
     begun: int
+    window: int
+    """Its number, from 1 on, or 0: `gradacc._window.Window`."""
 
     @property
     def status(self) -> int:

@@ -35,6 +35,7 @@ from gradacc._sync.channel import (
 from gradacc._sync.layout import Layout
 from gradacc._sync.sending import Sending
 from gradacc._sync.turn import DESCRIPTIONS, GREETING, REST, SUMS, Next, Turn
+from gradacc._window import Window
 
 
 class Link(Turn):
@@ -61,8 +62,9 @@ class Link(Turn):
         self._table: Tensor | None = None
         self._rest: wire.Plan | None = None
 
-    def bind(self, params: Sequence[Tensor], treedef: _tree.TreeDef, dtypes: Sequence[torch.dtype]) -> None:
-        """Say what is differentiated, as soon as it is known."""
+    def bind(self, params: Sequence[Tensor], treedef: _tree.TreeDef, dtypes: Sequence[torch.dtype], batch: Any) -> None:
+        """Say what is differentiated, and what the batch is, as soon as it is known."""
+        self.window = batch.number if isinstance(batch, Window) else 0
         self.params, self.treedef, self.dtypes = params, treedef, dtypes
         self.signature = (treedef, tuple((p.shape, p.dtype, p.device) for p in params), tuple(dtypes))
         self.agreement = self._known().get(self.signature)
@@ -203,6 +205,7 @@ class Link(Turn):
             self.number,
             agreement.identity,
             self.states,
+            self.window,
             _floating(weight if kept else 0.0),
             _floating(0.0 if sums.unit is None or not kept else sums.unit),
         ]

@@ -29,7 +29,7 @@ class Traced:
 
     crosses, overlaps = True, False
 
-    def bind(self, params: Sequence[Tensor], treedef: _tree.TreeDef, dtypes: Sequence[torch.dtype]) -> None:
+    def bind(self, params: Sequence[Tensor], treedef: _tree.TreeDef, dtypes: Sequence[torch.dtype], batch: Any) -> None:
         """Say what is differentiated, as soon as it is known."""
         self.params, self.dtypes = params, dtypes
 
@@ -50,7 +50,7 @@ class Traced:
         factor = 1.0 if self.options.reduction == "sum" else unit
         values, rest, pieces = _sums.numbers(sums)
         like = torch.zeros((), dtype=torch.float64, device=device)
-        fixed = [channels.bits(channels.FINE), 0, channels.FIRST, 0, like + sums.weight, like + unit]
+        fixed = [channels.bits(channels.FINE), 0, channels.FIRST, 0, 0, like + sums.weight, like + unit]
         record = wire.record(plan, fixed, values, device)
         strides = [wire.strides_of(param, grad) for param, grad in zip(params, grads, strict=True)]
         flats = []

@@ -46,6 +46,8 @@ class Turn:
         self._sending: Sending | None = None
         self._problem: Exception | None = None
         self.begun: Begun | None = None
+        self.window = 0
+        """The number of the window that is the batch, or 0."""
         self.states, self.dropped = 0, False
         """What there was in it when the call began: NOTE [windows that are dropped]."""
 
@@ -152,7 +154,7 @@ class Turn:
         record = torch.zeros(columns, dtype=torch.int64)
         record[0] = channels.bits(status, APART * self.channel.apart, DROPPED * self.dropped)
         record[channels.NUMBER], record[channels.IDENTITY] = self.number, identity
-        record[channels.BEGUN] = self.states
+        record[channels.BEGUN], record[channels.WINDOW] = self.states, self.window
         return record
 
     def conclude(self, keep: bool = True) -> None:
@@ -177,6 +179,8 @@ class Turn:
             self._problem = agreements.of_statuses(name, group, [row.status == RAISED for row in rows])
         elif len({(row.status, row.number, row.identity) for row in rows}) > 1:
             self.go(NAMES)
+        elif len({row.window for row in rows if row.window}) > 1:
+            self._problem = agreements.of_windows(name, group, [row.window for row in rows])
         elif len({row.bits & APART for row in rows}) > 1:
             channel.apart = False
             self._problem = agreements.of_apart(name, group, [bool(row.bits & APART) for row in rows])

@@ -270,49 +270,63 @@ def _callable(group: Any, mode: Mode, loss: Any, current: list[str | None]) -> A
     return streamed
 
 
-def expected(
-    mode: Mode, calls: list[Call]
-) -> tuple[dict[str, torch.Tensor], torch.Tensor, dict[str, torch.Tensor], float]:
-    """Of the union, in float64: gradients and value, and the sums of the absolute values that are added up in them."""
+class Expected(NamedTuple):
+    """Of the union, in float64."""
+
+    grads: dict[str, torch.Tensor]
+    value: torch.Tensor
+    crossing: dict[str, torch.Tensor]
+    """The absolute values of the examples' gradients, added up: no rank's gradient, which crosses, is larger."""
+    terms: dict[str, torch.Tensor]
+    """The absolute values of everything that is added up in a gradient: what cancels is lost in proportion to them, in plain
+    torch, too."""
+    value_terms: torch.Tensor
+
+
+def expected(mode: Mode, calls: list[Call]) -> Expected:
+    """A loss is a polynomial with positive coefficients, so that at absolute values it and its gradient are sums of terms."""
     params = {name: p.double().requires_grad_() for name, p in params_of(mode).items()}
+    sizes = {name: p.detach().abs().requires_grad_() for name, p in params.items()}
     rows = [row.double() for call in calls for x in batches_of(call, mode) for row in x.split(1) if len(row)]
     weights = [float(row[0, -1]) if mode.returns == "Mean" else 1.0 for row in rows]
     whole = math.fsum(weights) if mode.returns != "sum" else 1.0
     plain = mode._replace(returns="mean", aux=False)
-    grads = {name: torch.zeros_like(p) for name, p in params.items()}
-    sizes = {name: torch.zeros_like(p) for name, p in params.items()}
-    value, size = torch.zeros((), dtype=torch.float64), 0.0
+    grads, crossing, terms = ({name: torch.zeros_like(p) for name, p in params.items()} for _ in range(3))
+    value, value_terms = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for row, weight in zip(rows, weights, strict=True):
-        loss = outcome_of(plain, params, row, None)
-        for (name, _), grad in zip(params.items(), torch.autograd.grad(loss, list(params.values())), strict=True):
-            grads[name] += grad * (weight / whole)
-            sizes[name] += grad.abs() * (weight / whole)
-        value += loss.detach() * (weight / whole)
-        size += added_up(params, row) * (weight / whole)
+        share = weight / whole
+        loss, size = outcome_of(plain, params, row, None), outcome_of(plain, sizes, row.abs(), None)
+        each = torch.autograd.grad(loss, list(params.values())), torch.autograd.grad(size, list(sizes.values()))
+        for name, grad, term in zip(params, *each, strict=True):
+            grads[name] += grad * share
+            crossing[name] += grad.abs() * share
+            terms[name] += term * share
+        value += loss.detach() * share
+        value_terms += size.detach() * share
     if not rows and mode.returns != "sum":
         value.fill_(torch.nan)
-    return grads, value, sizes, size
+    return Expected(grads, value, crossing, terms, value_terms)
 
 
-def added_up(params: dict[str, torch.Tensor], row: torch.Tensor) -> float:
-    """The absolute values that one example's loss is the sum of: what cancels in it is lost in plain torch, too."""
-    sizes = (row[:, :-1].abs() @ params["a"].detach().abs()) * params["b"].detach().sum(0).abs()
-    return (sizes.square().sum() + sizes.sum()).item() / 4
-
-
-def bound(mode: Mode, world: int) -> tuple[float, float]:
-    """Of the error: relative to what is added up, and absolute."""
-    own = 1e-9 if mode.dtype == torch.float64 else 4e-5
-    if mode.compress is None or world == 1:
-        return own, 1e-300
-    if mode.compress == torch.bfloat16:
-        return own + world * 2.0**-8, 1e-30
-    return own + world * 2.0**-11, (world + 1) * 4 * 2.0**-24
-
-
-def exact(mode: Mode) -> float:
-    """Of the value's error, relative to what is added up: it crosses as it is, compressed or not."""
+def rounding(mode: Mode) -> float:
+    """Relative to what is added up, of the arithmetic: the value and the gradients of a rank."""
     return 1e-13 if mode.dtype == torch.float64 else 2e-6
+
+
+def compression(mode: Mode, world: int) -> tuple[float, float]:
+    """Of a gradient's error by what crosses: relative to that, and absolute. A value crosses as it is."""
+    if mode.compress is None or world == 1:
+        return 0.0, 1e-300
+    if mode.compress == torch.bfloat16:
+        return world * 2.0**-8, 1e-30
+    return world * 2.0**-11, (world + 1) * 4 * 2.0**-24
+
+
+def is_near(value: torch.Tensor, right: Expected, mode: Mode) -> bool:
+    """Whether it is the expected one, NaN included."""
+    if right.value.isnan():
+        return bool(value.isnan())
+    return bool((value.double() - right.value).abs() <= rounding(mode) * right.value_terms + 1e-300)
 
 
 def of_nothing(where: str, mode: Mode, found: list[Any]) -> list[str]:
@@ -360,21 +374,17 @@ def check(title: str, program: Program, answers: list[list[Any]]) -> list[str]:
         wrong += [f"{where}: raised {each}" for each in results if isinstance(each, str)]
         if wrong:
             break
-        grads, value, sizes, size = expected(mode, list(together))
-        relative, absolute = bound(mode, world)
-        for own, result in results:
-            for name, grad in grads.items():
-                error = (own[name].double() - grad).abs()
-                # what cancels within an example is lost in proportion to what cancels
-                within = relative / 40 * max(each.max() for each in sizes.values())
-                if not (error <= relative * sizes[name] + within + absolute).all():
+        right = expected(mode, list(together))
+        relative, absolute = compression(mode, world)
+        for own, value in results:
+            for name, grad in right.grads.items():
+                near = rounding(mode) * right.terms[name] + relative * right.crossing[name] + absolute
+                if not ((own[name].double() - grad).abs() <= near).all():
                     wrong.append(f"{where}: {name} is {own[name].tolist()}, not {grad.tolist()} ({mode}, {together})")
                 if own[name].ne(results[0][0][name]).any():
                     wrong.append(f"{where}: {name} has other bits on another rank ({mode}, {together})")
-            near = exact(mode) * size + 1e-300
-            same = result.isnan() if value.isnan() else (result.double() - value).abs() <= near
-            if not same or (result != results[0][1] and not value.isnan()):
-                wrong.append(f"{where}: the value is {result.item()}, not {value.item()} ({mode}, {together})")
+            if not is_near(value, right, mode) or (value != results[0][1] and not right.value.isnan()):
+                wrong.append(f"{where}: the value is {value.item()}, not {right.value.item()} ({mode}, {together})")
     return wrong
 
 

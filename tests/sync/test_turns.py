@@ -437,3 +437,38 @@ def test_grad_fns_that_one_piece_of_code_makes_are_told_apart(pool, how):
     for message in answers[0]:
         assert "made different calls" in message
         assert "that was made there" in message
+
+
+def a_window_left_out(group, how):
+    """Rank 1 goes on after an error of its own in window 2 of the first loop, or hands over iterators."""
+    rank, sync = dist.get_rank(group), gradacc.all_reduce(group)
+    grad_fn = gradacc.accumulate(squares, sync=sync)
+    windows, loops = gradacc.data.windows([ones(rank)] * (4 if rank else 3), 1, group=group), []
+    for loop in range(2):
+        answers = []
+        for number, window in enumerate(windows):
+            if rank and number == 1 and not loop and how != "nothing":
+                continue
+            batch = functools.partial(iter, window) if how == "iterators" else lambda window=window: window
+            answers += [attempt(lambda batch=batch: grad_fn(torch.ones(3), batch())) for _ in range(2)]
+        if rank and not loop and how != "nothing":
+            answers += [attempt(lambda: grad_fn(torch.ones(3), [ones(rank)])) for _ in range(2)]
+        loops.append(answers)
+    return loops
+
+
+@pytest.mark.parametrize("how", ["nothing", "left out", "iterators"])
+def test_a_window_that_one_rank_leaves_out(pool, how):
+    """It is told in every call of that loop that ranks make in different windows; the next loop is in step."""
+    whole, last = pytest.approx([5 / 6] * 3), pytest.approx([4 / 3] * 3)
+    for first, second in pool.run(2, a_window_left_out, how):
+        assert second == [whole] * 6 + [last] * 2
+        if how == "left out":
+            assert first[:2] == [whole] * 2
+            assert all("rank 0 in window 2, rank 1 in window 3" in each for each in first[2:4])
+            assert all("rank 0 in window 3, rank 1 in window 4" in each for each in first[4:6])
+            # rank 0's empty window meets a batch of rank 1 that is no window
+            assert first[6:] == [last] * 2
+        else:
+            assert first[:6] == [whole] * 6
+            assert len(first) == 8
