@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _call, _dtypes, _loss, _split, _sums, _sync, _tree
+from gradacc import _call, _dtypes, _left, _loss, _split, _sums, _sync, _tree
 from gradacc._engines import Buffer, Engine, eager, functional
 from gradacc._loss import Outcome
 from gradacc._options import Options
@@ -62,6 +62,7 @@ def loss_of(
 ) -> Loss:
     """``loss_fn`` as a function of a micro-batch and of leaves, in a call with these arguments."""
     single, own = isinstance(options.argnums, int), engine()
+    left: dict[int, _left.Found] = {}
     rest = [arg for n, arg in enumerate(args) if n not in differentiated], kwargs
 
     def loss(microbatch: _split.Microbatch, leaves: Sequence[Tensor]) -> Outcome:
@@ -70,7 +71,7 @@ def loss_of(
         positional = [trees[n] if n in trees else own.admit(arg) for n, arg in enumerate(microbatch.args)]
         named = own.admit(kwargs)
         try:
-            with own.calling(rest):
+            with own.calling(rest, left):
                 out = loss_fn(*positional, **named)
         except Exception as error:
             _call.note_unsplit(error, options, args, kwargs)

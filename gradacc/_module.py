@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from gradacc import _closed, _own_tensors, _replicas, _traced
+from gradacc import _closed, _left, _own_tensors, _replicas, _traced
 from gradacc._describe import describe
 
 Tensors = dict[str, Tensor]
@@ -54,9 +54,10 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]
             one is a `torch._dynamo.exc.TorchRuntimeError`.)
 
     Where it is not equal: what a forward pass writes into the module (``self.calls += 1``, ``self.losses.append(x)``, hooks
-    that it registers) is dropped after the call, and a loss that looks for it there (``module.l_aux``) finds nothing, or what
-    was there before: return it from the forward pass. NOTE [what belongs to a replica]. In a compiled function a module that
-    writes is an error: NOTE [while Dynamo traces].
+    that it registers) is dropped after the call: return it from the forward pass. A loss that looks on the module for a tensor
+    with a graph (``module.l_aux``) gets an error; for anything else, what was there before. NOTE [what belongs to a
+    replica], NOTE [what a forward pass leaves]. In a compiled function a module that writes is an error: NOTE [while Dynamo
+    traces].
 
     Example:
         >>> import torch, gradacc
@@ -118,6 +119,7 @@ def _applied(
     new = _replicas.replicate(plan, own, tensors, replaced)
     with _own_tensors.refused(replaced), _without_cached():
         output = new[id(plan.modules[0])](*inputs, **kwargs)
+    _left.note(plan, lambda: _replicas.left(plan, new))
     if buffers is None:
         return output
     updated = {name: new[id(part)]._buffers.get(key) for name, (part, key) in plan.buffers.items()}

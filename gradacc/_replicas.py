@@ -42,11 +42,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gradacc import _own_tensors, _where
+from gradacc import _left, _own_tensors, _where
 
 New = dict[int, Any]
-"""What stands in a replica for an object of the module's, by the object's id; and, under `_COPY`, how a tensor is copied."""
-_COPY = -1
+"""What stands in a replica for an object of the module's, by the object's id; and, under `_COPY`, how a tensor is copied, and,
+under `_LED`, the copies of the caller's containers that callables lead to."""
+_COPY, _LED = -1, -2
 
 
 class Plan(NamedTuple):
@@ -92,7 +93,7 @@ def replicate(
     Raises:
         ValueError: a submodule, parameter or buffer that ``plan`` does not know.
     """
-    new: New = {id(None): None}
+    new: New = {id(None): None, _LED: []}
     marked = []
     for name, tensor in own.items():
         other = given[name]
@@ -159,6 +160,44 @@ def replicate(
     return new
 
 
+def left(plan: Plan, new: New) -> _left.Found:
+    """What a pass left on the replicas that `replicate` made: attributes that hold a tensor with a graph.
+
+    Raises:
+        ValueError: it left one in a container of the caller's that had to be copied, as it holds the module too.
+    """
+    copies = {id(tensor) for tensor in new.values() if isinstance(tensor, Tensor)}
+    if any(_has_graph(container, copies, set()) for container in new[_LED]):
+        raise ValueError(
+            "apply: the forward pass wrote a tensor with a graph into a container (of a hook's, a closure's) that holds the "
+            "module too, so that a replica has a copy of it, and what is written there is lost. Keep the module and what is "
+            "written in different containers, or return it from the forward pass"
+        )
+    found = []
+    for module, first in zip(plan.modules, plan.first, strict=True):
+        attributes = new[id(module)].__dict__
+        if _PLAIN.issuperset(map(type, itertools.islice(attributes.values(), first, None))):
+            continue
+        names = [
+            key
+            for key, value in itertools.islice(attributes.items(), first, None)
+            if type(value) not in _PLAIN and key not in _MADE and _has_graph(value, copies, set())
+        ]
+        if names:
+            found.append((module, frozenset(names)))
+    return found
+
+
+def _has_graph(value: Any, copies: set[int], above: set[int]) -> bool:
+    """Whether it holds a tensor with a graph that is not one of these copies, in containers of any depth."""
+    if isinstance(value, Tensor):
+        return value.requires_grad and id(value) not in copies
+    if not (isinstance(value, (*CONTAINERS, tuple, frozenset)) or _is_record(value)) or id(value) in above:
+        return False
+    above.add(id(value))
+    return any(type(item) not in _PLAIN and _has_graph(item, copies, above) for item in _items(value))
+
+
 CONTAINERS = (list, deque, dict, set)
 """Besides dataclasses and ``SimpleNamespace``, what a forward pass may write into."""
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
@@ -186,7 +225,7 @@ def _slots(cls: type[Any]) -> list[types.MemberDescriptorType]:
 
 
 def _shallow(module: nn.Module) -> nn.Module:
-    cls = type(module)
+    cls = _left.plain(type(module))
     if cls._replicate_for_data_parallel is nn.Module._replicate_for_data_parallel:
         replica: nn.Module = object.__new__(cls)  # what that method does, without five calls of Module.__setattr__
         object.__setattr__(replica, "__dict__", module.__dict__.copy())
@@ -243,7 +282,10 @@ def _led(value: Any, new: New, above: frozenset[int]) -> Any:
         return _function(value, further)
     if isinstance(value, CONTAINERS):
         copied = copy.copy(value)
-        return copied if _refill(copied, value, further) else value
+        if not _refill(copied, value, further):
+            return value
+        new[_LED].append(copied)
+        return copied
     return _rebuilt(value, further) if isinstance(value, (tuple, frozenset)) else value
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from gradacc import _left
 from gradacc._loss import Outcome
 from gradacc._sums import Contribution
 
@@ -63,8 +64,11 @@ class Engine(Protocol):
     ) -> Buffer:
         """Of a state's gradients, which are only changed if they are ``donated``."""
 
-    def calling(self, arguments: Any) -> AbstractContextManager[None]:
-        """The context of the loss itself, of a call with these arguments beside the parameters."""
+    def calling(self, arguments: Any, left: dict[int, _left.Found]) -> AbstractContextManager[None]:
+        """The context of the loss itself, of a call with these arguments beside the parameters.
+
+        ``left``: what forward passes of that call left on replicas.
+        """
 
     def admit(self, tree: Any) -> Any:
         """Arguments on their way to the loss."""

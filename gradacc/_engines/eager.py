@@ -29,8 +29,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -40,7 +40,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
-from gradacc import _closed, _graph, _tree, _where
+from gradacc import _closed, _graph, _left, _tree, _where
 from gradacc._engines import Buffer, Deliver, fused
 from gradacc._loss import Outcome
 from gradacc._sums import Contribution
@@ -83,10 +83,12 @@ def resume(
     return Buffer([_normal(param) for param in params], list(dtypes), held, arrived, {})
 
 
-def calling(arguments: Any) -> AbstractContextManager[None]:
+@contextmanager
+def calling(arguments: Any, left: dict[int, _left.Found]) -> Iterator[None]:
     """Around the loss: another ``grad_fn`` that it calls must be differentiable."""
     _closed.note_arguments(arguments)
-    return _where.inside_a_loss()
+    with _where.inside_a_loss(), _left.unreadable(left):
+        yield
 
 
 def admit(tree: Any) -> Any:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradacc import _left
 from gradacc._engines import Buffer, Deliver
 from gradacc._loss import Outcome
 from gradacc._sums import Contribution
@@ -52,9 +53,9 @@ def resume(
     return Buffer(list(params), list(dtypes), list(grads), arrived, {})
 
 
-def calling(arguments: Any) -> AbstractContextManager[None]:
+def calling(arguments: Any, left: dict[int, _left.Found]) -> AbstractContextManager[None]:
     """Around the loss: nothing to say that functorch does not know."""
-    return nullcontext()
+    return nullcontext() if torch.compiler.is_compiling() else _left.unreadable(left)
 
 
 def admit(tree: Any) -> Any:
