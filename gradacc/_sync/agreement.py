@@ -144,7 +144,7 @@ def agree(
     """Exchange descriptions. An error that is raised here is raised on every rank."""
     name = options.name
     answers = _exchange(name, group, (number, title, mine))
-    channel.number = max(number for number, _, _ in answers)
+    channel.number = max(channel.number, *(number for number, _, _ in answers))
     problem = of_statuses(name, group, [each is None for _, _, each in answers])
     if problem is not None:
         raise problem

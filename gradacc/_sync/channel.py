@@ -10,6 +10,9 @@ NOTE [turns]
 
     What is expected is derived from records, which all ranks have alike, and from nothing else.
 
+    Two threads of a rank have no order that others could share. While one of them sends, or waits, the other's call is an error
+    there, and the other ranks are told so in their next call.
+
 NOTE [what a record says of its call]
     Which ``grad_fn`` it is of (how many this group had agreed on before), and the number of the call in this group, which is
     counted when a call begins, before anything can raise. Where ranks differ, all of them tell each other what they were about
@@ -22,6 +25,7 @@ NOTE [what a record says of its call]
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
@@ -89,6 +93,9 @@ class Channel:
         """Whether it was left where nothing can be told any more."""
         self.apart = False
         """Whether the others may have a result of the latest call, and this rank has not."""
+        self._speaking: Unfinished | None = None
+        """The call that sends, or waits for what it has sent."""
+        self._lock = threading.Lock()
         self._latest: deque[tuple[int, Shape]] = deque(maxlen=32)
         """Of the latest calls that went through: which ``grad_fn``, and the shape."""
         self._same = 0
@@ -98,6 +105,28 @@ class Channel:
         """The number of a new call."""
         self.number += 1
         return self.number
+
+    def speak(self, name: str, group: dist.ProcessGroup, call: Unfinished) -> None:
+        """This call sends; until it is `silent`, no other one may.
+
+        Raises:
+            RuntimeError: another thread is in the middle of one.
+        """
+        with self._lock:
+            if self._speaking is None:
+                self._speaking = call
+        if self._speaking is not call:
+            raise RuntimeError(
+                f"{name}: another thread of rank {dist.get_rank()} is in the middle of a call in {groups.title(group)}, and "
+                "what two calls send at once would be mixed up. In a group, every rank makes the same calls in the same "
+                "order, one after the other: give each thread a group of its own (torch.distributed.new_group), or let one "
+                "thread make the calls"
+            )
+
+    def silent(self, call: Unfinished) -> None:
+        """It has nothing to send any more."""
+        if self._speaking is call:
+            self._speaking = None
 
     def settle(self, name: str, group: dist.ProcessGroup) -> None:
         """Bring to its end what earlier calls have left."""

@@ -150,10 +150,11 @@ class Link(Turn):
             call = (options, self.group, self.channel, self.number, self.agreed.title)
             with self.exchanging():
                 found = agreements.agree(*call, self.params, self.dtypes, described, here)
+                if found.shape is not None:
+                    self.go(SUMS, found.shape)
             if found.shape is None:
                 self.channel.apart = True
                 return [None] * len(grads), _sums.NOTHING, False
-            self.go(SUMS, found.shape)
             self.agreement, self._lasting = found.agreement, found.lasting
             with self.telling():
                 if found.problem is not None:

@@ -111,15 +111,26 @@ class Turn:
     def go(self, kind: int, shape: wire.Shape | None = None) -> None:
         """The next step."""
         self._begun, self._sending = Next(kind, shape), None
-        if kind == NOTHING and self in self.channel.unfinished:
-            self.channel.unfinished.remove(self)
+        if kind == NOTHING:
+            self.channel.silent(self)
+            if self in self.channel.unfinished:
+                self.channel.unfinished.remove(self)
 
     def open(self) -> Sending:
         """What is sent in this step."""
         if self._sending is None:
+            self._speak()
             assert self.next.shape is not None
             self._sending = Sending(self.name, self.group, self.next.shape)
         return self._sending
+
+    def _speak(self) -> None:
+        try:
+            self.channel.speak(self.name, self.group, self)
+        except RuntimeError:
+            # What the channel expects, when this call is told, is not known yet.
+            self._begun = None
+            raise
 
     @property
     def is_open(self) -> bool:
@@ -137,7 +148,12 @@ class Turn:
 
     @contextlib.contextmanager
     def exchanging(self) -> Iterator[None]:
-        """Around exchanges, which end a call where they raise, and cannot be taken up again where they are interrupted."""
+        """Around exchanges, which end a call where they raise, and cannot be taken up again where they are interrupted.
+
+        They are the last step, unless another one is named inside.
+        """
+        self._speak()
+        step = self.next
         try:
             yield
         except Exception:
@@ -147,7 +163,8 @@ class Turn:
             self.go(NOTHING)
             self.channel.broken = True
             raise
-        self.go(NOTHING)
+        if self.next is step:
+            self.go(NOTHING)
 
     def record(self, columns: int, status: int, identity: int = 0) -> Tensor:
         """Of a rank that has nothing to give."""
@@ -165,7 +182,15 @@ class Turn:
         sending, (kind, shape) = self.open(), self.next
         assert shape is not None
         table, finite = sending.table(self.came(sending, keep))
-        self.go(NOTHING)
+        self._begun, self._sending = Next(NOTHING), None
+        try:
+            self._judge(kind, shape, table, finite)
+        finally:
+            if self.next.kind == NOTHING:
+                self.go(NOTHING)
+
+    def _judge(self, kind: int, shape: wire.Shape, table: Tensor, finite: bool) -> None:
+        """What the records say together: the next step, or what is wrong."""
         name, group, channel = self.name, self.group, self.channel
         rows = channels.rows(name, group, table)
         channel.number = max(channel.number, *(row.number for row in rows))

@@ -3,6 +3,8 @@
 import functools
 import signal
 import sys
+import threading
+import time
 import types
 from typing import NamedTuple
 from unittest import mock
@@ -15,6 +17,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 import gradacc
 from gradacc import _sums
+from gradacc._sync import channel as channels
 from gradacc._sync.sending import Sending
 
 
@@ -472,3 +475,38 @@ def test_a_window_that_one_rank_leaves_out(pool, how):
         else:
             assert first[:6] == [whole] * 6
             assert len(first) == 8
+
+
+def two_threads(group, first_use):
+    """Rank 0 makes a second call while its first one waits for rank 1, in another thread; then both ranks go on."""
+    rank, store = dist.get_rank(group), dist.distributed_c10d._get_default_store()
+    grad_fns = [gradacc.accumulate(loss, steps=1, sync=gradacc.all_reduce(group)) for loss in (squares, absolute)]
+    calls = [functools.partial(attempt, functools.partial(grad_fn, torch.ones(3), ones(rank))) for grad_fn in grad_fns]
+    answers = [] if first_use else [call() for call in calls]
+    key = f"a second thread, {first_use}"
+    if rank == 0:
+        thread = threading.Thread(target=lambda: answers.append(calls[0]()))
+        thread.start()
+        while channels.of(group)._speaking is None:
+            time.sleep(0.01)
+        second = calls[1]()
+        store.set(key, "")
+        thread.join()
+        answers.append(second)
+    else:
+        store.wait([key])
+        answers += [calls[0](), calls[1]()]
+    return answers + [call() for call in calls for _ in range(2)]
+
+
+@pytest.mark.parametrize("first_use", [False, True])
+def test_a_second_thread_in_the_middle_of_a_call(pool, first_use):
+    """It gets an error, the first one its result; the others are told in their second call."""
+    squared, abs_, extra = pytest.approx([5 / 6] * 3), pytest.approx([0.5] * 3), 0 if first_use else 2
+    one, other = pool.run(2, two_threads, first_use)
+    for answers in (one, other):
+        assert answers[:extra] == [squared, abs_][:extra]
+        assert answers[extra] == squared
+        assert answers[extra + 2 :] == [squared, squared, abs_, abs_]
+    assert "another thread of rank 0 is in the middle of a call in process group" in one[extra + 1]
+    assert "because the call raised on rank 0" in other[extra + 1]
