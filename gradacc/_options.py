@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -11,6 +10,7 @@ from torch import nn
 
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
+from gradacc._values import positive_int
 
 Reduction = Literal["mean", "sum"]
 
@@ -94,15 +94,6 @@ def options(name: str, loss_fn: Any, given: Given) -> Options:
         dtype=given.dtype,
         sync=given.sync,
     )
-
-
-def positive_int(name: str, option: str, value: Any) -> int:
-    """``value`` as an int of at least 1; bools and floats are not ints."""
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: {option} must be an int, got {describe(value)}")
-    if operator.index(value) < 1:
-        raise ValueError(f"{name}: {option} must be at least 1, got {value}")
-    return operator.index(value)
 
 
 def _argnums(name: str, argnums: Any) -> int | tuple[int, ...]:

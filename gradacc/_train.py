@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradacc import _donated, _dtypes, _scalars, _tree, _where
+from gradacc import _donated, _dtypes, _overlap, _scalars, _tree, _values, _where
 from gradacc._describe import describe
 from gradacc._mean import Mean
-from gradacc.optim import _check, _memory, _report
-from gradacc.optim._loss_scale import LossScaleState, takes_scale
-
-if TYPE_CHECKING:
-    from gradacc.optim import Optimizer
+from gradacc.optim import LossScaleState, Optimizer
 
 
 class TrainState(NamedTuple):
@@ -110,10 +106,11 @@ def train_step(
             "gradacc.optim.from_torch makes one of a torch.optim class"
         )
 
-    takes = True if torch.compiler.is_compiling() else takes_scale(grad_fn)
-    if _check.is_outermost(optimizer) and not takes:
+    takes = True if torch.compiler.is_compiling() else _values.takes_keyword(grad_fn, "loss_scale")
+    known = optimizer if isinstance(optimizer, Optimizer) else Optimizer(optimizer.init, optimizer.step)
+    if known.loss_scale is not None and not takes:
         raise TypeError(_UNSCALED)
-    report = _report.report_of(optimizer)
+    report = known.report
 
     def step(state: TrainState, batch: Any, *args: Any, **kwargs: Any) -> tuple[TrainState, dict[str, Any]]:
         if not isinstance(state, TrainState):
@@ -121,7 +118,7 @@ def train_step(
                 f"train_step: the state must be a TrainState, got {describe(state)}. "
                 "Begin with TrainState(params, optimizer.init(params))"
             )
-        scale = _scale(state.opt_state, takes, kwargs)
+        scale = _scale(known, state.opt_state, takes, kwargs)
         start = state.params if _where.transforming() else _tree.map_tensors(_started, state.params)
         named = {} if scale is None else {"loss_scale": scale}
         grads, value, aux = _parts(grad_fn(start, batch, *args, **named, **kwargs))
@@ -133,7 +130,7 @@ def train_step(
         if aux is not None:
             metrics["aux"] = aux
         if report.rate is not None:
-            metrics["lr"] = _report.numbers(report.rate(state.opt_state), torch.float64)
+            metrics["lr"] = _numbers(report.rate(state.opt_state), torch.float64)
         if scale is not None:
             metrics["loss_scale"] = scale.clone()
         number = state.step + 1  # here, where an error loses nothing
@@ -143,9 +140,9 @@ def train_step(
         moved = optimizer.step(start, grads, state.opt_state, donate=donate)
         params, opt_state = _donated.hand_over("train_step", given, moved)  # of an optimizer of the caller's own
         if report.skipped is not None:
-            metrics["skipped"] = _report.numbers(report.skipped(opt_state), torch.int64)
+            metrics["skipped"] = _numbers(report.skipped(opt_state), torch.int64)
             if report.updates is not None:
-                metrics["updates"] = _report.numbers(report.updates(opt_state), torch.int64)
+                metrics["updates"] = _numbers(report.updates(opt_state), torch.int64)
         return TrainState(params, opt_state, number), metrics
 
     return step
@@ -167,16 +164,17 @@ _UNSCALED = (
 )
 
 
-def _scale(opt_state: Any, takes: bool, kwargs: dict[str, Any]) -> Tensor | None:
+def _scale(optimizer: Optimizer, opt_state: Any, takes: bool, kwargs: dict[str, Any]) -> Tensor | None:
     """The loss scale of the optimizer's state, which the loss is to be multiplied by; None where it has none."""
-    if isinstance(opt_state, LossScaleState):
+    if optimizer.loss_scale is not None or isinstance(opt_state, LossScaleState):
         if not takes:
             raise TypeError(_UNSCALED)
         if "loss_scale" in kwargs:
             raise TypeError(
                 "train_step: loss_scale was passed to the step, which passes the optimizer's own to grad_fn; leave it out"
             )
-        return opt_state.scale
+        scale: Tensor = opt_state.scale if optimizer.loss_scale is None else optimizer.loss_scale(opt_state)
+        return scale
     if "loss_scale" not in kwargs and _has_scale_inside(opt_state):
         raise ValueError(
             f"train_step: the optimizer's state, {describe(opt_state)}, has that of a dynamic_loss_scale inside, whose scale "
@@ -206,12 +204,24 @@ def _has_scale_inside(opt_state: Any, depth: int = 0) -> bool:
     return any(isinstance(part, LossScaleState) or _has_scale_inside(part, depth + 1) for part in parts)
 
 
+def _numbers(answer: Any, dtype: torch.dtype) -> Any:
+    """What an optimizer reports, as detached tensors in memory of their own: ``dtype`` is that of Python numbers."""
+    leaves, treedef = _tree.flatten(answer)
+    return _tree.unflatten(
+        treedef,
+        [
+            leaf.detach().clone() if isinstance(leaf, Tensor) else torch.tensor(leaf, dtype=dtype, device="cpu")
+            for leaf in leaves
+        ],
+    )
+
+
 def _apart(metrics: Any, given: Sequence[Any]) -> Any:
     """Metrics that an update in the memory of what is donated does not change: aux may be a parameter."""
     if not given:
         return metrics
     leaves, treedef = _tree.flatten(metrics)
-    shared = _memory.shared(leaves, given)
+    shared = _overlap.shared(leaves, given)
     return _tree.unflatten(treedef, [leaf.clone() if late else leaf for leaf, late in zip(leaves, shared, strict=True)])
 
 

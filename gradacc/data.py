@@ -13,9 +13,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradacc._describe import describe
-from gradacc._options import positive_int
 from gradacc._sync import group as groups
 from gradacc._sync.loop import Loop
+from gradacc._values import positive_int
 from gradacc._window import Window
 
 if TYPE_CHECKING:

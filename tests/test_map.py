@@ -48,6 +48,38 @@ def test_no_import_runs_upward():
     assert not upward
 
 
+SATELLITES = ("optim", "_train", "data", "checkpoint", "testing", "demo")
+DOORS = ("gradacc", "gradacc.optim", "gradacc.checkpoint")
+
+
+def test_satellites_import_the_door_and_the_ground():
+    """And what the map gives a reason for: no more, and no less."""
+    rows = re.findall(r"^\| (`[^|]*) \| (`[^|]*) \| [^|]+ \|$", MAP.split("nothing else\nof the core")[1], re.MULTILINE)
+    excepted = {(who, what) for who_cell, what_cell in rows for who in names(who_cell) for what in names(what_cell)}
+    public = {(value.__module__, name) for name, value in vars(gradacc).items() if hasattr(value, "__module__")}
+    found = {
+        (module.removeprefix("gradacc."), other.removeprefix("gradacc."))
+        for module, path in FILES.items()
+        if module != DOOR and room(module) in SATELLITES
+        for other, name in imported_names(path)
+        if other not in DOORS and room(other) not in {room(module), *ROWS[0]} and (other, name) not in public
+    }
+    assert found == excepted
+
+
+def names(cell):
+    return re.findall(r"`([^`]+)`", cell)
+
+
+def imported_names(path):
+    """Pairs of a module of gradacc that a file imports from, and the name; a module itself without one."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == DOOR:
+            for alias in node.names:
+                inside = f"{node.module}.{alias.name}"
+                yield (inside, None) if inside in FILES else (node.module, alias.name)
+
+
 def test_there_are_no_circles():
     graph = {module: {other for other in imports(path) if other != module} for module, path in FILES.items()}
     del graph[DOOR]

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from gradacc import _donated, _tree, _where
+from gradacc import _donated, _overlap, _tree, _where
 from gradacc._describe import describe
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _memory, _report
@@ -79,7 +79,7 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
             raise TypeError(f"{name}: rules[{number}] must be a pair (predicate, optimizer), got {describe(rule)}")
         _check.optimizer(name, rule[1], f"rules[{number}][1]")
     optimizers = (default, *(optimizer for _, optimizer in rules))
-    checks = [_check.asked(optimizer) for optimizer in optimizers]
+    checks = [optimizer.check for optimizer in optimizers]
     turns = sorted(range(len(optimizers)), key=lambda number: checks[number] is not None)
     remembered = functools.lru_cache(maxsize=8)(_paths)  # as long as a step of a small model
     predicates = [predicate for predicate, _ in rules]
@@ -140,9 +140,8 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
         leaves, treedef = _check.params(name, params)
         look(leaves, divided(leaves, treedef, state), state.inner)
 
-    report = _report.of_groups(name, ByPathState, [_report.report_of(optimizer) for optimizer in optimizers])
-    grouped = _check.askable(init, step, check) if None not in checks else Optimizer(init, step)
-    return _report.reporting(grouped, report)
+    report = _report.of_groups(name, ByPathState, [optimizer.report for optimizer in optimizers])
+    return Optimizer(init, step, None if None in checks else check, report)
 
 
 def _part(leaves: Sequence[Tensor], part: dict[str, int]) -> dict[str, Tensor]:
@@ -154,7 +153,7 @@ def _apart(
 ) -> tuple[list[Tensor], list[Tensor], list[TensorTree]]:
     """What is donated, without memory that two optimizers would share."""
     held, treedef = _tree.flatten(states)
-    leaves, slopes, held = _memory.apart([leaves, slopes, held])
+    leaves, slopes, held = _overlap.apart([leaves, slopes, held])
     return slopes, leaves, _tree.unflatten(treedef, held)
 
 

@@ -1,53 +1,18 @@
-"""Checks of what an optimizer is given, before anything is changed; they return what they checked.
-
-NOTE [Before anything is changed]
-
-A wrapper that gives memory away (`clip_by_global_norm` scales gradients, `by_path` lets one optimizer after another write)
-must know that what it wraps will take the state, before it begins. So a step here comes with ``check(params, state)``, which
-raises what ``step`` would raise for that state of such parameters (`askable`, `asked`). A step of the caller's own has none:
-such a one gets memory that a wrapper can do without.
-"""
+"""Checks of what an optimizer is given, before anything is changed; they return what they checked."""
 
 from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gradacc import _tree, _where
 from gradacc._describe import describe
-from gradacc._tree import TensorTree
-from gradacc.optim._optimizer import Init, Optimizer, Step
-
-Check: TypeAlias = Callable[[TensorTree, TensorTree], object]
-"""``check(params, state)``: raises what ``step`` would."""
-
-
-def askable(init: Init, step: Step, check: Check) -> Optimizer:
-    """The optimizer of ``init`` and ``step``, which `asked` finds ``check`` of."""
-    step.check = step, check  # type: ignore[attr-defined]  # a function's own attribute
-    return Optimizer(init, step)
-
-
-def asked(optimizer: Optimizer) -> Check | None:
-    """What an optimizer can be asked before it is given memory to write to; see NOTE [Before anything is changed]."""
-    step, check = getattr(optimizer.step, "check", (None, None))
-    return check if step is optimizer.step else None  # not where functools.wraps has copied it to another step
-
-
-def outermost(init: Init, step: Step) -> Optimizer:
-    """The optimizer of ``init`` and ``step``, which `optimizer` refuses: its gradients are not those of the loss."""
-    step.outermost = step  # type: ignore[attr-defined]  # a function's own attribute
-    return Optimizer(init, step)
-
-
-def is_outermost(optimizer: Optimizer) -> bool:
-    """Whether it is an `outermost` one."""
-    return getattr(optimizer.step, "outermost", None) is optimizer.step
+from gradacc.optim._optimizer import Optimizer
 
 
 def params(name: str, tree: Any) -> tuple[list[Tensor], _tree.TreeDef]:
@@ -119,14 +84,14 @@ def grads(name: str, tree: Any, leaves: Sequence[Tensor], treedef: _tree.TreeDef
 
 
 def optimizer(name: str, given: Any, where: str = "the optimizer") -> None:
-    """What is wrapped is an `Optimizer`, and not an `outermost` one."""
+    """What is wrapped is an `Optimizer` whose gradients are those of the loss, not of a multiple of it."""
     if not isinstance(given, Optimizer):
         if isinstance(given, torch.optim.Optimizer):
             fix = f"gradacc.optim.from_torch(torch.optim.{type(given).__name__}, **options) makes one"
         else:
             fix = "gradacc.optim.sgd, adam, adamw, from_torch and from_torchopt return one"
         raise TypeError(f"{name}: {where} must be a gradacc.optim.Optimizer, got {describe(given)}; {fix}")
-    if is_outermost(given):
+    if given.loss_scale is not None:
         raise ValueError(
             f"{name}: {where} is a dynamic_loss_scale, and what is around one sees gradients times its scale. Leave it out "
             "here, and put one around the whole: dynamic_loss_scale(clip_by_global_norm(sgd(0.1), 1.0))"

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradacc import _donated, _scalars, _tree
+from gradacc import _donated, _overlap, _scalars, _tree
 from gradacc._tree import TensorTree
-from gradacc.optim import _check, _memory, _report
+from gradacc.optim import _check, _memory
 from gradacc.optim._optimizer import Optimizer
 
 
@@ -54,7 +54,7 @@ def clip_by_global_norm(optimizer: Optimizer, max_norm: float | Tensor) -> Optim
         _check.learning_rate(name, max_norm, "max_norm")
     else:
         _check.number(name, "max_norm", max_norm, finite=False)
-    check = _check.asked(optimizer)
+    check = optimizer.check
 
     def clipped(slopes: list[Tensor], used: list[Any] | None) -> list[Tensor]:
         """In new memory, or in their own, except what is in that of ``used``."""
@@ -63,7 +63,7 @@ def clip_by_global_norm(optimizer: Optimizer, max_norm: float | Tensor) -> Optim
             return slopes
         if used is None:
             return _scaled(slopes, factor, ours=False)
-        (own,) = _memory.apart([slopes], used)
+        (own,) = _overlap.apart([slopes], used)
         return _scaled(own, factor, ours=True)
 
     def step(
@@ -88,8 +88,7 @@ def clip_by_global_norm(optimizer: Optimizer, max_norm: float | Tensor) -> Optim
         after = optimizer.step(params, _tree.unflatten(treedef, slopes), state, donate=donate)
         return _donated.hand_over(f"{name}.step", given, after)
 
-    clipping = Optimizer(optimizer.init, step) if check is None else _check.askable(optimizer.init, step, check)
-    return _report.reporting(clipping, _report.report_of(optimizer))
+    return Optimizer(optimizer.init, step, check, optimizer.report)
 
 
 def _factor(norm: Tensor, max_norm: float | Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from gradacc import _donated, _tree
+from gradacc import _donated, _overlap, _tree
 from gradacc._tree import TensorTree
-from gradacc.optim import _check, _lr, _memory, _report
+from gradacc.optim import _check, _lr, _memory
 from gradacc.optim._arithmetic import Arithmetic, Tensors, in_place, pure
-from gradacc.optim._optimizer import LearningRate, Optimizer
+from gradacc.optim._optimizer import LearningRate, Optimizer, Report
 
 Update: TypeAlias = Callable[
     [Arithmetic, Tensors, Tensors, list[Tensors], Any, Any, bool], tuple[Tensors, list[Tensors]]
@@ -80,8 +80,12 @@ def elementwise(name: str, kind: type, slots: Sequence[bool], lr: LearningRate, 
         _check.state(name, state, kind)
         return _check.counter(name, "state.step", state[0])
 
-    optimizer = _check.askable(init, step, lambda params, state: checked(*_check.params(name, params), state))
-    return _report.reporting(optimizer, _report.Report(lambda state: _lr.at(name, lr, updates(state)), updates))
+    return Optimizer(
+        init,
+        step,
+        check=lambda params, state: checked(*_check.params(name, params), state),
+        report=Report(rate=lambda state: _lr.at(name, lr, updates(state)), updates=updates),
+    )
 
 
 def _apply(
@@ -96,7 +100,7 @@ def _apply(
     """The rule in place, a chunk at a time, on what is donated or on copies."""
     new, moved = list(leaves), [list(slot) for slot in held]
     if donate:
-        leaves, slopes, *held = _memory.apart([leaves, slopes, *held])
+        leaves, slopes, *held = _overlap.apart([leaves, slopes, *held])
         new, *moved = ([leaf.detach() for leaf in each] for each in (leaves, *held))  # see NOTE [use after donation]
     for chunk in _memory.chunks(leaves):
         if not donate:  # here, where the cache still has them afterwards

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _donated, _tree, _where
+from gradacc import _donated, _overlap, _tree, _where
 from gradacc._describe import describe
 from gradacc._tree import TensorTree
-from gradacc.optim import _check, _elsewhere, _lr, _memory, _report, _slots
-from gradacc.optim._optimizer import Optimizer
+from gradacc.optim import _check, _elsewhere, _lr, _memory, _slots
+from gradacc.optim._optimizer import Optimizer, Report
 
 
 class TorchState(NamedTuple):
@@ -163,7 +163,7 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
             held, structure = _tree.flatten(state.slots)
             read_only = cls in _LEAVE_GRADIENTS and not options.get("nesterov")
             if donate:
-                new, changed, slots = _memory.apart(
+                new, changed, slots = _overlap.apart(
                     [leaves, [] if read_only else slopes, held], slopes if read_only else ()
                 )
                 new, slots = [leaf.detach() for leaf in new], [leaf.detach() for leaf in slots]
@@ -188,8 +188,12 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
     def rate(state: Any) -> Any:
         return current(updates(state)).get("lr", None if usual is None else usual.default)
 
-    optimizer = _check.askable(init, step, lambda params, state: checked(state, *_check.params(name, params)))
-    return _report.reporting(optimizer, _report.Report(rate if known else None, updates))
+    return Optimizer(
+        init,
+        step,
+        check=lambda params, state: checked(state, *_check.params(name, params)),
+        report=Report(rate if known else None, updates),
+    )
 
 
 _PART = 2 * _memory.CHUNK

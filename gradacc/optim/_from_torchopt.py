@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gradacc import _donated, _tree, _where
+from gradacc import _donated, _overlap, _tree, _where
 from gradacc._describe import describe
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _memory
@@ -104,7 +104,7 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
             if in_place:
                 held, structure = _tree.flatten(state)
                 given = [*leaves, *slopes, *held]
-                leaves, slopes, held = _memory.apart([leaves, slopes, held])
+                leaves, slopes, held = _overlap.apart([leaves, slopes, held])
                 params, grads = _tree.unflatten(treedef, leaves), _tree.unflatten(treedef, slopes)
                 state = _tree.unflatten(structure, held)
             updates, new = transformation.update(grads, state, params=params, inplace=in_place)
@@ -114,7 +114,7 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
                 moved = [p.clone() if u is None else (p + u).to(p.dtype) for p, u in zip(leaves, changes, strict=True)]
             else:
                 new = _apart(new, leaves)
-                read = _memory.shared(changes, leaves)
+                read = _overlap.shared(changes, leaves)
                 moved = [leaf.detach() for leaf in leaves]
                 steps = [u.clone() if u is not None and late else u for u, late in zip(changes, read, strict=True)]
                 for p, u in zip(moved, steps, strict=True):
@@ -122,7 +122,7 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
                         p.add_(u)
         return _donated.hand_over(f"{name}.step", given, (_tree.unflatten(treedef, moved), new))
 
-    return _check.askable(init, step, check)
+    return Optimizer(init, step, check)
 
 
 _UNKNOWN = object()

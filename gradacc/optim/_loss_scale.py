@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _donated, _dtypes, _loss, _options, _scalars, _tree
+from gradacc import _donated, _dtypes, _loss, _options, _overlap, _scalars, _tree, _values
 from gradacc._mean import Mean
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _memory, _report
@@ -105,14 +105,14 @@ def dynamic_loss_scale(
     _between("init_scale", init_scale, 0, torch.finfo(torch.float32).max)
     _between("growth_factor", growth_factor, 1, math.inf)
     _between("backoff_factor", backoff_factor, 0, 1)
-    interval = _options.positive_int(_NAME, "growth_interval", growth_interval)
+    interval = _values.positive_int(_NAME, "growth_interval", growth_interval)
 
     def init(params: TensorTree) -> TensorTree:
         _wide_enough(*_check.params(_NAME, params))
         scale = torch.full((), init_scale, dtype=torch.float32, device="cpu")
         return LossScaleState(scale, _check.zero(), _check.zero(), optimizer.init(params))
 
-    inner_check = _check.asked(optimizer)
+    inner_check = optimizer.check
 
     def checked(state: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The scale and the two counts of a state."""
@@ -148,8 +148,8 @@ def dynamic_loss_scale(
         after = new, LossScaleState(scale, tracker, count_skipped(skipped, finite), inner)
         return _donated.hand_over(f"{_NAME}.step", given, after)
 
-    report = _report.of_wrapper(_NAME, LossScaleState, _report.report_of(optimizer))
-    return _report.reporting(_check.outermost(init, step), report)
+    report = _report.of_wrapper(_NAME, LossScaleState, optimizer.report)
+    return Optimizer(init, step, report=report, loss_scale=lambda state: checked(state)[0])
 
 
 def scaled_loss(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:
@@ -199,25 +199,16 @@ def scaled_loss(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callab
         loss = Mean(total, value.weight) if isinstance(value, Mean) else total
         return (loss, aux) if has_aux else loss
 
-    scaled.__signature__ = signature  # type: ignore[attr-defined]  # which `takes_scale` reads, through functools.wraps
+    scaled.__signature__ = signature  # type: ignore[attr-defined]  # which `takes_keyword` reads, through functools.wraps
     return scaled
 
 
 _MISSING = object()
 
 
-def takes_scale(grad_fn: Callable[..., Any]) -> bool:
-    """Whether a function says that it takes ``loss_scale``, by a parameter of this name; ``**kwargs`` says nothing."""
-    try:
-        parameters = inspect.signature(grad_fn).parameters
-    except (TypeError, ValueError):  # of a built-in function, say
-        return False
-    return "loss_scale" in parameters and parameters["loss_scale"].kind is not inspect.Parameter.VAR_KEYWORD
-
-
 def _with_scale(loss_fn: Callable[..., Any]) -> inspect.Signature:
     """The loss's signature and ``loss_scale``."""
-    if takes_scale(loss_fn):
+    if _values.takes_keyword(loss_fn, "loss_scale"):
         raise ValueError(
             "scaled_loss: loss_fn takes loss_scale itself, which it would not get: a loss that is scaled already (twice, "
             "by scaled_loss) is passed as it is, and a parameter that means something else needs another name"
@@ -276,7 +267,7 @@ def _unscaled(slopes: list[Tensor], scale: Tensor, used: list[Any] | None) -> li
         number = inverse.item()  # a number promotes no 0-dim gradient
         if used is None:
             return [slope.detach() * number for slope in slopes]
-        (ours,) = _memory.apart([slopes], used)
+        (ours,) = _overlap.apart([slopes], used)
         for chunk in _memory.chunks(ours):
             in_place.mul([ours[index] for index in chunk], number)
         return ours

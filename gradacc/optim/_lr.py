@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from gradacc import _where
 from gradacc._describe import describe
-from gradacc._options import positive_int
+from gradacc._values import positive_int
 from gradacc.optim import _check
 from gradacc.optim._optimizer import LearningRate
 

@@ -1,9 +1,17 @@
-"""`Optimizer`: two pure functions, and the types of what they take."""
+"""`Optimizer`: two pure functions, what is known of them, and the types of what they take.
+
+NOTE [Before anything is changed]
+
+A wrapper that gives memory away (`clip_by_global_norm` scales gradients, `by_path` lets one optimizer after another write)
+must know that what it wraps will take the state, before it begins. So an optimizer here has ``check(params, state)``, which
+raises what ``step`` would raise for that state of such parameters. One of the caller's own may have none: such a one gets
+memory that a wrapper can do without.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
@@ -31,6 +39,27 @@ class Step(Protocol):
     ) -> tuple[TensorTree, TensorTree]: ...
 
 
+class Check(Protocol):
+    """``check(params, state)``: raises what ``step`` would."""
+
+    def __call__(self, params: TensorTree, state: TensorTree) -> object: ...
+
+
+Question: TypeAlias = Callable[[Any], Any]
+"""A function of a state: a number, a 0-dim tensor, or a tuple of them."""
+
+
+class Report(NamedTuple):
+    """Functions of a state; None where there is nothing to say."""
+
+    rate: Question | None = None
+    """The learning rate of the update that follows this state."""
+    updates: Question | None = None
+    """Updates so far, without those that were skipped."""
+    skipped: Question | None = None
+    """Updates skipped so far; None where none can be."""
+
+
 class Optimizer(NamedTuple):
     """An optimizer as a value: how its state begins, and what one update makes of parameters, gradients and state.
 
@@ -55,6 +84,15 @@ class Optimizer(NamedTuple):
             beforehand; views of them and tensors of ``detach()`` are others, which see what is written. A module's own
             parameters stay what they are, and are trained in place where their memory is given. Tensors whose ranges of
             memory overlap (views of one tensor) are copied first. Under a transform nothing is written or given away.
+        check: ``check(params, state)`` raises what ``step`` would raise for them, and changes nothing. A wrapper asks it before
+            it gives memory away (``donate=True``); without one the step gets copies instead.
+        report: what `gradacc.train_step` makes the metrics ``lr``, ``updates`` and ``skipped`` of: three functions of a state,
+            ``rate``, ``updates`` and ``skipped``, each of which may be None.
+        loss_scale: ``loss_scale(state)``: the factor of the loss whose gradients ``step`` takes, 0-dim. With one an optimizer
+            is outermost: wrappers refuse it, and `gradacc.train_step` passes the factor to ``grad_fn``.
+
+    ``Optimizer(other.init, step)`` has none of the last three; ``other._replace(step=step)`` has those of ``other``, which must
+    then be true of ``step``.
 
     Raises:
         TypeError: a leaf that is no tensor, or of a dtype that cannot be updated; a state of another optimizer.
@@ -75,3 +113,6 @@ class Optimizer(NamedTuple):
 
     init: Init
     step: Step
+    check: Check | None = None
+    report: Report = Report()
+    loss_scale: Callable[[Any], Tensor] | None = None

@@ -55,7 +55,7 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
     """
     name = "skip_nonfinite"
     _check.optimizer(name, optimizer)
-    inner_check = _check.asked(optimizer)
+    inner_check = optimizer.check
 
     def init(params: TensorTree) -> TensorTree:
         return SkipState(_check.zero(), optimizer.init(params))
@@ -82,15 +82,13 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
         after = new, SkipState(count_skipped(skipped, finite), inner)
         return _donated.hand_over(f"{name}.step", given, after)
 
-    report = _report.of_wrapper(name, SkipState, _report.report_of(optimizer))
-    if inner_check is None:
-        return _report.reporting(Optimizer(init, step), report)
-
     def check(params: TensorTree, state: TensorTree) -> None:
         checked(state)
-        inner_check(params, state.inner)
+        if inner_check is not None:
+            inner_check(params, state.inner)
 
-    return _report.reporting(_check.askable(init, step, check), report)
+    report = _report.of_wrapper(name, SkipState, optimizer.report)
+    return Optimizer(init, step, None if inner_check is None else check, report)
 
 
 def if_finite(

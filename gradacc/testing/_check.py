@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradacc import _batch, _call, _loss, _options, _split, _tree
 from gradacc._describe import describe
+from gradacc._values import positive_int
 from gradacc._where import transforming
 from gradacc.testing import _diagnose, _sandbox
 from gradacc.testing._evidence import Evidence, attempt
@@ -239,7 +240,7 @@ def _checked(loss_fn: Any, given: dict[str, Any]) -> _options.Options:
 def _counts(steps: Any) -> list[int]:
     if isinstance(steps, Tensor) or not hasattr(steps, "__iter__"):
         steps = (steps,)
-    counts = [operator.index(_options.positive_int(_NAME, "steps", k)) for k in steps]
+    counts = [operator.index(positive_int(_NAME, "steps", k)) for k in steps]
     if not counts:
         raise ValueError(f"{_NAME}: steps is empty; give at least one number of micro-batches")
     return counts
