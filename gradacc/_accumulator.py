@@ -236,17 +236,18 @@ def _update(
         except _RaisedError:
             return before
         with engine.guard():
-            return _state.pack(facts, treedef, [None] * len(params), sums, False, readable, empty=True)
+            nothing = facts._replace(arrived=False, empty=True)
+            return _state.pack(nothing, treedef, [None] * len(params), sums, readable)
     closed: list[Tensor] = []
 
     def more() -> State:
         grads, _, sums = _state.unpack(before, readable)
-        known, sums = (facts._replace(plain=()), _sums.NOTHING) if facts.empty else (facts, sums)
+        known, sums = (facts._replace(plain=(), empty=False), _sums.NOTHING) if facts.empty else (facts, sums)
         buffer = engine.resume(params, fold.accumulated, grads, facts.arrived, donate)
         buffer, sums = _loop.step(fold, buffer, sums, microbatch)
         if call is not None:
             closed.extend(buffer.closed_over())
-        return _state.pack(known, treedef, buffer.grads, sums, buffer.arrived, readable)
+        return _state.pack(known._replace(arrived=buffer.arrived), treedef, buffer.grads, sums, readable)
 
     with engine.guard():
         after = _donated.written_by("accumulator.update", before, more) if donate and readable else more()
@@ -285,8 +286,8 @@ def _merge(options: Options, donate: bool, one: Any, other: Any) -> State:
             merged, shares = _sums.merge(options, sums, more)
             total = engine.merge(grads, others, shares, donate)
             plain = tuple(x and y for x, y in zip(a.facts.plain, b.facts.plain, strict=True))
-            facts = a.facts._replace(plain=plain)
-            return _state.pack(facts, treedef, total, merged, a.facts.arrived or b.facts.arrived, readable)
+            facts = a.facts._replace(plain=plain, arrived=a.facts.arrived or b.facts.arrived)
+            return _state.pack(facts, treedef, total, merged, readable)
 
         after = _donated.written_by("accumulator.merge", (a, b), both) if donate and readable else both()
     return after if call is None else _connect.connect(options.name, call, after, (), _NO_GRAPH)

@@ -101,22 +101,14 @@ def _expanded(number: Tensor, shape: tuple[int, ...]) -> Tensor:
     return number.reshape(shape) if math.prod(shape) == 1 else number.expand(shape)
 
 
-def pack(
-    before: Facts,
-    treedef: _tree.TreeDef,
-    grads: Sequence[Tensor | None],
-    sums: Sums,
-    arrived: bool,
-    readable: bool,
-    empty: bool = False,
-) -> State:
-    """A fold as a state; ``before``: the facts of the one that it went on from.
+def pack(facts: Facts, treedef: _tree.TreeDef, grads: Sequence[Tensor | None], sums: Sums, readable: bool) -> State:
+    """A fold as a state of these facts, but that `Facts.plain` is what was said of the numbers before.
 
     Where values are read, numbers are on the CPU; else on the parameters' device, so that they can be batched.
     """
     found, rest, pieces = _sums.numbers(sums)
-    plain = before.plain or (False,) * len(found)
-    device = torch.device("cpu") if readable else before.params[0].device
+    plain = facts.plain or (False,) * len(found)
+    device = torch.device("cpu") if readable else facts.params[0].device
     plain = tuple(
         not isinstance(number, Tensor) or (old and not readable and not number.ndim)
         for old, number in zip(plain, found, strict=True)
@@ -128,7 +120,7 @@ def pack(
     return State(
         _tree.unflatten(treedef, [Missing() if grad is None else grad for grad in grads]),
         _sums.with_numbers(rest, numbers, joined, weight, unit),
-        before._replace(plain=plain, arrived=arrived, empty=empty),
+        facts._replace(plain=plain),
     )
 
 

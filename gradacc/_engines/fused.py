@@ -45,7 +45,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 Add = Callable[[int, Tensor, Tensor, Tensor], None]
-"""``add(padding index, target, other operand, gradient of the result)``."""
+"""``add(padding index, target, other operand, gradient of the result)``, the first two of which are bound when it is hooked."""
 
 _SMALLEST = 1 << 14
 """Elements from which a parameter is worth a hook in Python."""
@@ -110,7 +110,8 @@ def install(
         assert buffer is not None
         for number, (node, operand, add, transposed) in enumerate(found[index]):
             target, padding = buffer.t() if transposed else buffer, getattr(node, "_saved_padding_idx", 0)
-            use = partial(_hook, task, add, padding, target, [operand], keeps, left, number, index, done)
+            added = partial(_note_added, left, number, index, done)
+            use = partial(_hook, task, partial(add, padding, target), [operand], keeps, added)
             node.register_prehook(use)  # which does not hold the node: a cycle, never freed
             edges.append(GradientEdge(node, 0))
     return edges, fused
@@ -144,15 +145,10 @@ def _note_task(task: list[int], _: Any) -> None:
 
 def _hook(
     task: list[int],
-    add: Add,
-    padding: int,
-    target: Tensor,
+    add: Callable[[Tensor, Tensor], None],
     operand: list[Tensor],
     keeps: Tensor | None,
-    left: set[int],
-    number: int,
-    index: int,
-    done: Callable[[int], None],
+    added: Callable[[], None],
     grads: tuple[Tensor | None, ...],
 ) -> None:
     """Before the node runs; ``operand`` is emptied, so that nothing lives longer than it would."""
@@ -164,9 +160,14 @@ def _hook(
         if keeps is not None:  # both: 0 times NaN is NaN
             keeps = keeps.to(grad.device)
             other, grad = torch.where(keeps, other, 0), torch.where(keeps, grad, 0)
-        add(padding, target, other, grad)
+        add(other, grad)
+    added()
+
+
+def _note_added(left: set[int], number: int, index: int, done: Callable[[int], None]) -> None:
+    """Of the uses of a parameter, this one."""
     left.discard(number)
-    if not left:  # the last use of this parameter
+    if not left:
         done(index)
 
 

@@ -135,12 +135,12 @@ def _adam(
     _check.flag(name, "amsgrad", amsgrad)
 
     def update(
-        ops: Arithmetic, params: Tensors, grads: Tensors, slots: list[Tensors], lr: Any, step: Any, donate: bool
+        ops: Arithmetic, params: Tensors, grads: Tensors, slots: list[Tensors], lr: Any, step: Any
     ) -> tuple[Tensors, list[Tensors]]:
         if weight_decay != 0 and decoupled:
             params = ops.mul(params, ops.read(1 - lr * weight_decay))
         elif weight_decay != 0:
-            grads = (ops.add if donate else ops.plus)(grads, params, weight_decay)
+            grads = ops.plus(grads, params, weight_decay)
         mean, square, *largest = ([_real(leaf) for leaf in slot] for slot in slots)
         real, grads = [_real(leaf) for leaf in params], [_real(leaf) for leaf in grads]
         mean = ops.lerp(mean, grads, 1 - beta1)

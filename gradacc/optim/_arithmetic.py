@@ -1,9 +1,9 @@
 """The arithmetic of an update, on lists of tensors: in place on memory that is ours, or pure.
 
 An update rule is written once, over an `Arithmetic`. The first argument of every operation may be reused for its result
-(`in_place`) or may not (`pure`), so a rule never reads a list again after handing it in first; `plus` and `sqrt` never
-reuse. Coefficients are Python numbers or, `pure` only, 0-dim tensors. With Python numbers both give the same bits: they are
-the same kernels as in torch.optim.
+(`in_place`) or may not (`pure`), so a rule never reads a list again after handing it in first; `plus`, of gradients, reuses
+where these are given away too (`donating`), and `sqrt` never does. Coefficients are Python numbers or, `pure` only, 0-dim
+tensors. With Python numbers both give the same bits: they are the same kernels as in torch.optim.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Arithmetic(NamedTuple):
     div: Operation  # x / c
     shift: Operation  # x + number
     add: Operation  # x + c * y
-    plus: Operation  # the same in fresh memory
+    plus: Operation  # the same of gradients
     lerp: Operation  # x + number * (y - x)
     addcmul: Operation  # x + number * y * z
     addcdiv: Operation  # x + c * y / z
@@ -75,6 +75,8 @@ in_place = Arithmetic(
     sqrt=lambda xs: list(torch._foreach_sqrt(xs)),
     read=float,
 )
+
+donating = in_place._replace(plus=_add_)
 
 
 def _leafwise(op: Callable[..., Tensor]) -> Operation:

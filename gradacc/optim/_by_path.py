@@ -14,6 +14,8 @@ from gradacc._tree import TensorTree
 from gradacc.optim import _check, _memory, _report
 from gradacc.optim._optimizer import Optimizer
 
+_NAME = "by_path"
+
 
 class Predicate(Protocol):
     """``predicate(path, leaf)``: whether a rule takes this parameter."""
@@ -72,39 +74,25 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
         ...     (lambda path, leaf: leaf.ndim == 2, gradacc.optim.from_torch(torch.optim.Muon, lr=0.02)),
         ... )
     """
-    name = "by_path"
-    _check.optimizer(name, default)
+    _check.optimizer(_NAME, default)
     for number, rule in enumerate(rules):
         if type(rule) is not tuple or len(rule) != 2 or not callable(rule[0]):
-            raise TypeError(f"{name}: rules[{number}] must be a pair (predicate, optimizer), got {describe(rule)}")
-        _check.optimizer(name, rule[1], f"rules[{number}][1]")
+            raise TypeError(f"{_NAME}: rules[{number}] must be a pair (predicate, optimizer), got {describe(rule)}")
+        _check.optimizer(_NAME, rule[1], f"rules[{number}][1]")
     optimizers = (default, *(optimizer for _, optimizer in rules))
     checks = [optimizer.check for optimizer in optimizers]
     turns = sorted(range(len(optimizers)), key=lambda number: checks[number] is not None)
-    remembered = functools.lru_cache(maxsize=8)(_paths)  # as long as a step of a small model
-    predicates = [predicate for predicate, _ in rules]
+    route = _router([predicate for predicate, _ in rules])
 
     def init(params: TensorTree) -> TensorTree:
-        leaves, treedef = _check.params(name, params)
-        paths = _paths(treedef) if _where.transforming() else remembered(treedef)
-        parts = _route(name, predicates, leaves, paths)
+        leaves, treedef = _check.params(_NAME, params)
+        parts = route(leaves, treedef)
         return ByPathState(
             tuple(
-                optimizer.init({path: leaves[i] for path, i in part.items()}) if part else ()
+                optimizer.init(_part(leaves, part)) if part else ()
                 for optimizer, part in zip(optimizers, parts, strict=True)
             )
         )
-
-    def divided(leaves: Sequence[Tensor], treedef: _tree.TreeDef, state: Any) -> list[dict[str, int]]:
-        """Each optimizer's leaves, where the state is of these optimizers."""
-        _check.state(name, state, ByPathState)
-        if len(state.inner) != len(optimizers):
-            raise ValueError(
-                f"{name}: state is of {len(state.inner)} optimizers, not of these {len(optimizers)}; pass what init(params) "
-                "or the last step returned"
-            )
-        paths = _paths(treedef) if _where.transforming() else remembered(treedef)
-        return _route(name, predicates, leaves, paths)
 
     def look(leaves: Sequence[Tensor], parts: Sequence[dict[str, int]], states: Sequence[TensorTree]) -> None:
         """See NOTE [Before anything is changed]."""
@@ -115,10 +103,10 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
-        leaves, treedef = _check.params(name, params)
-        slopes = _check.grads(name, grads, leaves, treedef)
-        parts = divided(leaves, treedef, state)
-        states = list(state.inner)
+        leaves, treedef = _check.params(_NAME, params)
+        slopes = _check.grads(_NAME, grads, leaves, treedef)
+        states = _states(state, len(optimizers))
+        parts = route(leaves, treedef)
         given: list[Any] = []
         if donate and not _memory.differentiable(None, slopes):
             look(leaves, parts, states)
@@ -134,14 +122,26 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
                 for path, i in part.items():
                     new[i] = moved[path]
         after = _tree.unflatten(treedef, new), ByPathState(tuple(states))
-        return _donated.hand_over(f"{name}.step", given, after)
+        return _donated.hand_over(f"{_NAME}.step", given, after)
 
     def check(params: TensorTree, state: TensorTree) -> None:
-        leaves, treedef = _check.params(name, params)
-        look(leaves, divided(leaves, treedef, state), state.inner)
+        leaves, treedef = _check.params(_NAME, params)
+        states = _states(state, len(optimizers))
+        look(leaves, route(leaves, treedef), states)
 
-    report = _report.of_groups(name, ByPathState, [optimizer.report for optimizer in optimizers])
+    report = _report.of_groups(_NAME, ByPathState, [optimizer.report for optimizer in optimizers])
     return Optimizer(init, step, None if None in checks else check, report)
+
+
+def _states(state: Any, number: int) -> list[TensorTree]:
+    """The states of so many optimizers."""
+    _check.state(_NAME, state, ByPathState)
+    if len(state.inner) != number:
+        raise ValueError(
+            f"{_NAME}: state is of {len(state.inner)} optimizers, not of these {number}; pass what init(params) "
+            "or the last step returned"
+        )
+    return list(state.inner)
 
 
 def _part(leaves: Sequence[Tensor], part: dict[str, int]) -> dict[str, Tensor]:
@@ -157,12 +157,24 @@ def _apart(
     return slopes, leaves, _tree.unflatten(treedef, held)
 
 
+def _router(
+    predicates: Sequence[Callable[[str, Tensor], bool]],
+) -> Callable[[Sequence[Tensor], _tree.TreeDef], list[dict[str, int]]]:
+    """`_route` of leaves and their structure, whose paths are remembered: they take as long as a step of a small model."""
+    remembered = functools.lru_cache(maxsize=8)(_paths)
+
+    def route(leaves: Sequence[Tensor], treedef: _tree.TreeDef) -> list[dict[str, int]]:
+        return _route(predicates, leaves, _paths(treedef) if _where.transforming() else remembered(treedef))
+
+    return route
+
+
 def _paths(treedef: _tree.TreeDef) -> list[str]:
     return _tree.paths(treedef, "params")
 
 
 def _route(
-    name: str, predicates: Sequence[Callable[[str, Tensor], bool]], leaves: Sequence[Tensor], paths: Sequence[str]
+    predicates: Sequence[Callable[[str, Tensor], bool]], leaves: Sequence[Tensor], paths: Sequence[str]
 ) -> list[dict[str, int]]:
     """For the default and each rule, its leaves' paths and positions."""
     parts: list[dict[str, int]] = [{} for _ in range(1 + len(predicates))]
@@ -172,7 +184,8 @@ def _route(
             takes = predicate(path, leaf)
             if not isinstance(takes, bool):
                 raise TypeError(
-                    f"{name}: the predicate of rules[{number - 1}] returned {describe(takes)} for {path}; it must return a bool"
+                    f"{_NAME}: the predicate of rules[{number - 1}] returned {describe(takes)} for {path}; it must return "
+                    "a bool"
                 )
             if takes:
                 chosen = number
@@ -182,7 +195,7 @@ def _route(
         if not part:
             shown = ", ".join(paths[:3]) + (", ..." if paths[3:] else "")
             raise ValueError(
-                f"{name}: rules[{number}] takes none of the {len(paths)} parameters ({shown}), or earlier rules took them; "
+                f"{_NAME}: rules[{number}] takes none of the {len(paths)} parameters ({shown}), or earlier rules took them; "
                 "correct its predicate, or leave the rule out"
             )
     return parts

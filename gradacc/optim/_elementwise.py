@@ -11,16 +11,14 @@ from torch import Tensor
 from gradacc import _donated, _overlap, _tree
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _lr, _memory
-from gradacc.optim._arithmetic import Arithmetic, Tensors, in_place, pure
+from gradacc.optim._arithmetic import Arithmetic, Tensors, donating, in_place, pure
 from gradacc.optim._optimizer import LearningRate, Optimizer, Report
 
-Update: TypeAlias = Callable[
-    [Arithmetic, Tensors, Tensors, list[Tensors], Any, Any, bool], tuple[Tensors, list[Tensors]]
-]
-"""``update(ops, params, grads, slots, lr, step, donate) -> (params, slots)``, of lists of leaves.
+Update: TypeAlias = Callable[[Arithmetic, Tensors, Tensors, list[Tensors], Any, Any], tuple[Tensors, list[Tensors]]]
+"""``update(ops, params, grads, slots, lr, step) -> (params, slots)``, of lists of leaves.
 
-``params`` and ``slots`` may be reused, ``grads`` with ``donate``; ``step`` counts the updates made before: a number in
-place, a 0-dim tensor under a transform.
+``params`` and ``slots`` may be reused, ``grads`` by ``ops.plus``; ``step`` counts the updates made before: a number in place, a
+0-dim tensor under a transform.
 """
 
 
@@ -64,12 +62,19 @@ def elementwise(name: str, kind: type, slots: Sequence[bool], lr: LearningRate, 
         slopes = _check.grads(name, grads, leaves, treedef)
         count, held, rate = checked(leaves, treedef, state)
         if _memory.differentiable(rate, slopes):
-            new, moved = update(pure, leaves, slopes, held, _tensor(rate), count, False)
+            new, moved = update(pure, leaves, slopes, held, _tensor(rate), count)
             following = count + 1
         else:
             number = int(count)
             with torch.no_grad():
-                new, moved = _apply(update, leaves, slopes, held, rate, number, donate)
+                ops = donating if donate else in_place
+                new, moved = _apply(
+                    lambda some, slopes, slots: update(ops, some, slopes, slots, rate, number),
+                    leaves,
+                    slopes,
+                    held,
+                    donate,
+                )
                 following = count + 1
                 if donate:
                     _donated.retire(f"{name}.step", [count], leaves, slopes, *held)
@@ -89,12 +94,10 @@ def elementwise(name: str, kind: type, slots: Sequence[bool], lr: LearningRate, 
 
 
 def _apply(
-    update: Update,
+    rule: Callable[[Tensors, Tensors, list[Tensors]], object],
     leaves: list[Tensor],
     slopes: list[Tensor],
     held: list[list[Tensor]],
-    lr: float | Tensor,
-    step: int,
     donate: bool,
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
     """The rule in place, a chunk at a time, on what is donated or on copies."""
@@ -109,7 +112,7 @@ def _apply(
                     for i in chunk:
                         each[i] = each[i].detach().clone()
         slots = [[slot[i] for i in chunk] if slot else [] for slot in moved]
-        update(in_place, [new[i] for i in chunk], [slopes[i] for i in chunk], slots, lr, step, donate)
+        rule([new[i] for i in chunk], [slopes[i] for i in chunk], slots)
     return new, moved
 
 

@@ -12,8 +12,9 @@ from torch import Tensor
 from gradacc import _donated, _overlap, _tree, _where
 from gradacc._describe import describe
 from gradacc._tree import TensorTree
-from gradacc.optim import _check, _elsewhere, _lr, _memory, _slots
+from gradacc.optim import _check, _lr, _memory, _slots
 from gradacc.optim._optimizer import Optimizer, Report
+from gradacc.optim._take_step import take_step
 
 
 class TorchState(NamedTuple):
@@ -74,7 +75,6 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
     """
     name = "from_torch"
     _accepted(name, cls, options)
-    plain = cls.__module__.startswith("torch.optim.")  # its constructor remembers nothing of a parameter but its state
     lr = options.get("lr")
     if lr is not None:
         _lr.option(name, lr)
@@ -89,68 +89,22 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
     def current(count: Tensor) -> dict[str, Any]:
         return options if lr is None else {**options, "lr": _lr.at(name, lr, count)}
 
-    def stepped(
-        leaves: list[Tensor], slopes: list[Tensor], slots: Any, count: Tensor, given: dict[str, Any]
-    ) -> list[dict[str, Any]]:
-        """One step on memory that is ours, and what the optimizer then keeps."""
-        later = int(count) > 0
-        made = cls(leaves[:1] if later and plain else leaves, **given)
-        (group,) = made.param_groups
-        fused = bool(group.get("fused"))
-        if fused:
-            _slots.make_dense(leaves)
-        before = {option: value for option, value in group.items() if option != "params"}
-        parts = [leaves]
-        if plain and options.get("foreach"):  # a part at a time, which stays in a CPU's cache
-            parts = [[leaves[i] for i in chunk] for chunk in _memory.chunks(leaves, _PART)]
-        made.param_groups = [{"params": part, **before} for part in parts]
-        if later:
-            kept = made.state
-            for leaf, slot in zip(leaves, slots, strict=True):
-                kept[leaf] = _slots.restored(slot)
-                if fused:
-                    kept[leaf] = {key: _slots.with_strides_of(leaf, entry) for key, entry in kept[leaf].items()}
-        for leaf, slope in zip(leaves, slopes, strict=True):
-            leaf.grad = _slots.with_strides_of(leaf, slope) if fused else slope
-        elsewhere = [] if plain else _elsewhere.attributes(made)
-        try:
-            made.step()
-        except Exception as error:
-            error.add_note(
-                f"{name}: raised by {cls.__name__}.step(), which is called without a closure, with gradients in .grad"
-            )
-            raise
-        finally:
-            for leaf in leaves:
-                leaf.grad = None
-        if not plain:
-            _elsewhere.check(name, made, elsewhere, leaves)
-        after = {option: value for group in made.param_groups for option, value in group.items() if option != "params"}
-        changed = [option for option, value in after.items() if value is not before.get(option)]
-        if changed:
-            raise TypeError(
-                f"{name}: {cls.__name__} keeps state in its param_groups ({', '.join(changed)}), which a pytree of tensors "
-                "cannot hold; write it as gradacc.optim.Optimizer(init, step)"
-            )
-        return list(made.state.values()) if later and plain else [made.state[leaf] for leaf in leaves]
+    def first(leaves: list[Tensor]) -> list[dict[str, Any]]:
+        """What is kept after a step on memory that is ours, of gradients that are zero."""
+        return take_step(cls, current(_check.zero()), leaves, [torch.zeros_like(leaf) for leaf in leaves], None)
 
     @functools.lru_cache(maxsize=64)
     def model(like: _slots.Like) -> dict[str, _slots.Entry | None]:
         """What the slot of a parameter of this kind looks like, from a step of a small one."""
-        leaf = torch.ones(_slots.SHAPE[: like.ndim], dtype=like.dtype, device=like.device)
-        count = _check.zero()
-        (kept,) = stepped([leaf], [torch.zeros_like(leaf)], None, count, current(count))
+        (kept,) = first([torch.ones(_slots.SHAPE[: like.ndim], dtype=like.dtype, device=like.device)])
         return _slots.entries(_slots.tensors(name, cls.__name__, kept), like)
 
     def init(params: TensorTree) -> TensorTree:
         _eagerly(name, cls)
         leaves, treedef = _check.params(name, params)
-        count = _check.zero()
         with torch.no_grad():
-            trial = _memory.copies(leaves)
-            kept = stepped(trial, [torch.zeros_like(leaf) for leaf in trial], None, count, current(count))
-            slots = [_slots.zeros(name, cls.__name__, each) for each in kept]
-        return TorchState(count, _tree.unflatten(treedef, slots))
+            slots = [_slots.zeros(name, cls.__name__, kept) for kept in first(_memory.copies(leaves))]
+        return TorchState(_check.zero(), _tree.unflatten(treedef, slots))
 
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
@@ -162,17 +116,9 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
         with torch.no_grad():
             held, structure = _tree.flatten(state.slots)
             read_only = cls in _LEAVE_GRADIENTS and not options.get("nesterov")
-            if donate:
-                new, changed, slots = _overlap.apart(
-                    [leaves, [] if read_only else slopes, held], slopes if read_only else ()
-                )
-                new, slots = [leaf.detach() for leaf in new], [leaf.detach() for leaf in slots]
-            else:
-                changed = [] if read_only else _memory.copies(slopes)
-                new, slots = _memory.copies(leaves), _memory.copies(held)
-            used = [slope.detach() if slope.requires_grad else slope for slope in changed or slopes]
-            each = treedef.flatten_up_to(_tree.unflatten(structure, slots))
-            kept = stepped(new, used, each, state.step, given)
+            new, used, slots = _own(leaves, slopes, held, donate, read_only)
+            each: Any = treedef.flatten_up_to(_tree.unflatten(structure, slots)) if int(state.step) > 0 else None
+            kept = take_step(cls, given, new, used, each)
             after = TorchState(state.step + 1, _tree.unflatten(treedef, _slots.written(name, cls.__name__, kept)))
             if donate:
                 _donated.retire(f"{name}.step", [state.step], leaves, slopes, held)
@@ -196,8 +142,17 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
     )
 
 
-_PART = 2 * _memory.CHUNK
-"""Elements that a ``foreach`` step updates together: more than our own, since it makes more calls each time."""
+def _own(
+    leaves: list[Tensor], slopes: list[Tensor], held: list[Any], donate: bool, read_only: bool
+) -> tuple[list[Tensor], list[Tensor], list[Any]]:
+    """What a step writes to: the given memory, or copies; gradients themselves where they are ``read_only``."""
+    if donate:
+        new, changed, slots = _overlap.apart([leaves, [] if read_only else slopes, held], slopes if read_only else ())
+        new, slots = [leaf.detach() for leaf in new], [leaf.detach() for leaf in slots]
+    else:
+        new, changed, slots = _memory.copies(leaves), [] if read_only else _memory.copies(slopes), _memory.copies(held)
+    return new, [slope.detach() if slope.requires_grad else slope for slope in changed or slopes], slots
+
 
 _LEAVE_GRADIENTS = {
     torch.optim.ASGD,

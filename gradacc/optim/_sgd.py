@@ -90,10 +90,10 @@ def sgd(
         )
 
     def update(
-        ops: Arithmetic, params: Tensors, grads: Tensors, slots: list[Tensors], lr: Any, step: Any, donate: bool
+        ops: Arithmetic, params: Tensors, grads: Tensors, slots: list[Tensors], lr: Any, step: Any
     ) -> tuple[Tensors, list[Tensors]]:
         if weight_decay != 0:
-            grads = (ops.add if donate else ops.plus)(grads, params, weight_decay)
+            grads = ops.plus(grads, params, weight_decay)
         if momentum == 0:
             return ops.add(params, grads, ops.read(-lr)), slots
         if ops is pure:
@@ -105,7 +105,7 @@ def sgd(
         else:
             buffer = ops.add(ops.mul(slots[0], momentum), grads, 1 - dampening)
         if nesterov:
-            grads = (ops.add if donate or weight_decay != 0 else ops.plus)(grads, buffer, momentum)
+            grads = (ops.add if weight_decay != 0 else ops.plus)(grads, buffer, momentum)
         return ops.add(params, grads if nesterov else buffer, ops.read(-lr)), [buffer]
 
     return elementwise(name, SgdState, (momentum != 0,), lr, update)

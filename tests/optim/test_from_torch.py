@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gradacc import optim
-from gradacc.optim import _from_torch
+from gradacc.optim import _take_step
 from tests.helpers import assert_trees_equal, fingerprint
 from tests.optim.cases import (
     NAMESPACE,
@@ -63,7 +63,7 @@ def test_a_foreach_step_in_parts_is_the_whole_to_the_last_bit(name):
     cls, options, params = torch_case(name)
     many = [gradients(params) for _ in range(4)]
     optimizer = optim.from_torch(cls, **options)
-    with mock.patch.object(_from_torch, "_PART", 8):
+    with mock.patch.object(_take_step, "_PART", 8):
         out, _ = trajectory(optimizer.step, params, many, optimizer.init(params))
     assert_same(out, imperative(cls, params, many, **options))
 
