@@ -83,8 +83,9 @@ def all_reduce(
             partial sums. float16 is for mean gradients whose elements are larger than about 1e-3 where they count: below
             2**-12 they lose digits, and below 2**-23 they are 0 (with ``reduction="sum"``, where nothing says what they could
             be divided by, it is the elements of the sums). That holds for any weights: where the total weight is not within a
-            factor of 4 (or so) of that of the call before, or where a sum is not finite, gradients cross once more, not
-            compressed, so that nothing overflows which would not in the accumulators' dtype. They are kept until then.
+            factor of 4 (or so) of that of the call before, where a sum is not finite, or where no element of any gradient is
+            above 2**-14, gradients cross once more, not compressed, so that nothing overflows or vanishes which would not in
+            the accumulators' dtype. They are kept until then.
         overlap: send buckets of about 25 MB (of a fifth of all gradients, but at least 1 MB, where that is less; the first
             one of a dtype a sixteenth of that, the second a quarter) while the last micro-batch's backward pass still runs,
             on every rank in the order in which gradients were final in the first call, which does not overlap. As many

@@ -234,13 +234,13 @@ class Link(Turn):
             if keep and plan is not None and not plan.narrow:
                 wide.append(wire.widen(plan.buckets[at], flats[at]))
         self._received = flats, wide
-        return None if plan is None or not plan.narrow else _is_finite(plan, flats)
+        return None if plan is None or not plan.narrow else _largest(plan, flats)
 
     def own(self) -> Next:
         """An exchange of descriptions, or the sums of what was agreed on."""
         return Next(DESCRIPTIONS) if self.agreement is None else Next(SUMS, self.agreement.shape)
 
-    def learn(self, table: Tensor, finite: bool) -> None:
+    def learn(self, table: Tensor, largest: float) -> None:
         """The agreement, where it is new; its scale. What was withheld, or does not fit into float16, crosses once more."""
         agreement = self.agreement
         assert agreement is not None
@@ -261,7 +261,9 @@ class Link(Turn):
             return
         again = bool((bits & WITHHELD).any())
         if agreement.plan.narrow:
-            again = not finite or (self.options.reduction == "mean" and scales.is_wrong(weight, agreement.scale))
+            counts = bool((bits & DIFFERENTIATED).any()) and (self.options.reduction == "sum" or weight != 0.0)
+            wrong_scale = self.options.reduction == "mean" and scales.is_wrong(weight, agreement.scale)
+            again = counts and (wrong_scale or not scales.NARROWEST <= largest < math.inf)
         if again:
             self._rest = self._plan_of_rest()
             self.go(REST, wire.shape(self._rest, self.group.size(), COLUMNS))
@@ -340,15 +342,15 @@ class Link(Turn):
         return second
 
 
-def _is_finite(plan: wire.Plan, flats: Sequence[Tensor]) -> Tensor:
-    """Whether all gradients are, as they came: a sum is finite only if every number in it is."""
+def _largest(plan: wire.Plan, flats: Sequence[Tensor]) -> Tensor:
+    """The largest absolute value of all gradients, as they came; NaN where one is."""
     device = plan.buckets[plan.header].device
     each = [
-        flat[: bucket.numel].sum(dtype=torch.float32).isfinite().to(device)
+        torch.linalg.vector_norm(flat[: bucket.numel], math.inf).to(device)
         for bucket, flat in zip(plan.buckets, flats, strict=True)
-        if bucket.indices
+        if bucket.numel
     ]
-    return torch.stack(each).all()
+    return torch.stack(each).max() if each else torch.ones((), device=device)
 
 
 def _floating(number: float | Tensor) -> float | Tensor:

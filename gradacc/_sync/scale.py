@@ -11,8 +11,9 @@ NOTE [scales]
     zeros at first, and says so in its record; what the others have sent counts. Within that factor a mean gradient's elements
     keep their digits down to 1e-34, where float32 itself ends at 1e-38. With float16, whose range is small, everything
     crosses again, not compressed, where the total weight is more than `NARROW` times, or less than 1 / `NARROW` of, the
-    scale, and where a sum is not finite: which is NaN or inf in the end only if it is without float16 too. Its gradients are
-    therefore kept until the records have come.
+    scale, where a sum is not finite (which is NaN or inf in the end only if it is without float16 too), and where the largest
+    element is so small that float16 has fewer digits there (`NARROWEST`). Its gradients are therefore kept until the
+    records have come.
 
     On an accelerator a rank does not read its weight, and so cannot withhold anything: its gradients are out of its hands when
     it reads the records. Where they do not fit (`UNREAD`; after weights that fall by less, elements below 1e-28 may lose
@@ -34,6 +35,8 @@ from gradacc._sync.wire import Plan
 NARROW = 4.0
 """How far the total weight may be from the scale in float16."""
 
+NARROWEST = 2.0**-14
+"""The smallest element of which float16 keeps all digits."""
 
 UNREAD = 2.0**32
 """How far a weight that is not read may be from the scale where gradients have the range of float32: beyond that the call is an

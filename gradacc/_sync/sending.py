@@ -54,13 +54,13 @@ class Sending:
             self.works[at].wait()
         return self.flat(at)
 
-    def table(self, beside: Tensor | None) -> tuple[Tensor, bool]:
-        """All ranks' records, one a row; and the value of a 0-dim bool, in the same read."""
+    def table(self, beside: Tensor | None) -> tuple[Tensor, float]:
+        """All ranks' records, one a row; and the value of a 0-dim tensor (1, where there is none), in the same read."""
         slots = self._slots(self.flat(self.shape.header))
         if beside is None:
-            return wire.decode(slots.cpu(), self.shape.columns), True
+            return wire.decode(slots.cpu(), self.shape.columns), 1.0
         numbers = torch.cat([slots.flatten(), beside.to(slots).view(1)]).cpu()
-        return wire.decode(numbers[:-1].view(slots.shape), self.shape.columns), bool(numbers[-1])
+        return wire.decode(numbers[:-1].view(slots.shape), self.shape.columns), float(numbers[-1])
 
     def _slots(self, flat: Tensor) -> Tensor:
         world = self._held().size()

@@ -181,15 +181,15 @@ class Turn:
         """
         sending, (kind, shape) = self.open(), self.next
         assert shape is not None
-        table, finite = sending.table(self.came(sending, keep))
+        table, largest = sending.table(self.came(sending, keep))
         self._begun, self._sending = Next(NOTHING), None
         try:
-            self._judge(kind, shape, table, finite)
+            self._judge(kind, shape, table, largest)
         finally:
             if self.next.kind == NOTHING:
                 self.go(NOTHING)
 
-    def _judge(self, kind: int, shape: wire.Shape, table: Tensor, finite: bool) -> None:
+    def _judge(self, kind: int, shape: wire.Shape, table: Tensor, largest: float) -> None:
         """What the records say together: the next step, or what is wrong."""
         name, group, channel = self.name, self.group, self.channel
         rows = channels.rows(name, group, table)
@@ -215,7 +215,7 @@ class Turn:
         elif kind != REST:
             channel.apart = True  # until `done`
             channel.crossed(rows[0].identity, shape)
-            self.learn(table, finite)
+            self.learn(table, largest)
 
     def check(self) -> None:
         """Raise what all ranks have found, if anything."""
@@ -226,7 +226,7 @@ class Turn:
             raise self._problem
 
     def came(self, sending: Sending, keep: bool) -> Tensor | None:
-        """Wait for everything; a 0-dim bool that is to be read with the records."""
+        """Wait for everything; a 0-dim tensor that is to be read with the records: `learn`'s ``largest``."""
         for at in range(len(sending.works)):
             sending.wait(at)
         return None
@@ -235,7 +235,7 @@ class Turn:
         """What crosses if all ranks make a call of another shape than was expected."""
         return Next(DESCRIPTIONS)
 
-    def learn(self, table: Tensor, finite: bool) -> None:
+    def learn(self, table: Tensor, largest: float) -> None:
         """What later calls rely on, after one that went through on all ranks; and whether something crosses once more."""
 
 

@@ -135,3 +135,29 @@ def test_weights_that_change_cost_no_digits(pool, gradient, weight, falls, facto
     """Of gradients near the end of float32's range, as far as plain torch has them."""
     other = weight / factor if falls else weight * factor
     check(pool, [(weight, weight), (other, other)], gradient, torch.float32, {}, 2e-6)
+
+
+def small(group, sizes, reduction, overlap):
+    grad_fn = gradacc.accumulate(
+        lambda w, x: (w * x).sum() if reduction == "sum" else (w * x).sum(1).mean(),
+        steps=1,
+        reduction=reduction,
+        sync=gradacc.all_reduce(group, compress=HALF, overlap=overlap),
+    )
+    answers = []
+    for size in sizes:
+        with CommDebugMode() as comm:
+            grad = grad_fn(torch.ones(2), torch.tensor([[size, size / 8]]))
+        answers.append((grad.tolist(), comm.get_total_counts()))
+    return answers
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_float16_of_small_gradients(pool, reduction, overlap):
+    """None of which vanishes: where float16 has not all its digits for the largest, they cross once more."""
+    sizes, factor = (1.0, 1e-9, 1e-5, 1e-30, 1e-3, 0.0, 1.0), 2.0 if reduction == "sum" else 1.0
+    for answers in pool.run(2, small, sizes, reduction, overlap):
+        for size, (grad, _) in zip(sizes, answers, strict=True):
+            assert grad == pytest.approx([size * factor, size * factor / 8], rel=2.0**-9, abs=0)
+        assert [count for _, count in answers][1:] == [2, 2, 2, 1, 2, 1]
