@@ -189,7 +189,13 @@ def note_unsplit(
         return  # an error of ours says it all
     differentiated, batch = positions(options, args)
     if options.steps is None and options.microbatch_size is None:
-        if options.split is None and _batch.may_be_one(args[batch]):
+        if options.name == "accumulator":
+            if type(args[batch]) in (list, tuple):
+                error.add_note(
+                    f"update: args[{batch}] is {describe(args[batch])}, and was given to loss_fn as one micro-batch; of several, "
+                    "call update for each"
+                )
+        elif options.split is None and _batch.may_be_one(args[batch]):
             error.add_note(_batch.note_parts(options.name, args[batch]))
         return
     if options.in_dims is not None:

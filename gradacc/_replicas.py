@@ -111,7 +111,7 @@ def replicate(
         attributes = replica.__dict__
         try:
             for registry in _REGISTRIES:
-                held = attributes[registry]
+                held = module.__dict__[registry]
                 attributes[registry] = {key: new[id(item)] for key, item in held.items()} if held else {}
         except KeyError:
             raise ValueError(

@@ -656,3 +656,14 @@ def test_states_of_two_checkpoints_are_merged(name, cut, tmp_path):
         merged = acc.merge(merged, gradacc.checkpoint.load(tmp_path / folder, like))
     expected = gradacc.accumulate_and_value(loss, **options)(params, x)
     assert_trees_close(acc.finalize(merged), expected)
+
+
+@pytest.mark.parametrize("batch", [[torch.ones(2, 3)] * 2, [{"x": torch.ones(2, 3)}] * 2, (torch.ones(2, 3),)], ids=type)
+def test_several_micro_batches_in_one_update(batch):
+    acc = gradacc.accumulator(lambda w, x: (x @ w).mean())
+    w = torch.ones(3)
+    with pytest.raises(TypeError) as caught:
+        acc.update(acc.init(w), w, batch)
+    (note,) = caught.value.__notes__
+    assert f"args[1] is a {type(batch).__name__}" in note
+    assert "one micro-batch; of several, call update for each" in note

@@ -359,3 +359,15 @@ def test_slots():
     output = apply(params, x)
     assert module.seen == []
     assert torch.equal(output, module(x))
+
+
+@pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")  # of torch, about itself, in export
+def test_an_exported_module():
+    """Its replica is made by a method of its own, which copies submodules."""
+    torch.manual_seed(0)
+    inner, x = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 2)).double(), torch.randn(4, 3, dtype=D)
+    module = torch.export.export(inner, (x[:2],), dynamic_shapes=({0: torch.export.Dim.DYNAMIC},)).module()
+    apply, params, _ = gradacc.functional(module)
+    expected = torch.func.grad(lambda p: torch.func.functional_call(inner, p, (x,)).square().mean())(params)
+    grads = gradacc.accumulate(lambda p, x: apply(p, x).square().mean(), steps=2)(params, x)
+    assert_trees_close(grads, expected)
