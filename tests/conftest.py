@@ -3,6 +3,7 @@
 import hypothesis
 import pytest
 import torch
+from torch import Tensor
 
 from tests.workers import Pool
 
@@ -31,3 +32,16 @@ def pool():
     pool = Pool()
     yield pool
     pool.close()
+
+
+@pytest.fixture
+def params() -> dict[str, Tensor]:
+    """Parameters of `tests.helpers.squares`."""
+    return {"w": torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64), "b": torch.tensor(0.5, dtype=torch.float64)}
+
+
+@pytest.fixture
+def batch() -> dict[str, Tensor]:
+    """A batch of seven examples for them."""
+    x = torch.arange(21, dtype=torch.float64).view(7, 3).sin()
+    return {"x": x, "y": x.sum(1).cos()}

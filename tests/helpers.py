@@ -1,7 +1,7 @@
 """What several test modules share: comparing trees, fingerprints, and running under a functorch transform."""
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
@@ -23,6 +23,17 @@ def value_of(value: Any) -> Tensor:
 def large(loss_fn: Callable[..., Any]) -> Callable[..., Tensor]:
     """The loss as torch.func wants it: what one large batch would have returned, divided."""
     return lambda *args: value_of(loss_fn(*args))
+
+
+def squares(params: dict[str, Tensor], batch: dict[str, Tensor]) -> Tensor:
+    """A mean of squares, of the `params` and `batch` that `tests.conftest` has as fixtures."""
+    return (batch["x"] @ params["w"] + params["b"] - batch["y"]).square().mean()
+
+
+def halves(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """That batch of seven as micro-batches of 1, 5 and 1."""
+    for rows in (slice(0, 1), slice(1, 6), slice(6, 7)):
+        yield {name: leaf[rows] for name, leaf in batch.items()}
 
 
 def assert_trees_close(actual: Any, expected: Any, *, rtol: float = 1e-10, atol: float = 1e-13) -> None:

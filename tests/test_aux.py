@@ -9,7 +9,7 @@ import torch
 
 import gradacc
 from gradacc import Mean
-from tests.helpers import ENGINES, assert_trees_close
+from tests.helpers import ENGINES, assert_trees_close, fingerprint, squares
 
 D = torch.float64
 W = torch.tensor(2.0, dtype=D)
@@ -192,3 +192,126 @@ def test_what_is_empty_counts_in_neither(reduction, engine):
             assert result == 0
         else:
             assert result.isnan()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("reduction", ["mean", "sum", "Mean"])
+def test_aux_is_what_the_large_batch_would_have_returned(reduction, engine, params, batch):
+    def loss(params, batch):
+        residual = batch["x"] @ params["w"] - batch["y"]
+        weight = (batch["y"] > 0).sum() if reduction == "Mean" else torch.tensor(float(len(residual)), dtype=D)
+        total = (residual.square() * (batch["y"] > 0 if reduction == "Mean" else 1)).sum()
+        average = (residual * (batch["y"] > 0 if reduction == "Mean" else 1)).sum() / weight
+        aux = {
+            "residual": residual,
+            "nested": (
+                gradacc.Mean(residual.abs().sum(), len(residual)),
+                [gradacc.Mean(batch["x"].sum(0), torch.ones(3))],
+            ),
+            "average": average,
+            "labels": batch["y"] > 0,
+            "nothing": None,
+        }
+        return {"mean": total / weight, "sum": total, "Mean": gradacc.Mean(total, weight)}[reduction], aux
+
+    value, expected = loss(params, batch)
+    options = dict(reduction="sum") if reduction == "sum" else {}
+    run = ENGINES[engine]
+    # The weight of a column sum is a number of micro-batches: Means add, whatever they count.
+    actual = run(lambda: gradacc.accumulate_and_value(loss, steps=3, has_aux=True, **options)(params, batch))[1]
+    expected["nested"][1][0] = gradacc.Mean(batch["x"].sum(0), torch.full((3,), 3.0))
+    assert_trees_close(actual, (value, expected))
+    assert (
+        run(lambda: gradacc.accumulate(loss, steps=3, has_aux=True, **options)(params, batch))[1].keys()
+        == expected.keys()
+    )
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("leaf", "named"),
+    [
+        (lambda x: torch.tensor(3), r"aux\['leaf'\] is a torch.int64 tensor of shape \(\)"),
+        (lambda x: torch.ones(5), r"shape \(5,\)"),
+        (lambda x: 1.5, r"1.5 \(float\)"),
+        (lambda x: "text", "a str"),
+    ],
+)
+def test_aux_that_cannot_be_put_together_is_an_error(leaf, named, engine):
+    def loss(w, x):
+        return (w * x).mean(), {"leaf": leaf(x)}
+
+    with pytest.raises(TypeError, match=f"(?s){named}.*gradacc.Mean.*micro-batch's size is 2"):
+        ENGINES[engine](lambda: gradacc.accumulate(loss, steps=2, has_aux=True)(torch.ones(()), torch.ones(4)))
+
+
+@pytest.mark.parametrize(("total", "weight"), [(1.0, 2), (torch.ones(()), "2"), (torch.ones(()), None)])
+def test_a_mean_in_aux_is_of_a_tensor_and_a_number(total, weight):
+    with pytest.raises(TypeError, match=r"aux\['m'\] is a Mean of .*; its total must be a tensor"):
+        gradacc.accumulate(lambda w, x: ((w * x).mean(), {"m": gradacc.Mean(total, weight)}), steps=2, has_aux=True)(
+            torch.ones(()), torch.ones(4)
+        )
+
+
+def test_aux_of_another_structure_or_kind_is_an_error():
+    def structure(w, x):
+        return (w * x).mean(), {str(len(x)): w}
+
+    def kind(w, x):
+        return (w * x).mean(), x if len(x) == 2 else x.sum()
+
+    with pytest.raises(ValueError, match="another structure"):
+        gradacc.accumulate(structure, steps=2, has_aux=True)(torch.ones(()), torch.ones(3))
+    with pytest.raises(TypeError, match="same kind"):
+        gradacc.accumulate(kind, steps=2, has_aux=True)(torch.ones(()), torch.ones(3))
+
+
+def test_aux_keeps_no_graph_and_does_not_alias_the_batch(params, batch):
+    def loss(params, batch):
+        return squares(params, batch), (batch["x"], params["b"] * 1, gradacc.Mean(params["b"], 1))
+
+    grads, (value, (x, b, mean)) = gradacc.accumulate_and_value(loss, steps=1, has_aux=True)(params, batch)
+    for leaf in (x, b, mean.total, value, *grads.values()):
+        assert leaf.grad_fn is None
+        assert not leaf.requires_grad
+    before = fingerprint((params, batch))
+    for leaf in (x, b, mean.total, value, *grads.values()):
+        leaf.zero_()
+    assert fingerprint((params, batch)) == before
+
+
+def test_an_aux_vector_of_the_batchs_size_is_taken_for_a_batch_dimension():
+    """Documented: two classes, micro-batches of two. Mean says what is meant."""
+
+    def per_class(w, x, meant):
+        counts = torch.stack([(x > 0).sum(), (x <= 0).sum()])
+        return (w * x).mean(), gradacc.Mean(counts, 1) if meant else counts
+
+    x = torch.tensor([1.0, -1.0, 1.0, 1.0])
+    wrong = gradacc.accumulate(lambda w, x: per_class(w, x, False), steps=2, has_aux=True)(torch.ones(()), x)[1]
+    right = gradacc.accumulate(lambda w, x: per_class(w, x, True), steps=2, has_aux=True)(torch.ones(()), x)[1]
+    assert wrong.tolist() == [1, 1, 2, 0]
+    assert right.total.tolist() == [3, 1]
+
+
+def test_a_loader_may_refill_its_buffer():
+    buffer = torch.zeros(2)
+
+    def loader():
+        for i in range(3):
+            yield buffer.fill_(i)
+
+    aux = gradacc.accumulate(lambda w, x: ((w * x).mean(), x), has_aux=True)(torch.ones(()), loader())[1]
+    assert aux.tolist() == [0, 0, 1, 1, 2, 2]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_aux_of_different_shapes_is_named(engine):
+    def loss(w, x):
+        return (w * x).mean(), {"each": x}
+
+    batch = [torch.ones(2, 3), torch.ones(2, 4)]
+    with pytest.raises(
+        ValueError, match=r"aux\['each'\] has shape \(2, 3\) in one micro-batch and \(2, 4\) in another"
+    ):
+        ENGINES[engine](lambda: gradacc.accumulate(loss, split=iter, has_aux=True)(torch.ones(()), batch))

@@ -1,4 +1,7 @@
-"""`docs/map.md` is true: every room stands in it, no import runs upward, and the call that it follows enters those files."""
+"""`docs/map.md` is true: every room stands in it, no import runs upward, and the call that it follows enters those files.
+
+And `tests/` mirrors `gradacc/`: what a room promises is tested in the file of its name.
+"""
 
 import ast
 import graphlib
@@ -84,6 +87,29 @@ def test_there_are_no_circles():
     graph = {module: {other for other in imports(path) if other != module} for module, path in FILES.items()}
     del graph[DOOR]
     list(graphlib.TopologicalSorter(graph).static_order())
+
+
+OF_SEVERAL_ROOMS = {
+    "": "compositions device documents lora map models private_torch sweep transforms",
+    "checkpoint": "states trees",
+    "demo": "nproc process",
+    "optim": "bad_input donation rules schedule step wrappers",
+    "sync": "accelerate accumulator all_reduce ends faults fuzz strides turns",
+}
+"""Tests of promises that no single room keeps, or that a page makes, by folder."""
+
+OF_NO_PACKAGE = {"benchmarks", "gpu", "laws", "on_device"}
+"""Folders of tests that are named after another thing than a package of gradacc."""
+
+
+def test_tests_mirror_the_rooms():
+    rooms = {re.sub(r"(^|\.)_", r"\1", module.removeprefix("gradacc.")) for module in FILES}
+    for path in (ROOT / "tests").rglob("test_*.py"):
+        *folder, name = path.relative_to(ROOT / "tests").with_suffix("").parts
+        name = name.removeprefix("test_")
+        if (folder[:1] and folder[0] in OF_NO_PACKAGE) or name in OF_SEVERAL_ROOMS.get("/".join(folder), "").split():
+            continue
+        assert ".".join((*folder, name)) in rooms, f"{path} is named after no room of gradacc"
 
 
 def test_a_call_enters_the_files_that_the_map_follows():

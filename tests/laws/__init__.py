@@ -6,7 +6,7 @@
    batch.
 4. Ranks: any shares on any number of ranks (empty ones too) equal one process with the union.
 5. Purity: inputs are bit-identical afterwards, outputs fresh, and nothing grows over 200 calls.
-6. Transforms: in ``tests/test_transforms.py``, ``tests/test_compositions.py`` and ``tests/compiled``.
+6. Transforms: in ``tests/test_transforms.py``, ``tests/test_compositions.py`` and ``tests/engines/compiled``.
 7. Boundary: exactly one collective a call, whatever ``steps`` (in the module of law 4).
 8. Precision: bfloat16 gradients 256, 1, -256 sum to 1.
 """

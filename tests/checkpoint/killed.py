@@ -1,18 +1,16 @@
-"""Processes that are killed while they save: started by ``test_checkpoint.py``, which has threads and so must not fork.
+"""Processes that are killed while they save: started by ``test_save.py``, which has threads and so must not fork.
 
-``python -m tests.killed everywhere FOLDER`` kills one process before each thing that `save` does to the folder, in turn;
-``python -m tests.killed ranks FOLDER`` the same with each of two ranks, of which the other one must raise;
-``python -m tests.killed anytime FOLDER ROUNDS`` kills processes that save without end, at random moments after
-each one's first save. After each death
-the folder must hold the last checkpoint that was complete, or the one after it.
+``python -m tests.checkpoint.killed everywhere FOLDER`` kills one process before each thing that `save` does to the folder, in
+turn; ``... ranks FOLDER`` the same with each of two ranks, of which the other one must raise; ``... anytime FOLDER ROUNDS``
+kills processes that save without end, at random moments after each one's first save. After each death the folder must hold the
+last checkpoint that was complete, or the one after it.
 
-``python -m tests.killed held FOLDER`` stops one process at each place in a `save`, in turn: until it is killed, another one is
-told, and then saves.
+``... held FOLDER`` stops one process at each place in a `save`, in turn: until it is killed, another one is told, and then saves.
 
-``python -m tests.killed rivals FOLDER SECONDS`` lets two processes save into one folder as often as they can.
+``... rivals FOLDER SECONDS`` lets two processes save into one folder as often as they can.
 
-``python -m tests.killed window FOLDER`` kills processes that train, and save after every micro-batch, until one comes to the
-end: of the same state, bit for bit, as one that was left alone.
+``... window FOLDER`` kills processes that train, and save after every micro-batch, until one comes to the end: of the same state,
+bit for bit, as one that was left alone.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks._network import UnavailableError, two_hosts
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 COMMAND = [sys.executable, "-m", "benchmarks.boundary", "--quick"]
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import gradacc
 from gradacc import Mean, TrainState, _state_text, _structure, _tree
 from gradacc.checkpoint import load, save
-from tests.test_checkpoint import same
+from tests.checkpoint.cases import same
 from tests.workers import SIZE
 
 
@@ -213,11 +213,11 @@ def test_aux_of_a_class_that_cannot_be_told(tmp_path):
     for make, message in (
         (
             lambda n: {"x": Secret(n, "?")},
-            r"holds a tests.test_checkpoint_states.Secret, which only a tree of the same",
+            r"holds a tests.checkpoint.test_states.Secret, which only a tree of the same",
         ),
         (
             Local,
-            r"holds a tests.test_checkpoint_states.*<locals>.Local, which is no class of trees that this process has",
+            r"holds a tests.checkpoint.test_states.*<locals>.Local, which is no class of trees that this process has",
         ),
         (lambda n: {frozenset("a"): n}, "has the key frozenset"),
     ):
@@ -259,7 +259,7 @@ def test_facts_that_somebody_made():
         "", "[]", "{}", "[" * 10_000, "3", text.replace('"facts"', '"fact"'), text.replace('"arrived"', '"arrive"'),
         text.replace("float64", "nn"), text.replace("float64", "load"), text.replace('"list"', '"set"'),
         text.replace("Metrics", "os.system"), text.replace('"Metrics"', '"pytest"'), text.replace('"Record"', '"Tensor"'),
-        text.replace("tests.test_checkpoint_states", "antigravity"), text.replace("tests.test_checkpoint_states", ""),
+        text.replace("tests.checkpoint.test_states", "antigravity"), text.replace("tests.checkpoint.test_states", ""),
         text.replace("[3]", "[-3]"), text.replace('"rows"', '"__class__"'), text.replace('"loss"', '"_"'),
     ):  # fmt: skip
         assert change != text

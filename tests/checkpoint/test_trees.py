@@ -21,7 +21,7 @@ from torch import nn
 
 from gradacc import Mean, TrainState, _keys, _tree
 from gradacc.checkpoint import load, save
-from tests.test_checkpoint import Node, Pair, blank, entries, same
+from tests.checkpoint.cases import Node, Pair, blank, entries, same
 from tests.workers import SIZE
 
 
@@ -98,7 +98,7 @@ def keyed() -> dict[str, Any]:
 
 def test_a_key_is_the_same_in_another_process(tmp_path):
     """With other hashes, and other addresses."""
-    script = f"from tests.test_checkpoint_trees import *; save({str(tmp_path / 'c')!r}, keyed())"
+    script = f"from tests.checkpoint.test_trees import *; save({str(tmp_path / 'c')!r}, keyed())"
     environment = {**os.environ, "PYTHONHASHSEED": "7", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, "-c", script], env=environment, check=True, timeout=200)
     assert load(tmp_path / "c", blank(keyed())) == keyed()

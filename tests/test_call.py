@@ -1,15 +1,128 @@
-"""Bad input: a clear error that names what arrived and the fix, and nothing changed."""
+"""A call's arguments: which are differentiated, which are split, and clear errors for what arrived instead."""
 
 import re
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
+import optree
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import gradacc
 from gradacc import _call, _loss, _options
-from tests.helpers import ENGINES, fingerprint
+from tests.helpers import ENGINES, assert_trees_close, fingerprint, squares
+
+D = torch.float64
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    ("argnums", "order"), [((0, 2), "wxb"), ((2, 0), "wxb"), ((1, -1), "xwb"), (1, "xwb"), (-1, "xbw"), ((0,), "wxb")]
+)
+def test_argnums(argnums, order, engine):
+    values = {
+        "x": torch.arange(6, dtype=D).view(3, 2).sin(),
+        "w": torch.ones(2, dtype=D),
+        "b": torch.tensor(2.0, dtype=D),
+    }
+
+    def loss(*args):
+        named = dict(zip(order, args, strict=True))
+        return (named["x"] @ named["w"] + named["b"]).square().mean()
+
+    args = [values[name] for name in order]
+    expected = torch.func.grad_and_value(loss, argnums=argnums)(*args)
+    run = ENGINES[engine]
+    assert_trees_close(run(lambda: gradacc.accumulate_and_value(loss, steps=2, argnums=argnums)(*args)), expected)
+
+
+class Layer(NamedTuple):
+    w: Tensor
+    b: Tensor
+
+
+@dataclass
+class Registered:
+    w: Tensor
+    b: Tensor
+
+
+@dataclass
+class ForTorch:
+    w: Tensor
+    b: Tensor
+
+
+optree.register_pytree_node(
+    Registered, lambda node: ((node.w, node.b), None), lambda _, xs: Registered(*xs), namespace="gradacc"
+)
+torch.utils._pytree.register_dataclass(ForTorch)
+
+
+@pytest.mark.parametrize("kind", [dict, Layer, Registered, ForTorch, "nested", "optree dataclass"])
+@pytest.mark.parametrize("engine", ENGINES)
+def test_parameters_are_any_pytree(kind, engine, batch):
+    w, b = torch.ones(3, dtype=D), torch.ones((), dtype=D)
+    if kind == "nested":
+        params = [({"w": w}, None), [b]]
+        get = lambda p: (p[0][0]["w"], p[1][0])  # noqa: E731
+    elif kind == "optree dataclass":
+        Node = optree.dataclasses.make_dataclass("Node", [("w", Tensor), ("b", Tensor)], namespace="gradacc")  # noqa: N806
+        params = Node(w, b)
+        get = lambda p: (p.w, p.b)  # noqa: E731
+    else:
+        params = kind(w=w, b=b)
+        get = (lambda p: (p["w"], p["b"])) if kind is dict else (lambda p: (p.w, p.b))
+
+    def loss(params, batch):
+        w, b = get(params)
+        return squares({"w": w, "b": b}, batch)
+
+    expected = torch.func.grad(squares)({"w": w, "b": b}, batch)
+    grads = ENGINES[engine](lambda: get(gradacc.accumulate(loss, steps=3)(params, batch)))
+    assert_trees_close(grads, (expected["w"], expected["b"]))
+    assert type(gradacc.accumulate(loss, steps=3)(params, batch)) is type(params)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_tied_unused_and_odd_parameters(engine):
+    base = torch.arange(12, dtype=D).view(3, 4).cos()
+    tied = base[0].clone()
+    params = {
+        "tied": [tied, tied],
+        "unused": torch.ones(2, 3, dtype=torch.float32),
+        "transposed": base.T,
+        "strided": base[:, ::2],
+        "expanded": torch.ones(1, 4, dtype=D).expand(3, 4),
+        "empty": torch.ones(0, 5, dtype=D),
+        "scalar": torch.tensor(2.0, dtype=D),
+        "complex": torch.tensor([1 + 2j, 3j], dtype=torch.complex128),
+    }
+    x = torch.arange(5, dtype=D).sin()
+
+    def loss(p, x):
+        common = p["tied"][0] @ p["tied"][1] + p["transposed"].square().sum() + p["strided"].exp().sum()
+        odd = (p["expanded"] * base).square().sum() + p["empty"].sum() + p["complex"].abs().square().sum()
+        return (x * common * p["scalar"] + x * x * odd).mean()
+
+    expected = torch.func.grad_and_value(loss)(params, x)
+    actual = ENGINES[engine](lambda: gradacc.accumulate_and_value(loss, steps=3)(params, x))
+    assert_trees_close(actual, expected)
+    assert (actual[0]["unused"] == 0).all()
+
+
+def test_arguments_passed_whole_are_the_callers_own_objects(params, batch):
+    def loss(params, batch, log, *, more):
+        log.append(len(batch["x"]))
+        more["calls"] = more.get("calls", 0) + 1
+        return squares(params, batch)
+
+    log, more = [], {}
+    gradacc.accumulate(loss, steps=3)(params, batch, log, more=more)
+    assert log == [3, 2, 2]
+    assert more == {"calls": 3}
 
 
 def loss_fn(params, batch):
@@ -22,65 +135,6 @@ BATCH = {"x": torch.arange(4.0)}
 
 class Unregistered:
     pass
-
-
-FACTORY = {
-    "steps 0": (dict(steps=0), ValueError, "steps must be at least 1, got 0"),
-    "steps negative": (dict(steps=-3), ValueError, "steps must be at least 1, got -3"),
-    "steps bool": (dict(steps=True), TypeError, r"steps must be an int, got True \(bool\)"),
-    "steps float": (dict(steps=2.0), TypeError, r"steps must be an int, got 2.0 \(float\)"),
-    "steps str": (dict(steps="2"), TypeError, "steps must be an int, got a str"),
-    "microbatch_size 0": (dict(microbatch_size=0), ValueError, "microbatch_size must be at least 1, got 0"),
-    "microbatch_size bool": (dict(microbatch_size=False), TypeError, "microbatch_size must be an int, got False"),
-    "two ways": (dict(steps=2, microbatch_size=2), ValueError, "got steps and microbatch_size; give one"),
-    "two other ways": (dict(microbatch_size=2, split=iter), ValueError, "got microbatch_size and split; give one"),
-    "three ways": (dict(steps=1, microbatch_size=2, split=iter), ValueError, "steps and microbatch_size and split"),
-    "split no function": (dict(split=3), TypeError, r"split must be a function.*got 3 \(int\)"),
-    "in_dims int": (dict(steps=2, in_dims=0), TypeError, r"in_dims must be a tuple.*\(None, 0, 0\).*got 0"),
-    "in_dims list": (dict(steps=2, in_dims=[None, 0]), TypeError, "in_dims must be a tuple.*got a list"),
-    "argnums float": (dict(argnums=0.0), TypeError, "argnums must be an int or a non-empty tuple of ints, got 0.0"),
-    "argnums bool": (dict(argnums=True), TypeError, "argnums must be"),
-    "argnums none": (dict(argnums=()), TypeError, "argnums must be"),
-    "has_aux": (dict(has_aux=1), TypeError, r"has_aux must be True or False, got 1 \(int\)"),
-    "reduction": (dict(reduction="max"), ValueError, "reduction must be 'mean' or 'sum', got 'max'"),
-    "dtype int": (dict(dtype=torch.int32), TypeError, "dtype must be a floating.*torch.int32"),
-    "dtype complex": (dict(dtype=torch.complex64), TypeError, "dtype must be a floating.*torch.complex64"),
-    "dtype str": (dict(dtype="float32"), TypeError, "dtype must be a floating.*'float32'"),
-    "sync": (dict(sync=object()), TypeError, r"sync must be gradacc.all_reduce\(...\), got"),
-    "sync False": (dict(sync=False), TypeError, "sync must be gradacc.all_reduce.* got"),
-    "sync uncalled": (dict(sync=gradacc.all_reduce), TypeError, "sync must be gradacc.all_reduce.* got a function"),
-}
-
-
-@pytest.mark.parametrize("transform", [gradacc.accumulate, gradacc.accumulate_and_value])
-@pytest.mark.parametrize("case", FACTORY)
-def test_bad_options_fail_in_the_factory(case, transform):
-    options, error, message = FACTORY[case]
-    with pytest.raises(error, match=f"(?s)^{transform.__name__}: {message}|^{transform.__name__}: .*{message}"):
-        transform(loss_fn, **options)
-
-
-SPLITTING = {"steps", "microbatch_size", "split"}
-
-
-@pytest.mark.parametrize("case", [case for case, (options, _, _) in FACTORY.items() if not SPLITTING & set(options)])
-def test_the_streaming_form_has_the_same_options(case):
-    options, error, message = FACTORY[case]
-    with pytest.raises(error, match=f"(?s)^accumulator: .*{message}"):
-        gradacc.accumulator(loss_fn, **options)
-
-
-@pytest.mark.parametrize(
-    ("bad", "message"),
-    [
-        (4, r"got 4 \(int\); options are keyword-only"),
-        (nn.Linear(1, 1), r"nn.Module \(Linear\).*gradacc.functional"),
-        ("loss", "must be a function"),
-    ],
-)
-def test_bad_loss_functions_fail_in_the_factory(bad, message):
-    with pytest.raises(TypeError, match=f"(?s)^accumulate: .*{message}"):
-        gradacc.accumulate(bad, steps=2)
 
 
 CALL = {
@@ -291,125 +345,6 @@ def test_bad_calls_fail_before_the_loss_runs(case, engine):
     assert fingerprint((PARAMS, BATCH)) == before
 
 
-def mean(total, weight):
-    return lambda p, b: gradacc.Mean(total(p, b), weight(p, b))
-
-
-def linear(p, b):
-    return (p["w"] * b["x"]).sum()
-
-
-LOSSES = {
-    "vector": (
-        lambda p, b: p["w"] * b["x"],
-        ValueError,
-        r"returned a tensor of shape \(2,\); it must be 0-dim.*gradacc.Mean",
-    ),
-    "one element": (lambda p, b: linear(p, b)[None], ValueError, r"shape \(1,\)"),
-    "integer": (lambda p, b: linear(p, b).long(), TypeError, "a tensor of dtype torch.int64; it must be floating"),
-    "complex": (lambda p, b: linear(p, b) * 1j, TypeError, "a tensor of dtype torch.complex64; it must be floating"),
-    "independent": (lambda p, b: b["x"].sum(), ValueError, "does not depend on any parameter"),
-    "detached": (lambda p, b: linear(p, b).detach(), ValueError, "does not depend on any parameter"),
-    "other parameter": (
-        lambda p, b, w=torch.ones((), requires_grad=True): (w * b["x"]).sum(),
-        ValueError,
-        "does not depend on any parameter",
-    ),
-    "tuple": (lambda p, b: (linear(p, b), b), TypeError, "returned a tuple of 2; pass has_aux=True"),
-    "None": (lambda p, b: None, TypeError, "returned None; is a return statement missing"),
-    "number": (lambda p, b: 1.0, TypeError, r"returned 1.0 \(float\).*\.item\(\)"),
-    "dict": (
-        lambda p, b: {"loss": linear(p, b)},
-        TypeError,
-        "returned a dict of 1; it must return a 0-dim floating tensor",
-    ),
-    "negative weight": (
-        mean(linear, lambda p, b: torch.tensor(-1)),
-        ValueError,
-        "a Mean whose weight is -1; it must be finite and",
-    ),
-    "negative number": (mean(linear, lambda p, b: -0.5), ValueError, "weight is -0.5"),
-    "NaN weight": (mean(linear, lambda p, b: torch.tensor(float("nan"))), ValueError, "weight is nan"),
-    "infinite weight": (mean(linear, lambda p, b: float("inf")), ValueError, "weight is inf"),
-    "vector weight": (
-        mean(linear, lambda p, b: torch.ones(2)),
-        ValueError,
-        r"weight is a torch.float32 tensor of shape \(2,\)",
-    ),
-    "complex weight": (mean(linear, lambda p, b: torch.tensor(1j)), ValueError, "weight is a torch.complex64 tensor"),
-    "weight of params": (mean(linear, lambda p, b: p["w"]), ValueError, "weight depends on the parameters.*detach"),
-    "weight None": (mean(linear, lambda p, b: None), TypeError, "weight is None; it must be a number or"),
-    "weight str": (mean(linear, lambda p, b: "3"), TypeError, "weight is a str"),
-    "Mean of a vector": (
-        mean(lambda p, b: p["w"] * b["x"], lambda p, b: 2),
-        ValueError,
-        r"Mean whose total is a tensor of shape \(2,\)",
-    ),
-    "Mean of None": (mean(lambda p, b: None, lambda p, b: 2), TypeError, "Mean whose total is None"),
-    "Mean of integers": (
-        mean(lambda p, b: b["x"].sum().long(), lambda p, b: 2),
-        TypeError,
-        "total is a tensor of dtype torch.int64",
-    ),
-    "sum of Means": (
-        lambda p, b: gradacc.Mean(linear(p, b), 2) + gradacc.Mean(linear(p, b), 3),
-        ValueError,
-        r"a sum of Means.*not a.value \+ b.value.*Mean\(pooled.total, pooled.weight\).*reduction='sum'",
-    ),
-    "sum() of Means": (
-        lambda p, b: sum(gradacc.Mean(linear(p, b), n) for n in (1, 2, 3)),
-        ValueError,
-        r"a sum of Means.*not a.value \+ b.value",
-    ),
-    "tuple of Means": (
-        lambda p, b: (gradacc.Mean(linear(p, b), 2), gradacc.Mean(linear(p, b), 3)),
-        TypeError,
-        r"a tuple of 2 Means; pass has_aux=True for .* the loss alone is differentiated\. .*reduction='sum'",
-    ),
-    "tuple of three Means": (
-        lambda p, b: (gradacc.Mean(linear(p, b), 2),) * 3,
-        TypeError,
-        r"a tuple of 3 Means.*reduction='sum'",
-    ),
-    "list of Means": (
-        lambda p, b: [gradacc.Mean(linear(p, b), 2)] * 2,
-        TypeError,
-        r"a list of 2 Means; it must return.*reduction='sum'",
-    ),
-    "dict of Means": (
-        lambda p, b: {"ce": gradacc.Mean(linear(p, b), 2), "box": gradacc.Mean(linear(p, b), 3)},
-        TypeError,
-        r"a dict of 2 Means; it must return.*reduction='sum'",
-    ),
-    "tuple of losses": (
-        lambda p, b: (linear(p, b), linear(p, b)),
-        TypeError,
-        "a tuple of 2; pass has_aux=True .* the loss alone is differentiated. Or are they several losses. Return their sum",
-    ),
-    "two kinds": (
-        lambda p, b: gradacc.Mean(linear(p, b), 1) if b["x"][0] == 0 else linear(p, b),
-        TypeError,
-        "a Mean for one micro-batch and a tensor for another",
-    ),
-}
-
-READS_VALUES = {"NaN weight"}
-"""Floating tensors whose values cannot be read while a transform is active: there, these are not errors."""
-
-
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("case", LOSSES)
-def test_bad_losses(case, engine):
-    loss, error, message = LOSSES[case]
-    if engine == "functional" and case in READS_VALUES:
-        ENGINES[engine](lambda: gradacc.accumulate(loss, steps=2)(PARAMS, BATCH))
-        return
-    before = fingerprint((PARAMS, BATCH))
-    with pytest.raises(error, match=f"(?s)^accumulate: .*{message}"):
-        ENGINES[engine](lambda: gradacc.accumulate(loss, steps=2)(PARAMS, BATCH))
-    assert fingerprint((PARAMS, BATCH)) == before
-
-
 X = torch.ones(6, 2)
 NOTES = {
     # name: (options, arguments after params, what a loss's own error says more)
@@ -492,33 +427,6 @@ def test_an_error_of_ours_gets_no_note():
         _loss.target_of(options, None)
     _call.note_unsplit(caught.value, options, (PARAMS, X, X))
     assert not hasattr(caught.value, "__notes__")
-
-
-def test_a_mean_is_not_a_sum():
-    with pytest.raises(ValueError, match="leave reduction='sum' out"):
-        gradacc.accumulate(mean(linear, lambda p, b: 2), steps=2, reduction="sum")(PARAMS, BATCH)
-
-
-@pytest.mark.parametrize(
-    "out", [lambda p, b: linear(p, b), lambda p, b: (linear(p, b), 1, 2), lambda p, b: [linear(p, b), 1]]
-)
-def test_has_aux_needs_a_pair(out):
-    with pytest.raises(TypeError, match=r"with has_aux=True loss_fn must return \(loss, aux\), got"):
-        gradacc.accumulate(out, steps=2, has_aux=True)(PARAMS, BATCH)
-
-
-@pytest.mark.parametrize(
-    ("out", "kind"),
-    [
-        (lambda m: (m, m, m), "must return .* a tuple of 3 Means"),
-        (lambda m: [m, m], "must return .* a list of 2 Means"),
-        (lambda m: ({"a": m, "b": m}, 1), "returned a dict of 2 Means"),
-        (lambda m: ((m, m), 1), "returned a tuple of 2 Means"),
-    ],
-)
-def test_several_means_and_aux_name_what_works(out, kind):
-    with pytest.raises(TypeError, match=rf"{kind}.*count what each is a mean of.*reduction='sum'"):
-        gradacc.accumulate(lambda p, b: out(gradacc.Mean(linear(p, b), 2)), steps=2, has_aux=True)(PARAMS, BATCH)
 
 
 def test_sharded_parameters_are_refused(tmp_path):
