@@ -5,12 +5,12 @@ turn; ``... ranks FOLDER`` the same with each of two ranks, of which the other o
 kills processes that save without end, at random moments after each one's first save. After each death the folder must hold the
 last checkpoint that was complete, or the one after it.
 
-``... held FOLDER`` stops one process at each place in a `save`, in turn: until it is killed, another one is told, and then saves.
+``... held FOLDER`` stops one process at each place in a `save`, in turn: until it is killed, another one is told, then saves.
 
 ``... rivals FOLDER SECONDS`` lets two processes save into one folder as often as they can.
 
-``... window FOLDER`` kills processes that train, and save after every micro-batch, until one comes to the end: of the same state,
-bit for bit, as one that was left alone.
+``... window FOLDER`` kills processes that train, and save after every micro-batch, until one comes to the end, of the same
+state, bit for bit, as one that was left alone.
 """
 
 from __future__ import annotations

@@ -388,7 +388,7 @@ UNROLLED = {
     "appends later": (Case(appends_later, (PARAMS, data(16)), {"steps": 8}), "Attempted to mutate ListVariable"),
     "appends": (
         Case(appends, (PARAMS, data(21)), {"steps": 8}),
-        "Attempted to mutate ListVariable.*test_graph.py, line",
+        "Attempted to mutate ListVariable.*test_loop.py, line",
     ),
     "counts": (Case(counts, (PARAMS, data(16)), {"steps": 8, "has_aux": True}), "'calls' was not restored"),
     "parameters that are views": (
