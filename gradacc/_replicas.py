@@ -34,7 +34,7 @@ import operator
 import types
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -104,31 +104,11 @@ def replicate(
     new[_COPY] = partial(_own_tensors.copied, replaced=replaced)
     made = [_shallow(module) for module in plan.modules]
     new.update(zip(map(id, plan.modules), made, strict=True))
-    hooked = []
+    hooked: list[dict[Any, Any]] = []
     unused = {key: OrderedDict[int, Any]() for key in _HOOKS if key not in _RUN_HOOKS}
     leading: list[tuple[dict[str, Any], str, Any]] = []
     for module, replica in zip(plan.modules, made, strict=True):
-        attributes = replica.__dict__
-        try:
-            for registry in _REGISTRIES:
-                held = module.__dict__[registry]
-                attributes[registry] = {key: new[id(item)] for key, item in held.items()} if held else {}
-        except KeyError:
-            raise ValueError(
-                f"apply: a {type(module).__name__} of the module has got other submodules, parameters or buffers since "
-                "functional(module) was called; call it again"
-            ) from None
-        if any(_hooks_of(attributes)):
-            for key, hooks in zip(_HOOKS, _hooks_of(attributes), strict=True):
-                attributes[key] = new[id(hooks)] = hooks.copy()
-                if hooks:
-                    hooked.append(hooks)
-        else:
-            attributes.update(unused)
-            attributes.update(zip(_RUN_HOOKS, map(OrderedDict, _NOTHING), strict=True))
-        attributes["_non_persistent_buffers_set"] = attributes["_non_persistent_buffers_set"].copy()
-        if attributes.get("max_norm") is not None:  # an embedding that renormalises its weight in place
-            attributes["_parameters"] = {k: v if v is None else v.clone() for k, v in attributes["_parameters"].items()}
+        hooked += _register(module, replica.__dict__, unused, new)
     for replica, first in zip(made, plan.first, strict=True):
         attributes = replica.__dict__
         if _PLAIN.issuperset(map(type, itertools.islice(attributes.values(), first, None))):
@@ -158,6 +138,32 @@ def replicate(
             if not key.startswith("_dynamo_"):
                 setattr(other, key, _state(value, new))
     return new
+
+
+def _register(
+    module: nn.Module, attributes: dict[str, Any], unused: dict[str, Any], new: New
+) -> Sequence[dict[Any, Any]]:
+    """Registries of a replica's own, of what is new, and dicts of hooks; those of the module's that hold some."""
+    try:
+        for registry in _REGISTRIES:
+            held = module.__dict__[registry]
+            attributes[registry] = {key: new[id(item)] for key, item in held.items()} if held else {}
+    except KeyError:
+        raise ValueError(
+            f"apply: a {type(module).__name__} of the module has got other submodules, parameters or buffers since "
+            "functional(module) was called; call it again"
+        ) from None
+    attributes["_non_persistent_buffers_set"] = attributes["_non_persistent_buffers_set"].copy()
+    if attributes.get("max_norm") is not None:  # an embedding that renormalises its weight in place
+        attributes["_parameters"] = {k: v if v is None else v.clone() for k, v in attributes["_parameters"].items()}
+    before = _hooks_of(attributes)
+    if not any(before):
+        attributes.update(unused)
+        attributes.update(zip(_RUN_HOOKS, map(OrderedDict, _NOTHING), strict=True))
+        return ()
+    for key, hooks in zip(_HOOKS, before, strict=True):
+        attributes[key] = new[id(hooks)] = hooks.copy()
+    return [hooks for hooks in before if hooks]
 
 
 def left(plan: Plan, new: New) -> _left.Found:

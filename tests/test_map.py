@@ -140,3 +140,47 @@ def named(text):
     """The modules whose files a text names."""
     paths = re.findall(r"`([\w/]+)\.py`", text)
     return {f"gradacc.{path.removesuffix('/__init__').replace('/', '.')}" for path in paths}
+
+
+LINES, PARAMETERS = 60, 6
+LONG = {
+    "gradacc._accumulate.accumulate": "the options of the public function",
+    "gradacc._accumulate.accumulate_and_value": "the options of the public function",
+    "gradacc._accumulator.accumulator": "the options of the public function",
+    "gradacc.optim._adam._adam": "the options of `adam` and `adamw`, and which of them it is",
+    "gradacc._sync.agreement.agree": "all that ranks compare",
+}
+"""Functions that may be longer, or take more, and why."""
+
+
+def test_no_function_is_long_or_takes_much():
+    """Lines of code, without docstrings and comments; what is inside a function counts for it."""
+    found = set()
+    for module, path in FILES.items():
+        text = path.read_text()
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef) and (
+                code_lines(node, text.splitlines()) > LINES or parameters(node) > PARAMETERS
+            ):
+                found.add(f"{module}.{node.name}")
+    assert found == set(LONG)
+
+
+def code_lines(function, lines):
+    docstrings = {
+        number
+        for node in ast.walk(function)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None
+        for number in range(node.body[0].lineno, node.body[0].end_lineno + 1)
+    }
+    numbers = range(function.lineno, function.end_lineno + 1)
+    return sum(
+        number not in docstrings and not lines[number - 1].strip().startswith("#") and bool(lines[number - 1].strip())
+        for number in numbers
+    )
+
+
+def parameters(function):
+    args = function.args
+    named = [arg.arg for arg in (*args.posonlyargs, *args.args, *args.kwonlyargs)]
+    return len(named) - (named[:1] in (["self"], ["cls"]))

@@ -100,8 +100,18 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         epilog=EPILOG,
         allow_abbrev=False,
     )
+    _add_training(demo.add_argument)
+    _add_run(demo.add_argument)
+    options = vars(parser.parse_args(arguments))
+    del options["command"]
+    if options["iterations"] is None:
+        return Settings(**{**options, "iterations": DEFAULT_ITERATIONS})
+    return Settings(**options, seconds=None)
+
+
+def _add_training(add: Callable[..., object]) -> None:
+    """Options of what is trained."""
     count = _whole(1, 1024)
-    add = demo.add_argument
     add(
         "--steps",
         type=count,
@@ -125,6 +135,10 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         help="of initial parameters, batches and sample (%(default)s)",
     )
     add("--lr", type=_learning_rate, default=DEFAULTS.lr, help="peak learning rate of AdamW (%(default)s)")
+
+
+def _add_run(add: Callable[..., object]) -> None:
+    """Options of where a run reads, writes, computes, and goes on."""
     add(
         "--data",
         type=Path,
@@ -161,11 +175,6 @@ def parse(arguments: Sequence[str] | None = None) -> Settings:
         "The time before counts for the time limit. With torchrun's --max-restarts on several machines, set "
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
     )
-    options = vars(parser.parse_args(arguments))
-    del options["command"]
-    if options["iterations"] is None:
-        return Settings(**{**options, "iterations": DEFAULT_ITERATIONS})
-    return Settings(**options, seconds=None)
 
 
 def _whole(least: int, most: int) -> Callable[[str], int]:
