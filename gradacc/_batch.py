@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from gradacc import _tree
 from gradacc._describe import describe
@@ -142,6 +143,22 @@ def check_layout(name: str, leaf: Tensor, path: str) -> None:
         f"{name}: {path} is {describe(leaf)} and layout {leaf.layout}, of which there are no views to split it by. {fix}; or "
         "divide it yourself, and pass split= or an iterable of micro-batches; where it is meant whole, give it None in in_dims"
     )
+
+
+def check_packed(name: str, tree: Any, dims: Sequence[Any], root: str) -> None:
+    """Refuse to split a `PackedSequence`, a ``NamedTuple`` whose tensors are no examples."""
+    nodes, treedef = _tree.flatten(tree, lambda node: isinstance(node, PackedSequence))
+    start = 0
+    for index, node in enumerate(nodes):
+        number = len(_tree.flatten(node)[0])
+        own, start = dims[start : start + number], start + number
+        if isinstance(node, PackedSequence) and any(dim is not None for dim in own):
+            raise TypeError(
+                f"{name}: {_tree.paths(treedef, root)[index]} is a PackedSequence, which holds its sequences step by step, so "
+                "that there are no views of some of them. Split the padded batch and pack in loss_fn "
+                "(pack_padded_sequence), or pass an iterable of packed micro-batches (split= may make them) and return "
+                "gradacc.Mean(loss_sum, number)"
+            )
 
 
 def is_iterable(batch: Any) -> bool:

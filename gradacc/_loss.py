@@ -151,14 +151,13 @@ def _examples(options: Options, sizes: tuple[int, ...]) -> int | None:
     """The number of examples a plain loss is the mean of; a sum needs none."""
     count = sizes[0] if len(sizes) == 1 else None
     if count is None and options.reduction == "mean":
-        found = (
-            f"its tensors have sizes {sorted(sizes)} along their split dimension"
-            if sizes
-            else "it holds no tensor to count"
-        )
+        found, fix = "it holds no tensor to count", ""
+        if sizes:
+            found = f"its tensors have sizes {sorted(sizes)} along their split dimension"
+            fix = ", or say with in_dims which dimension counts"
         raise TypeError(
             f"{options.name}: loss_fn returned the mean over a micro-batch whose number of examples cannot be told: {found}. "
-            "Return gradacc.Mean(loss_sum, number) instead, or say with in_dims which dimension counts"
+            f"Return gradacc.Mean(loss_sum, number) instead{fix}"
         )
     return count
 

@@ -27,10 +27,15 @@ def splittable(name: str, leaf: Any, dim: Any, path: str) -> int | None:
     elif _batch.is_iterable(leaf):
         fix = "An iterable of micro-batches is passed without steps or microbatch_size. Otherwise convert it to tensors"
     else:
-        fix = "Convert it to tensors (or a dict of them), or register its class as a pytree node"
+        fix = (
+            "Convert it to tensors (or a dict of them), or register its class as a pytree node; of what cannot be split by "
+            "views (a batch of graphs), pass several, as an iterable of micro-batches or from split=, and return "
+            "gradacc.Mean(loss_sum, number), since nothing counts its examples"
+        )
     raise TypeError(
         f"{name}: {path} is {describe(leaf)}, which cannot be split: the batch is a pytree of tensors, "
-        f"numbers, bools and None. {fix}, give it None in in_dims, or pass it as another argument of loss_fn"
+        f"numbers, bools and None. {fix}. Where it is meant whole, give it None in in_dims, or pass it as another argument of "
+        "loss_fn"
     )
 
 

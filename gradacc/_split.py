@@ -85,6 +85,9 @@ def _slice(options: Options, args: Sequence[Any], dims: Sequence[Any]) -> Microb
         for n in split
         for leaf in zip(flat[n][0], leaf_dims[n], paths[n], strict=True)
     ]
+    for n in split:
+        if any(path.endswith(".batch_sizes") for path in paths[n]):
+            _batch.check_packed(options.name, args[n], leaf_dims[n], f"args[{n}]")
     total = _sizes.batch_size(options.name, sizes, [path for n in split for path in paths[n]])
     for n, (leaves, _) in flat.items():
         if not all(isinstance(leaf, Tensor) for leaf in leaves):

@@ -1,18 +1,22 @@
 """Pytrees: the only module that imports optree (and the only one that knows of torch's own registry).
 
 Differences that matter: to optree ``None`` is structure, to ``torch.utils._pytree`` it is a leaf; a class registered with
-torch only (``register_dataclass``, Hugging Face's ``ModelOutput``) is unknown to optree. `flatten` understands both.
+torch only (``register_dataclass``, Hugging Face's ``ModelOutput``) is unknown to optree. `flatten` understands both; and
+NOTE [mappings and dataclasses].
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import optree
+import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
+
+from gradacc import _records
 
 NAMESPACE = "gradacc"
 
@@ -28,7 +32,7 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[li
     foreign = {
         type(leaf)
         for leaf in leaves
-        if type(leaf) in torch_pytree.SUPPORTED_NODES and not (is_leaf is not None and is_leaf(leaf))
+        if type(leaf) is not Tensor and _is_foreign(type(leaf)) and not (is_leaf is not None and is_leaf(leaf))
     }
     if not foreign:
         return leaves, treedef
@@ -225,9 +229,25 @@ class _Box:
         self.value = value
 
 
+def _is_foreign(cls: type) -> bool:
+    """Whether optree can be taught it. While Dynamo traces, what it has not learnt before stays a leaf."""
+    return cls in torch_pytree.SUPPORTED_NODES or (not torch.compiler.is_compiling() and _records.of(cls) is not None)
+
+
 def _adopt(cls: type) -> None:
-    """Teach optree, in our namespace, a class that only torch's registry knows."""
-    node = torch_pytree.SUPPORTED_NODES[cls]
+    """Teach optree, in our namespace, a class that only torch's registry knows, or that is a record."""
+    node = torch_pytree.SUPPORTED_NODES.get(cls)
+    if node is None:
+        record = _records.of(cls)
+        assert record is not None
+        optree.register_pytree_node(
+            cls,
+            lambda tree: (record.values(tree), record.names(tree), record.names(tree)),
+            lambda names, values: record.make(cast(tuple[Any, ...], names), list(values)),
+            path_entry_type=optree.MappingEntry if record.is_mapping else optree.GetAttrEntry,
+            namespace=NAMESPACE,
+        )
+        return
 
     def to_children(tree: Any) -> tuple[Any, Any, tuple[Any, ...] | None]:
         children, context = node.flatten_fn(tree)
