@@ -96,10 +96,10 @@ def _broadcast(a: Tensor, b: Tensor) -> torch.Size:
 
 def _summable(mean: Mean) -> Mean:
     """A new Mean in what is summed, of the same shapes; what has weight 0 is made exactly 0, whatever its total says."""
-    total, weight = _parts.wide(mean.total), mean.weight
+    total, weight = _parts.widened(mean.total), mean.weight
     if not isinstance(weight, Tensor):
         return Mean(total.clone() if weight else torch.zeros_like(total), weight)
-    return Mean(torch.where(_is_nothing(weight, total), torch.zeros_like(total), total), _parts.wide(weight).clone())
+    return Mean(torch.where(_is_nothing(weight, total), torch.zeros_like(total), total), _parts.widened(weight).clone())
 
 
 def _is_nothing(weight: Tensor, total: Tensor) -> Tensor:

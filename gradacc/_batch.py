@@ -25,10 +25,11 @@ NOTE [one batch or micro-batches]
 
 from __future__ import annotations
 
+import functools
 import sys
 import warnings
 from collections import deque
-from collections.abc import Sequence, ValuesView
+from collections.abc import Callable, Sequence, ValuesView
 from typing import Any
 
 import torch
@@ -65,18 +66,12 @@ def check_lists(name: str, tree: Any, dims: Sequence[Any], root: str, examples: 
         items = node.values() if isinstance(node, dict) else node
         return len(node) == examples > 1 or any(isinstance(item, str) for item in items)
 
-    nodes, treedef = _tree.flatten(tree, is_suspect)
-    start = 0
-    for index, node in enumerate(nodes):
-        leaves = _tree.flatten(node)[0]
-        own, start = dims[start : start + len(leaves)], start + len(leaves)
-        if not _is_list(node) or all(dim is None for dim in own):
-            continue
+    for node, leaves, path in _split_lists(tree, dims, root, is_suspect):
         kind = "strings" if any(isinstance(leaf, str) for leaf in leaves) else "numbers"
         of_each = f", one item for each of the {examples} examples" if len(node) == examples else ""
         fix = "Convert it to a tensor (torch.tensor)" if kind == "numbers" else "Encode it as a tensor"
         raise TypeError(
-            f"{name}: {_tree.paths(treedef, root)[index]} is a {type(node).__name__} of {len(node)} items ({kind}){of_each}, "
+            f"{name}: {path()} is a {type(node).__name__} of {len(node)} items ({kind}){of_each}, "
             f"which cannot be split: every micro-batch would get all of it. {fix}; where it is meant whole, give it None in "
             "in_dims, or pass it as another argument of loss_fn"
         )
@@ -93,28 +88,40 @@ def check_tensor_lists(name: str, tree: Any, dims: Sequence[Any], root: str, exa
     Raises:
         TypeError: the items are containers. (Of bare tensors there is a warning.)
     """
-    nodes, treedef = _tree.flatten(tree, lambda node: _is_list(node) and len(node) == examples)
-    start = 0
-    for index, node in enumerate(nodes):
-        leaves = _tree.flatten(node)[0]
-        own, start = dims[start : start + len(leaves)], start + len(leaves)
-        if not _is_list(node) or all(dim is None for dim in own):
-            continue
+    for node, _, path in _split_lists(tree, dims, root, lambda node: _is_list(node) and len(node) == examples):
         items = list(node.values()) if isinstance(node, dict) else list(node)
         kinds = [_kinds(item) for item in items]
         bare = all(isinstance(item, Tensor) for item in items)
         if any(kind != kinds[0] for kind in kinds) or not any(kinds[0][1]) or (bare and is_all and node is tree):
             continue
-        path, kind = _tree.paths(treedef, root)[index], type(node).__name__
         what = (
-            f"{name}: {path} is a {kind} of {len(node)} items with tensors, and the batch has {examples} examples. "
-            "If each item is of one example, the split is wrong: every tensor in it is divided along its own dim 0. "
+            f"{name}: {path()} is a {type(node).__name__} of {len(node)} items with tensors, and the batch has {examples} "
+            "examples. If each item is of one example, the split is wrong: every tensor in it is divided along its own dim 0. "
             "Pad and stack them into one tensor, or pass split= or an iterable of micro-batches"
         )
         names = "If each item is of all examples, give the items names (a dict)"
         if not bare:
             raise TypeError(f"{what}. {names}; where it is meant whole, give it None in in_dims")
         warn(f"{what}. {names}, and there is no warning")
+
+
+def _split_lists(
+    tree: Any, dims: Sequence[Any], root: str, chosen: Callable[[Any], bool]
+) -> list[tuple[Any, list[Any], Callable[[], str]]]:
+    """The chosen lists of which anything is split: each with its leaves, and what writes its path."""
+    nodes, treedef = _tree.flatten(tree, chosen)
+    found: list[tuple[Any, list[Any], Callable[[], str]]] = []
+    start = 0
+    for index, node in enumerate(nodes):
+        leaves = _tree.flatten(node)[0]
+        own, start = dims[start : start + len(leaves)], start + len(leaves)
+        if _is_list(node) and any(dim is not None for dim in own):
+            found.append((node, leaves, functools.partial(_path, treedef, root, index)))
+    return found
+
+
+def _path(treedef: _tree.TreeDef, root: str, index: int) -> str:
+    return _tree.paths(treedef, root)[index]
 
 
 def _kinds(item: Any) -> tuple[Any, list[Any]]:

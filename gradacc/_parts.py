@@ -69,16 +69,16 @@ def is_part(node: Any) -> bool:
     return isinstance(node, (Average, Sum, Total, Pieces))
 
 
-def wide(tensor: Tensor) -> Tensor:
+def widened(tensor: Tensor) -> Tensor:
     """In what is summed: floats of at least 32 bits; counts (integers and bools) in int64."""
     if tensor.is_floating_point() or tensor.is_complex():
-        return tensor.to(_dtypes.wide(tensor.dtype))
+        return _dtypes.widened(tensor)
     return tensor.to(torch.int64)
 
 
 def scaled(tensor: Tensor, share: float | Tensor) -> Tensor:
     """A new tensor ``share * tensor``, in what is summed; exactly 0 for a share of 0, NaNs too."""
-    own = wide(tensor)
+    own = widened(tensor)
     if isinstance(share, Tensor):
         # Two 0-dim tensors have the wider dtype.
         return torch.where(share == 0, 0.0, own * share).to(own.dtype)

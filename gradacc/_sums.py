@@ -214,7 +214,7 @@ def finalize(options: Options, sums: Sums, like: Tensor) -> tuple[Tensor | Mean,
                 f"{options.name}: no micro-batch arrived, so nothing says what aux is; has_aux=True needs one"
             )
         number = 0.0 if options.reduction == "sum" else math.nan
-        return torch.full((), number, dtype=_dtypes.real(like.dtype), device=like.device), None
+        return torch.full((), number, dtype=_dtypes.real_dtype(like.dtype), device=like.device), None
     _check_weight(options.name, sums)
     rest = factor(sums)
     parts, treedef = _tree.flatten(sums.aux, is_part)
@@ -264,13 +264,13 @@ def _value(options: Options, outcome: Outcome, share: float | Tensor | None) -> 
 
 def _summand(mean: Mean, weight: float | Tensor) -> Mean:
     """A new `Mean` in what is summed, of a checked ``weight``: its total is 0 where that is 0, and NaN where that is NaN."""
-    total, own = _parts.wide(mean.total), mean.weight
+    total, own = _parts.widened(mean.total), mean.weight
     if isinstance(weight, Tensor):
         # Two 0-dim tensors have the wider dtype.
         total = torch.where(weight > 0, total, weight * 0.0).to(total.dtype)
     else:
         total = total.clone() if weight else torch.zeros_like(total)
-    return Mean(total, _parts.wide(own).clone() if isinstance(own, Tensor) else own)
+    return Mean(total, _parts.widened(own).clone() if isinstance(own, Tensor) else own)
 
 
 def _merged_aux(name: str, one: tuple[Any, float | Tensor], other: tuple[Sequence[Part], _tree.TreeDef]) -> Any:

@@ -122,7 +122,7 @@ def train_step(
         start = state.params if _where.transforming() else _tree.map_tensors(_started, state.params)
         named = {} if scale is None else {"loss_scale": scale}
         grads, value, aux = _parts(grad_fn(start, batch, *args, **named, **kwargs))
-        metrics = {"loss": value.value if isinstance(value, Mean) else value, "grad_norm": global_norm(grads, scale)}
+        metrics = {"loss": value.value if isinstance(value, Mean) else value, "grad_norm": _norm(grads, scale)}
         if scale is not None:
             metrics["loss"] = metrics["loss"] / _scalars.beside(scale, metrics["loss"])
         if isinstance(value, Mean):
@@ -225,21 +225,12 @@ def _apart(metrics: Any, given: Sequence[Any]) -> Any:
     return _tree.unflatten(treedef, [leaf.clone() if late else leaf for leaf, late in zip(leaves, shared, strict=True)])
 
 
-def global_norm(tree: Any, scale: Tensor | None = None) -> Tensor:
-    """The Euclidean norm of all tensors of a pytree as one vector: 0-dim, at least float32.
-
-    ``scale`` is taken off first, one tensor after another: squares of scaled gradients may overflow.
-    """
-    wide = [_norm(leaf, scale) for leaf in _tree.flatten(tree)[0] if isinstance(leaf, Tensor)]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(wide[0].device) for norm in wide]))
-    return norm
-
-
-def _norm(leaf: Tensor, scale: Tensor | None) -> Tensor:
+def _norm(grads: Any, scale: Tensor | None) -> Tensor:
+    """Of all gradients, at least in float32; ``scale`` is taken off first, as squares of scaled ones may overflow."""
+    leaves = (leaf for leaf in _tree.flatten(grads)[0] if isinstance(leaf, Tensor))
     if scale is not None:
-        leaf = leaf.to(_dtypes.wide(leaf.dtype)) / _scalars.beside(scale, leaf)
-    norm: Tensor = torch.linalg.vector_norm(leaf, dtype=torch.float32 if leaf.dtype.itemsize < 4 else None)
-    return norm
+        leaves = (_dtypes.widened(leaf) / _scalars.beside(scale, leaf) for leaf in leaves)
+    return _dtypes.global_norm(leaves, wide=True)
 
 
 def _weight(value: Mean) -> Tensor:

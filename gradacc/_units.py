@@ -45,7 +45,7 @@ GROWTH = 20
 
 def first(weight: float | Tensor, dtype: torch.dtype) -> float | Tensor:
     """Of the first weight that is not 0, for a loss of ``dtype``."""
-    limit = _limit(_dtypes.wide(dtype))
+    limit = _limit(_dtypes.sum_dtype(dtype))
     if isinstance(weight, Tensor):
         one = torch.where(weight == 0, 1.0, weight.detach())
         power = _power(one)
@@ -62,9 +62,9 @@ def grown(unit: float | Tensor, weight: float | Tensor, dtype: torch.dtype) -> f
             return unit
         power = _power(weight / unit)
         moved: Tensor = unit * torch.where(power > 2.0**GROWTH, power, 1.0)
-        return moved.clamp(max=2.0 ** _limit(_dtypes.wide(dtype)))
+        return moved.clamp(max=2.0 ** _limit(_dtypes.sum_dtype(dtype)))
     more = math.frexp(weight)[1] - math.frexp(unit)[1]
-    return unit if more <= GROWTH else _within(math.ldexp(unit, more), _limit(_dtypes.wide(dtype)))
+    return unit if more <= GROWTH else _within(math.ldexp(unit, more), _limit(_dtypes.sum_dtype(dtype)))
 
 
 def near(unit: float | Tensor, weight: float | Tensor, dtype: torch.dtype) -> float | Tensor:

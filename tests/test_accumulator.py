@@ -658,7 +658,9 @@ def test_states_of_two_checkpoints_are_merged(name, cut, tmp_path):
     assert_trees_close(acc.finalize(merged), expected)
 
 
-@pytest.mark.parametrize("batch", [[torch.ones(2, 3)] * 2, [{"x": torch.ones(2, 3)}] * 2, (torch.ones(2, 3),)], ids=type)
+@pytest.mark.parametrize(
+    "batch", [[torch.ones(2, 3)] * 2, [{"x": torch.ones(2, 3)}] * 2, (torch.ones(2, 3),)], ids=type
+)
 def test_several_micro_batches_in_one_update(batch):
     acc = gradacc.accumulator(lambda w, x: (x @ w).mean())
     w = torch.ones(3)

@@ -143,7 +143,7 @@ def agree(
 ) -> Found:
     """Exchange descriptions. An error that is raised here is raised on every rank."""
     name = options.name
-    answers = _exchange(name, group, (number, title, mine))
+    answers = groups.exchange(name, group, (number, title, mine))
     channel.number = max(channel.number, *(number for number, _, _ in answers))
     problem = of_statuses(name, group, [each is None for _, _, each in answers])
     if problem is not None:
@@ -177,12 +177,12 @@ def agree(
 
 def tell(name: str, group: dist.ProcessGroup, number: int, title: str) -> None:
     """Take part in the exchange of descriptions, on a rank whose call has raised."""
-    _exchange(name, group, (number, title, None))
+    groups.exchange(name, group, (number, title, None))
 
 
 def raise_for_calls(name: str, group: dist.ProcessGroup, number: int, title: str) -> NoReturn:
     """Ranks make different calls: an error, the same on every rank, that names them all."""
-    raise _of_calls(name, group, _exchange(name, group, (number, title, None)))
+    raise _of_calls(name, group, groups.exchange(name, group, (number, title, None)))
 
 
 def of_statuses(name: str, group: dist.ProcessGroup, raised: Sequence[bool]) -> Exception | None:
@@ -258,13 +258,6 @@ def _of_calls(name: str, group: dist.ProcessGroup, answers: Sequence[tuple[int, 
         "one on every rank, and let all of them go on from the same place (a step, a checkpoint): their next calls have the "
         "same number again"
     )
-
-
-def _exchange(name: str, group: dist.ProcessGroup, mine: tuple[int, str, Any]) -> list[tuple[int, str, Any]]:
-    everyone: list[Any] = [None] * group.size()
-    with groups.speaking(name, group):
-        dist.all_gather_object(everyone, mine, group=group)
-    return everyone
 
 
 def _common(

@@ -26,15 +26,21 @@ _HOLDERS = ("gradacc._sync.", "gradacc.checkpoint.", "torch.distributed.")
 """Modules whose frames have groups among their locals."""
 
 
-def resolve(name: str, group: Any) -> dist.ProcessGroup | None:
-    """The process group to talk to; None where there is nobody."""
+_UNSYNCHRONISED = (
+    "nothing would be synchronised. Call torch.distributed.init_process_group() first, or leave sync (of windows: group) "
+    "out"
+)
+
+
+def resolve(name: str, group: Any, otherwise: str = _UNSYNCHRONISED) -> dist.ProcessGroup | None:
+    """The process group to talk to; None where there is nobody.
+
+    ``otherwise``: what would happen where ``WORLD_SIZE`` says that there is, but no group, and the fix.
+    """
     if not dist.is_available() or not dist.is_initialized():
         world = os.environ.get("WORLD_SIZE", "1")
         if world.isdigit() and int(world) > 1:
-            raise RuntimeError(
-                f"{name}: WORLD_SIZE is {world}, but no process group was initialised, so nothing would be synchronised. "
-                "Call torch.distributed.init_process_group() first, or leave sync (of windows: group) out"
-            )
+            raise RuntimeError(f"{name}: WORLD_SIZE is {world}, but no process group was initialised, so {otherwise}")
         if group is None:
             return None
         raise RuntimeError(
@@ -79,6 +85,14 @@ def speaking(name: str, group: dist.ProcessGroup) -> Iterator[None]:
             f"{name}: the collective of {title(group)} failed on rank {dist.get_rank()}: another rank has ended, did not "
             f"come within the group's timeout, or made another call. Nothing was returned. torch says: {error}"
         ) from error
+
+
+def exchange(name: str, group: dist.ProcessGroup, mine: Any) -> list[Any]:
+    """What every rank has, which can be pickled."""
+    everyone: list[Any] = [None] * group.size()
+    with speaking(name, group):
+        dist.all_gather_object(everyone, mine, group=group)
+    return everyone
 
 
 @contextmanager

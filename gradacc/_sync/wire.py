@@ -97,7 +97,7 @@ def plan(
         return len(filled) - 1
 
     for i in range(len(shapes)) if order is None else order:
-        dtype, numel = _dtypes.real(dtypes[i]), shapes[i].numel() * (2 if dtypes[i].is_complex else 1)
+        dtype, numel = _dtypes.real_dtype(dtypes[i]), shapes[i].numel() * (2 if dtypes[i].is_complex else 1)
         at = current.get((dtype, devices[i]))
         if at is None:
             at = current[dtype, devices[i]] = another(dtype, devices[i])
@@ -115,7 +115,7 @@ def plan(
     for n, spec in enumerate(specs):
         if spec.shape:
             assert spec.dtype is not None
-            dtype = _dtypes.real(spec.dtype)
+            dtype = _dtypes.real_dtype(spec.dtype)
             if dtype not in last:
                 last[dtype] = another(dtype, devices[0])
             riders.setdefault(last[dtype], []).append(n)

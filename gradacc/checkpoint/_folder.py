@@ -131,10 +131,7 @@ def read(name: str, folder: Path) -> dict[str, Any]:
 
 def remove_unused(folder: Path) -> None:
     """Remove what a killed `save` has left, and the checkpoint before this one."""
-    try:
-        used = read("save", folder)["data"]
-    except FileNotFoundError:
-        used = None
+    used = _used(folder)
     for entry in folder.iterdir():
         if entry.name == _UNFINISHED:
             entry.unlink()
@@ -144,13 +141,17 @@ def remove_unused(folder: Path) -> None:
 
 def discard(folder: Path, data: str) -> None:
     """Remove the data of a `save` that has failed, unless they are the checkpoint already."""
-    try:
-        used = read("save", folder)["data"]
-    except FileNotFoundError:
-        used = None
-    if used != data:
+    if _used(folder) != data:
         (folder / _UNFINISHED).unlink(missing_ok=True)
         shutil.rmtree(folder / data, ignore_errors=True)
+
+
+def _used(folder: Path) -> Any:
+    """The data folder of the checkpoint that is there; None where there is none."""
+    try:
+        return read("save", folder)["data"]
+    except FileNotFoundError:
+        return None
 
 
 def _is_body(body: Any) -> bool:

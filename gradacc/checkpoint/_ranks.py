@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -26,15 +25,9 @@ class ElsewhereError(RuntimeError):
 
 def world(name: str) -> dist.ProcessGroup | None:
     """All ranks; None where there is one."""
-    if dist.is_available() and dist.is_initialized():
-        return dist.group.WORLD if dist.get_world_size() > 1 else None
-    world = os.environ.get("WORLD_SIZE", "1")
-    if world.isdigit() and int(world) > 1:
-        raise RuntimeError(
-            f"{name}: WORLD_SIZE is {world}, but no process group was initialised, so ranks would overwrite each other's "
-            "checkpoint. Call torch.distributed.init_process_group() first"
-        )
-    return None
+    return groups.resolve(
+        name, None, "ranks would overwrite each other's checkpoint. Call torch.distributed.init_process_group() first"
+    )
 
 
 def together(
@@ -57,9 +50,9 @@ def together(
     except Exception as raised:
         error = raised
         answer = None, f"{type(raised).__name__}: {raised}"
-    answers: list[Any] = [None] * group.size()
-    with groups.speaking(name, group) if error is None else contextlib.suppress(Exception):
-        dist.all_gather_object(answers, answer, group=group)
+    answers: list[Any] = []
+    with contextlib.nullcontext() if error is None else contextlib.suppress(Exception):
+        answers = groups.exchange(name, group, answer)
     if error is not None:
         raise error
     for rank, (_, problem) in enumerate(answers):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gradacc._describe import describe
+from gradacc._dtypes import as_real
 from gradacc._tree import TensorTree
 from gradacc.optim import _check
 from gradacc.optim._arithmetic import Arithmetic, Tensors, pure
@@ -141,8 +142,8 @@ def _adam(
             params = ops.mul(params, ops.read(1 - lr * weight_decay))
         elif weight_decay != 0:
             grads = ops.plus(grads, params, weight_decay)
-        mean, square, *largest = ([_real(leaf) for leaf in slot] for slot in slots)
-        real, grads = [_real(leaf) for leaf in params], [_real(leaf) for leaf in grads]
+        mean, square, *largest = ([as_real(leaf) for leaf in slot] for slot in slots)
+        real, grads = [as_real(leaf) for leaf in params], [as_real(leaf) for leaf in grads]
         mean = ops.lerp(mean, grads, 1 - beta1)
         square = ops.addcmul(ops.mul(square, beta2), grads, grads, 1 - beta2)
         peak = ops.maximum(largest[0], square) if amsgrad else []
@@ -160,13 +161,8 @@ def _adam(
     return elementwise(name, AdamState, (True, True, amsgrad), lr, update)
 
 
-def _real(leaf: Tensor) -> Tensor:
-    """A complex number is two real ones."""
-    return torch.view_as_real(leaf) if leaf.is_complex() else leaf
-
-
 def _like(leaves: Tensors, originals: Tensors) -> Tensors:
-    """Back from `_real`."""
+    """Back from `as_real`."""
     return [
         torch.view_as_complex(leaf) if original.is_complex() else leaf
         for leaf, original in zip(leaves, originals, strict=True)

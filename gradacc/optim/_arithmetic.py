@@ -14,6 +14,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from gradacc._dtypes import widened
+
 Tensors: TypeAlias = list[Tensor]
 Coefficient: TypeAlias = float | Tensor
 Operation: TypeAlias = Callable[..., Tensors]
@@ -97,28 +99,23 @@ def _fit(coefficient: Coefficient, x: Tensor) -> Coefficient:
     return coefficient.to(device=x.device, dtype=dtype)
 
 
-def _wide(x: Tensor) -> Tensor:
-    """Half precision is computed in float32 and rounded once, as kernels do."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
 def _mul(x: Tensor, coefficient: Coefficient) -> Tensor:
-    return (_wide(x) * _fit(coefficient, x)).to(x.dtype) if isinstance(coefficient, Tensor) else x * coefficient
+    return (widened(x) * _fit(coefficient, x)).to(x.dtype) if isinstance(coefficient, Tensor) else x * coefficient
 
 
 def _div(x: Tensor, coefficient: Coefficient) -> Tensor:
-    return (_wide(x) / _fit(coefficient, x)).to(x.dtype) if isinstance(coefficient, Tensor) else x / coefficient
+    return (widened(x) / _fit(coefficient, x)).to(x.dtype) if isinstance(coefficient, Tensor) else x / coefficient
 
 
 def _add(x: Tensor, y: Tensor, coefficient: Coefficient) -> Tensor:
     if isinstance(coefficient, Tensor):
-        return (_wide(x) + _fit(coefficient, x) * _wide(y)).to(x.dtype)
+        return (widened(x) + _fit(coefficient, x) * widened(y)).to(x.dtype)
     return x.add(y, alpha=coefficient)
 
 
 def _addcdiv(x: Tensor, y: Tensor, z: Tensor, coefficient: Coefficient) -> Tensor:
     if isinstance(coefficient, Tensor):
-        return (_wide(x) + _fit(coefficient, x) * _wide(y) / _wide(z)).to(x.dtype)
+        return (widened(x) + _fit(coefficient, x) * widened(y) / widened(z)).to(x.dtype)
     return x.addcdiv(y, z, value=coefficient)
 
 

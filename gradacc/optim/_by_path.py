@@ -103,8 +103,7 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
-        leaves, treedef = _check.params(_NAME, params)
-        slopes = _check.grads(_NAME, grads, leaves, treedef)
+        leaves, slopes, treedef = _check.inputs(_NAME, params, grads)
         states = _states(state, len(optimizers))
         parts = route(leaves, treedef)
         given: list[Any] = []

@@ -54,7 +54,13 @@ _UPDATED = {
 }
 
 
-def grads(name: str, tree: Any, leaves: Sequence[Tensor], treedef: _tree.TreeDef) -> list[Tensor]:
+def inputs(name: str, params_tree: Any, grads_tree: Any) -> tuple[list[Tensor], list[Tensor], _tree.TreeDef]:
+    """The leaves of the parameters and of the gradients, and their structure."""
+    leaves, treedef = params(name, params_tree)
+    return leaves, _grads(name, grads_tree, leaves, treedef), treedef
+
+
+def _grads(name: str, tree: Any, leaves: Sequence[Tensor], treedef: _tree.TreeDef) -> list[Tensor]:
     """The gradients' leaves: each of the shape, dtype and device of its parameter."""
     found, other = _tree.flatten(tree)
     if other != treedef:

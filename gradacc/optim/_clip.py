@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradacc import _donated, _overlap, _scalars, _tree
+from gradacc import _donated, _dtypes, _overlap, _scalars, _tree
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _memory
 from gradacc.optim._optimizer import Optimizer
@@ -69,11 +69,11 @@ def clip_by_global_norm(optimizer: Optimizer, max_norm: float | Tensor) -> Optim
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
-        leaves, treedef = _check.params(name, params)
-        slopes = _check.grads(name, grads, leaves, treedef)
+        leaves, slopes, treedef = _check.inputs(name, params, grads)
         given: list[Any] = []
         if _memory.differentiable(max_norm, slopes):
-            factor = _factor(_norm(slopes), max_norm)
+            norm = _dtypes.global_norm(slopes, wide=False)  # of which torch's has no derivative
+            factor = _factor(norm, max_norm)
             slopes = [(slope * factor.to(slope.device)).to(slope.dtype) for slope in slopes]
         else:
             used = None
@@ -109,10 +109,3 @@ def _scaled(slopes: list[Tensor], factor: Tensor, *, ours: bool) -> list[Tensor]
         for i, slope in zip(chunk, torch._foreach_mul(some, factor), strict=True):
             scaled[i] = slope.to(slopes[i].dtype)  # of two 0-dim tensors the wider dtype wins
     return scaled
-
-
-def _norm(slopes: list[Tensor]) -> Tensor:
-    """`torch.nn.utils.get_total_norm`, which has no derivative."""
-    norms = [torch.linalg.vector_norm(slope).to(slopes[0].device) for slope in slopes]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
-    return norm

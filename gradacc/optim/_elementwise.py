@@ -58,8 +58,7 @@ def elementwise(name: str, kind: type, slots: Sequence[bool], lr: LearningRate, 
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
-        leaves, treedef = _check.params(name, params)
-        slopes = _check.grads(name, grads, leaves, treedef)
+        leaves, slopes, treedef = _check.inputs(name, params, grads)
         count, held, rate = checked(leaves, treedef, state)
         if _memory.differentiable(rate, slopes):
             new, moved = update(pure, leaves, slopes, held, _tensor(rate), count)

@@ -110,8 +110,7 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
         _eagerly(name, cls)
-        leaves, treedef = _check.params(name, params)
-        slopes = _check.grads(name, grads, leaves, treedef)
+        leaves, slopes, treedef = _check.inputs(name, params, grads)
         given = checked(state, leaves, treedef)
         with torch.no_grad():
             held, structure = _tree.flatten(state.slots)

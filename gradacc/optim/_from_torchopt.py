@@ -93,8 +93,7 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
-        leaves, treedef = _check.params(name, params)
-        slopes = _check.grads(name, grads, leaves, treedef)
+        leaves, slopes, treedef = _check.inputs(name, params, grads)
         pure = _memory.differentiable(None, slopes)
         in_place = donate and not pure
         given: list[Any] = []

@@ -126,8 +126,7 @@ def dynamic_loss_scale(
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
-        leaves, treedef = _check.params(_NAME, params)
-        slopes = _check.grads(_NAME, grads, leaves, treedef)
+        leaves, slopes, treedef = _check.inputs(_NAME, params, grads)
         _wide_enough(leaves, treedef)
         scale, tracker, skipped = checked(state)
         look = None if inner_check is None else functools.partial(inner_check, params, state.inner)
@@ -193,9 +192,7 @@ def scaled_loss(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callab
         factor = _factor(loss_scale)
         value, aux = _loss.returned(options, loss_fn(*args, **kwargs))
         target = _loss.target_of(options, value)
-        total = target.to(_dtypes.wide(target.dtype)) * (
-            _scalars.beside(factor, target) if isinstance(factor, Tensor) else factor
-        )
+        total = _dtypes.widened(target) * (_scalars.beside(factor, target) if isinstance(factor, Tensor) else factor)
         loss = Mean(total, value.weight) if isinstance(value, Mean) else total
         return (loss, aux) if has_aux else loss
 
@@ -262,7 +259,7 @@ def _unscaled(slopes: list[Tensor], scale: Tensor, used: list[Any] | None) -> li
     """The gradients times the reciprocal of the scale: in new memory, or in their own, except what is in that of ``used``."""
     inverse = scale.double().reciprocal().float()  # as GradScaler rounds it
     if _memory.differentiable(None, slopes):
-        return [(slope.to(_dtypes.wide(slope.dtype)) * inverse.to(slope.device)).to(slope.dtype) for slope in slopes]
+        return [(_dtypes.widened(slope) * inverse.to(slope.device)).to(slope.dtype) for slope in slopes]
     with torch.no_grad():
         number = inverse.item()  # a number promotes no 0-dim gradient
         if used is None:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _donated, _tree
+from gradacc import _donated, _dtypes, _tree
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _memory, _report
 from gradacc.optim._optimizer import Optimizer
@@ -67,8 +67,7 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
-        leaves, treedef = _check.params(name, params)
-        slopes = _check.grads(name, grads, leaves, treedef)
+        leaves, slopes, _ = _check.inputs(name, params, grads)
         skipped = checked(state)
         look = None if inner_check is None else functools.partial(inner_check, params, state.inner)
 
@@ -127,7 +126,7 @@ def count_skipped(skipped: Tensor, finite: Tensor) -> Tensor:
 
 def _finite(slopes: list[Tensor], traced: bool) -> Tensor:
     """Whether every element is. Eagerly by the extremes, which NaN passes through: one pass, and no temporary."""
-    parts = [torch.view_as_real(slope) if slope.is_complex() else slope for slope in slopes if slope.numel()]
+    parts = [_dtypes.as_real(slope) for slope in slopes if slope.numel()]
     if not parts:
         return torch.tensor(True)
     device = parts[0].device

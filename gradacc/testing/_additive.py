@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gradacc._dtypes import as_real
 from gradacc.testing._probe import Probe, Result
 
 Span = tuple[int, int]
@@ -220,7 +221,7 @@ def _coordinates(result: Result) -> Tensor:
     """The gradient as one vector of at most about `_COORDINATES` numbers, evenly spread over each leaf."""
     total = sum(grad.numel() for grad in result.grads)
     stride = -(-total // _COORDINATES) or 1
-    flat = [torch.view_as_real(grad).flatten() if grad.is_complex() else grad.flatten() for grad in result.grads]
+    flat = [as_real(grad).flatten() for grad in result.grads]
     return torch.cat([each[::stride].double().cpu() for each in flat])
 
 
