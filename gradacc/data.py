@@ -41,7 +41,7 @@ class Windows(Generic[T]):
     def __iter__(self) -> Iterator[list[T]]:
         if self.group is None:
             return _cut(self.loader, self.steps)
-        return _together(self.loader, self.steps, Loop(_NAME, self.group))
+        return _cut_alike(self.loader, self.steps, Loop(_NAME, self.group))
 
     def __len__(self) -> int:
         if self.group is not None:
@@ -165,7 +165,7 @@ def _cut(loader: Iterable[T], steps: Steps) -> Iterator[Window[T]]:
             break  # an iterator that has ended is not asked again
 
 
-def _together(loader: Iterable[T], steps: Steps, loop: Loop) -> Iterator[list[T]]:
+def _cut_alike(loader: Iterable[T], steps: Steps, loop: Loop) -> Iterator[list[T]]:
     """The same, then empty ones, as many as the rank with the most has."""
     length = _length(loader)
     counted: int | None = None
@@ -186,7 +186,7 @@ def _together(loader: Iterable[T], steps: Steps, loop: Loop) -> Iterator[list[T]
                 unknown, most = loop.exchange(counted is None, left, error is not None)
                 total = number if most <= 0 else None if unknown else most
         elif error is not None:
-            loop.give_up(error)
+            loop.fail(error)
         if error is not None:
             raise error
         if total is not None and number >= total:

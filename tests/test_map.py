@@ -148,7 +148,6 @@ LONG = {
     "gradacc._accumulate.accumulate_and_value": "the options of the public function",
     "gradacc._accumulator.accumulator": "the options of the public function",
     "gradacc.optim._adam._adam": "the options of `adam` and `adamw`, and which of them it is",
-    "gradacc._sync.agreement.agree": "all that ranks compare",
 }
 """Functions that may be longer, or take more, and why."""
 

@@ -127,7 +127,7 @@ def connect(options: Options, agreed: Agreed | None) -> Boundary:
         )
     if agreed.begun.apart:
         raise RuntimeError(
-            f"{options.name}: an earlier finalize has found that ranks of {groups.title(group)} are in different windows. Make "
+            f"{options.name}: an earlier finalize has found that ranks of {groups.named(group)} are in different windows. Make "
             "another accumulator on every rank, and go on from the same place"
         )
     link = Link(options, group, agreed, channels.of(group))

@@ -21,10 +21,9 @@ from gradacc._options import Options
 from gradacc._sync import channel as channels
 from gradacc._sync import group as groups
 from gradacc._sync import layout as layouts
+from gradacc._sync import problems, wire
 from gradacc._sync import scale as scales
-from gradacc._sync import wire
 from gradacc._sync.begun import Begun
-from gradacc._sync.channel import Channel
 from gradacc._sync.layout import Layout, Spec
 
 
@@ -44,7 +43,7 @@ class Agreed:
     """What one ``grad_fn`` has agreed on: by process group and by the parameters' structure."""
 
     def __init__(self, name: str, loss_fn: Callable[..., Any], group: Any) -> None:
-        self.title = _title(f"{name}({_place(loss_fn)})", group)
+        self.call_name = _count_place(f"{name}({_code_of(loss_fn)})", group)
         """What ranks call it among themselves."""
         self.begun = Begun()
         self.groups: WeakKeyDictionary[Any, dict[Any, Agreement]] = WeakKeyDictionary()
@@ -55,7 +54,7 @@ _made_for_all: Counter[str] = Counter()
 """How many were made, for a group or for the default one: of a loss that is written in this place."""
 
 
-def _title(place: str, group: Any) -> str:
+def _count_place(place: str, group: Any) -> str:
     """A place, and which one this is of those that were made there: closures differ in nothing else that can be compared."""
     if group is None:
         made = _made_for_all
@@ -130,27 +129,42 @@ class Found(NamedTuple):
     """What this rank has to say against it: it takes part in the all-reduce with a record that it has raised."""
 
 
+class Caller(NamedTuple):
+    """One call of this rank."""
+
+    name: str
+    group: dist.ProcessGroup
+    number: int
+    """In this group, from 1 on."""
+    call_name: str
+    """Of its ``grad_fn``, as ranks call it among themselves."""
+
+    def exchange(self, mine: Description | None) -> list[tuple[int, str, Description | None]]:
+        """Every rank's number, name of the call, and description; None of one whose call has raised."""
+        return groups.exchange(self.name, self.group, (self.number, self.call_name, mine))
+
+    def raise_for_calls(self) -> NoReturn:
+        """Ranks make different calls: an error, the same on every rank, that names them all."""
+        raise problems.calls_differ(self.name, self.group, self.exchange(None))
+
+
 def agree(
     options: Options,
-    group: dist.ProcessGroup,
-    channel: Channel,
-    number: int,
-    title: str,
+    caller: Caller,
     params: Sequence[Tensor],
     dtypes: Sequence[torch.dtype],
     mine: Description,
     layout: Layout | None,
 ) -> Found:
     """Exchange descriptions. An error that is raised here is raised on every rank."""
-    name = options.name
-    answers = groups.exchange(name, group, (number, title, mine))
+    name, group, channel = options.name, caller.group, channels.of(caller.group)
+    answers = caller.exchange(mine)
     channel.number = max(channel.number, *(number for number, _, _ in answers))
-    problem = of_statuses(name, group, [each is None for _, _, each in answers])
-    if problem is not None:
-        raise problem
+    everyone = [each for _, _, each in answers if each is not None]
+    if len(everyone) < len(answers):
+        raise problems.calls_raised(name, group, [each is None for _, _, each in answers])
     if len({answer[:2] for answer in answers}) > 1:
-        raise _of_calls(name, group, answers)
-    everyone: list[Description] = [each for _, _, each in answers]
+        raise problems.calls_differ(name, group, answers)
     _check_alike(name, group, everyone)
     ranks = dist.get_process_group_ranks(group)
     known = [(rank, each) for rank, each in zip(ranks, everyone, strict=True) if each.layout is not None]
@@ -175,91 +189,6 @@ def agree(
     return Found(shape, agreement, bool(total) or options.reduction == "sum")
 
 
-def tell(name: str, group: dist.ProcessGroup, number: int, title: str) -> None:
-    """Take part in the exchange of descriptions, on a rank whose call has raised."""
-    groups.exchange(name, group, (number, title, None))
-
-
-def raise_for_calls(name: str, group: dist.ProcessGroup, number: int, title: str) -> NoReturn:
-    """Ranks make different calls: an error, the same on every rank, that names them all."""
-    raise _of_calls(name, group, groups.exchange(name, group, (number, title, None)))
-
-
-def of_statuses(name: str, group: dist.ProcessGroup, raised: Sequence[bool]) -> Exception | None:
-    """An error that names the ranks whose calls raised."""
-    if not any(raised):
-        return None
-    return RuntimeError(
-        f"{name}: no gradient on rank {dist.get_rank()}, because the call raised on {_named(group, raised)} of "
-        f"{groups.title(group)}; see the error there"
-    )
-
-
-def of_apart(name: str, group: dist.ProcessGroup, apart: Sequence[bool]) -> Exception:
-    """An error that names the ranks that have missed a result."""
-    return RuntimeError(
-        f"{name}: on {_named(group, apart)} of {groups.title(group)} the call before this one raised when the others already "
-        "had its result, so parameters may differ between ranks now. Nothing was returned. Load a checkpoint, or send the "
-        "parameters and the optimizer's state of one rank to all; the next call goes on"
-    )
-
-
-def of_weights(name: str, group: dist.ProcessGroup, wrong: Sequence[bool]) -> Exception:
-    """An error that names the ranks with a weight that nobody has read before."""
-    return ValueError(
-        f"{name}: loss_fn returned a Mean whose weight is negative, infinite or NaN on {_named(group, wrong)} of "
-        f"{groups.title(group)}; it must be finite and not negative. Nothing was returned"
-    )
-
-
-def of_dropped(name: str, group: dist.ProcessGroup, dropped: Sequence[bool]) -> Exception:
-    """An error that names the ranks that have begun another window."""
-    return RuntimeError(
-        f"{name}: on {_named(group, dropped)} of {groups.title(group)} an update raised and another state was begun without a "
-        "finalize, so finalize is called for different windows, and nothing was returned. A rank that catches the error of an "
-        "update must call finalize all the same, with the state before it. Make another accumulator on every rank, and go on "
-        "from the same place"
-    )
-
-
-def of_windows(name: str, group: dist.ProcessGroup, windows: Sequence[int]) -> Exception:
-    """An error that says which window each rank is in; 0: none that has a number."""
-    ranks = dist.get_process_group_ranks(group)
-    each = ", ".join(f"rank {rank} in window {n}" for rank, n in zip(ranks, windows, strict=True) if n)
-    return RuntimeError(
-        f"{name}: ranks of {groups.title(group)} are in different windows of their loops: {each}. A rank has left out a call "
-        "(by catching an error and going on, for instance), so nothing was returned. Let all ranks begin the loop again from "
-        "the same place (a step, a checkpoint); pass iter(window) where ranks are to pair other windows on purpose"
-    )
-
-
-def of_far(name: str, group: dist.ProcessGroup, far: Sequence[bool]) -> Exception:
-    """An error that names the ranks whose gradients did not fit."""
-    return RuntimeError(
-        f"{name}: on {_named(group, far)} of {groups.title(group)} the weights differ from the last call's by a factor of over "
-        "a billion, and they are on an accelerator, where that is known too late. Nothing was returned; the same call once "
-        "more goes through"
-    )
-
-
-def _named(group: dist.ProcessGroup, flags: Sequence[bool]) -> str:
-    found = [str(rank) for rank, flag in zip(dist.get_process_group_ranks(group), flags, strict=True) if flag]
-    return f"rank{'s' if len(found) > 1 else ''} {', '.join(found)}"
-
-
-def _of_calls(name: str, group: dist.ProcessGroup, answers: Sequence[tuple[int, str, Any]]) -> Exception:
-    ranks = dist.get_process_group_ranks(group)
-    each = "; ".join(
-        f"rank {rank}: {title}, call {number}" for rank, (number, title, _) in zip(ranks, answers, strict=True)
-    )
-    return RuntimeError(
-        f"{name}: ranks of {groups.title(group)} made different calls, and nothing was returned. {each} in this group. Every "
-        "rank must make the same calls in the same order, and one that catches an error must not go on by itself. Catch this "
-        "one on every rank, and let all of them go on from the same place (a step, a checkpoint): their next calls have the "
-        "same number again"
-    )
-
-
 def _common(
     name: str, group: dist.ProcessGroup, known: Sequence[tuple[int, Description]], own: Layout | None
 ) -> Layout:
@@ -277,11 +206,11 @@ def _common(
     for (rank, _), other in zip(known[1:], found[1:], strict=True):
         problem = layouts.difference(found[0], other)
         if problem is not None:
-            raise ValueError(f"{name}: ranks {known[0][0]} and {rank} differ: {problem}; {groups.title(group)}")
+            raise ValueError(f"{name}: ranks {known[0][0]} and {rank} differ: {problem}; {groups.named(group)}")
     return found[0]
 
 
-def _place(loss_fn: Any) -> str:
+def _code_of(loss_fn: Any) -> str:
     """Where the code of a loss stands: module, name and line, without what differs between machines."""
     while isinstance(loss_fn, functools.partial):
         loss_fn = loss_fn.func
@@ -312,7 +241,7 @@ def _check_alike(name: str, group: dist.ProcessGroup, everyone: Sequence[Descrip
             problem = _difference(ranks[0], first.params, rank, each.params)
         if problem is not None:
             raise ValueError(
-                f"{name}: ranks {ranks[0]} and {rank} differ: {problem}. Every rank of {groups.title(group)} "
+                f"{name}: ranks {ranks[0]} and {rank} differ: {problem}. Every rank of {groups.named(group)} "
                 "must call the same grad_fn with parameters of the same structure, shapes and dtypes"
             )
 

@@ -93,7 +93,7 @@ class Channel:
         """Whether it was left where nothing can be told any more."""
         self.apart = False
         """Whether the others may have a result of the latest call, and this rank has not."""
-        self._speaking: Unfinished | None = None
+        self._sender: Unfinished | None = None
         """The call that sends, or waits for what it has sent."""
         self._lock = threading.Lock()
         self._latest: deque[tuple[int, Shape]] = deque(maxlen=32)
@@ -106,39 +106,39 @@ class Channel:
         self.number += 1
         return self.number
 
-    def speak(self, name: str, group: dist.ProcessGroup, call: Unfinished) -> None:
-        """This call sends; until it is `silent`, no other one may.
+    def start_sending(self, name: str, group: dist.ProcessGroup, call: Unfinished) -> None:
+        """This call sends; until it is `stop_sending`, no other one may.
 
         Raises:
             RuntimeError: another thread is in the middle of one.
         """
         with self._lock:
-            if self._speaking is None:
-                self._speaking = call
-        if self._speaking is not call:
+            if self._sender is None:
+                self._sender = call
+        if self._sender is not call:
             raise RuntimeError(
-                f"{name}: another thread of rank {dist.get_rank()} is in the middle of a call in {groups.title(group)}, and "
+                f"{name}: another thread of rank {dist.get_rank()} is in the middle of a call in {groups.named(group)}, and "
                 "what two calls send at once would be mixed up. In a group, every rank makes the same calls in the same "
                 "order, one after the other: give each thread a group of its own (torch.distributed.new_group), or let one "
                 "thread make the calls"
             )
 
-    def silent(self, call: Unfinished) -> None:
+    def stop_sending(self, call: Unfinished) -> None:
         """It has nothing to send any more."""
-        if self._speaking is call:
-            self._speaking = None
+        if self._sender is call:
+            self._sender = None
 
-    def settle(self, name: str, group: dist.ProcessGroup) -> None:
+    def finish_earlier_calls(self, name: str, group: dist.ProcessGroup) -> None:
         """Bring to its end what earlier calls have left."""
         if self.broken:
             raise RuntimeError(
-                f"{name}: an earlier call on this rank was interrupted while the ranks of {groups.title(group)} agreed; "
+                f"{name}: an earlier call on this rank was interrupted while the ranks of {groups.named(group)} agreed; "
                 "this group cannot be used any more. Make a new one"
             )
         while self.unfinished:
             self.unfinished[0].abandon()
 
-    def crossed(self, identity: int, shape: Shape) -> None:
+    def note_crossed(self, identity: int, shape: Shape) -> None:
         """A call of this ``grad_fn`` has gone through."""
         self._same = self._same + 1 if self._latest and self._latest[-1][0] == identity else 1
         self._latest.append((identity, shape))
@@ -167,7 +167,7 @@ def rows(name: str, group: dist.ProcessGroup, table: Tensor) -> list[Row]:
     found = [Row(*row) for row in table[:, :WEIGHT].tolist()]
     if any(row.bits & ~0xFFFF != _MAGIC for row in found):
         raise RuntimeError(
-            f"{name}: what came through {groups.title(group)} is no record of a call: another collective of this group was "
+            f"{name}: what came through {groups.named(group)} is no record of a call: another collective of this group was "
             "mixed up with this call's. Nothing was returned. Every rank must make the same calls in the same order"
         )
     return found

@@ -68,7 +68,7 @@ def resolve(name: str, group: Any, otherwise: str = _UNSYNCHRONISED) -> dist.Pro
     return group if group.size() > 1 else None
 
 
-def title(group: dist.ProcessGroup) -> str:
+def named(group: dist.ProcessGroup) -> str:
     """How messages name a group."""
     ranks = dist.get_process_group_ranks(group)
     shown = f"{ranks[:8]}"[:-1] + (f", ... {len(ranks)} of them]" if len(ranks) > 8 else "]")
@@ -76,13 +76,13 @@ def title(group: dist.ProcessGroup) -> str:
 
 
 @contextmanager
-def speaking(name: str, group: dist.ProcessGroup) -> Iterator[None]:
+def explaining_errors(name: str, group: dist.ProcessGroup) -> Iterator[None]:
     """Around collectives: torch's errors say which connection broke, not what that means."""
     try:
         yield
     except RuntimeError as error:
         raise RuntimeError(
-            f"{name}: the collective of {title(group)} failed on rank {dist.get_rank()}: another rank has ended, did not "
+            f"{name}: the collective of {named(group)} failed on rank {dist.get_rank()}: another rank has ended, did not "
             f"come within the group's timeout, or made another call. Nothing was returned. torch says: {error}"
         ) from error
 
@@ -90,7 +90,7 @@ def speaking(name: str, group: dist.ProcessGroup) -> Iterator[None]:
 def exchange(name: str, group: dist.ProcessGroup, mine: Any) -> list[Any]:
     """What every rank has, which can be pickled."""
     everyone: list[Any] = [None] * group.size()
-    with speaking(name, group):
+    with explaining_errors(name, group):
         dist.all_gather_object(everyone, mine, group=group)
     return everyone
 

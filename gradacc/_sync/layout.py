@@ -68,19 +68,31 @@ def restore(layout: Layout, summed: Sequence[Any], local: Sums, like: Tensor, fi
     return _sums.with_numbers(structure, summed, pieces, weight, unit)
 
 
+def restored(value: Tensor, spec: Spec, device: torch.device) -> Any:
+    """What was summed, as what was sent: a Python number, or a tensor of its dtype and on ``device``."""
+    if spec.dtype is None:
+        number = float(value.item())
+        return int(number) if spec.whole and number.is_integer() else number
+    # Of the records: a number, which needs no copy to the device.
+    if value.is_cpu and not value.ndim:
+        narrow = value if not value.is_floating_point() and not value.is_complex() else value.to(spec.dtype)
+        return torch.full((), narrow.item(), dtype=spec.dtype, device=device)
+    return value.to(device=device, dtype=spec.dtype)
+
+
 def difference(one: Layout, other: Layout) -> str | None:
     """The first difference between two ranks, or between two calls."""
     if type(one.value) is not type(other.value):
         return f"loss_fn returned {_kind(one)}, and {_kind(other)}"
     if _facts(one.value) != _facts(other.value):
-        return f"the loss is {_title(one.value)}, and {_title(other.value)}"
+        return f"the loss is {_words(one.value)}, and {_words(other.value)}"
     parts, treedef = _tree.flatten(one.aux, is_part)
     others, othertree = _tree.flatten(other.aux, is_part)
     if treedef != othertree:
         return f"aux has the structure {treedef}, and {othertree}"
     for path, a, b in zip(_tree.paths(treedef, "aux"), parts, others, strict=True):
         if _facts(a) != _facts(b):
-            return f"{path} is {_title(a)}, and {_title(b)}"
+            return f"{path} is {_words(a)}, and {_words(b)}"
     return None
 
 
@@ -107,7 +119,7 @@ def _kind(layout: Layout) -> str:
     return "a Mean" if isinstance(layout.value, Total) else "a tensor"
 
 
-def _title(part: Any) -> str:
+def _words(part: Any) -> str:
     if isinstance(part, Pieces):
         return f"concatenated of {part.tensors[0].dtype}"
     shown = " over ".join(

@@ -17,8 +17,8 @@ from gradacc._sync import agreement as agreements
 from gradacc._sync import channel as channels
 from gradacc._sync import group as groups
 from gradacc._sync import layout as layouts
+from gradacc._sync import problems, wire
 from gradacc._sync import scale as scales
-from gradacc._sync import wire
 from gradacc._sync.agreement import Agreed, Agreement
 from gradacc._sync.channel import (
     APART,
@@ -42,7 +42,7 @@ class Link(Turn):
     """One call's connection to the other ranks: what it gives, and what it gets."""
 
     def __init__(self, options: Options, group: dist.ProcessGroup, agreed: Agreed, channel: Channel) -> None:
-        super().__init__(options.name, agreed.title, group, channel)
+        super().__init__(options.name, agreed.call_name, group, channel)
         self.options, self.agreed = options, agreed
         self.begun = agreed.begun
         self.states, self.dropped = agreed.begun.take()
@@ -97,7 +97,7 @@ class Link(Turn):
         assert self.agreement is not None
         plan, sending = self.agreement.plan, self.open()
         at = plan.places[index].bucket
-        _pack(plan.places[index], sending.flat(at), grad, self.factor)
+        wire.pack(plan.places[index], sending.flat(at), grad, self.factor)
         self.delivered.add(index)
         if plan.narrow:
             self.held[index] = grad
@@ -112,7 +112,7 @@ class Link(Turn):
         try:
             grads, sums, arrived = self._cross(grads, sums, arrived)
         except BaseException as error:
-            self.leave()
+            self.leave_for_next_call()
             groups.release(error)
             raise
         return grads, types(sums), arrived
@@ -129,7 +129,7 @@ class Link(Turn):
 
     def _cross(self, grads: list[Tensor | None], sums: Sums, arrived: bool) -> tuple[list[Tensor | None], Sums, bool]:
         options = self.options
-        with self.telling():
+        with self.failing_together():
             order = tuple(self.held)
             for index, grad in self.held.items():
                 grads[index] = grad
@@ -140,35 +140,34 @@ class Link(Turn):
             if self.agreement is None:
                 described = agreements.describe(options, self.params, self.treedef, here, float(weight), order)
         if self.next.kind == GREETING and not self._is_expected():
-            with self.telling():
+            with self.failing_together():
                 sending = self.open()
                 identity = channels.FIRST if self.agreement is None else self.agreement.identity
                 sending.launch_rest(self.record(sending.shape.columns, SWITCHING, identity))
             self.conclude()
-            self.check()
+            self.raise_problem()
         if described is not None:
-            call = (options, self.group, self.channel, self.number, self.agreed.title)
             with self.exchanging():
-                found = agreements.agree(*call, self.params, self.dtypes, described, here)
+                found = agreements.agree(options, self.caller(), self.params, self.dtypes, described, here)
                 if found.shape is not None:
-                    self.go(SUMS, found.shape)
+                    self.set_next(SUMS, found.shape)
             if found.shape is None:
                 self.channel.apart = True
                 return [None] * len(grads), _sums.NOTHING, False
             self.agreement, self._lasting = found.agreement, found.lasting
-            with self.telling():
+            with self.failing_together():
                 if found.problem is not None:
                     raise found.problem
         agreement = self.agreement
         assert agreement is not None
-        with self.telling():
+        with self.failing_together():
             if here is not None:
                 self._check_kind(agreement, here)
             if not self.delivered:
                 self.set_unit(sums.unit, weight)
             self._send(agreement, grads, sums, here, weight, arrived)
         self.conclude()
-        self.check()
+        self.raise_problem()
         return self._receive(agreement, grads, sums)
 
     def _check_kind(self, agreement: Agreement, here: Layout) -> None:
@@ -219,11 +218,11 @@ class Link(Turn):
                     grad = grads[index] if kept else None
                     if not plan.narrow and not self.withholds:
                         grads[index] = None
-                    _pack(plan.places[index], flat, None if self.withholds else grad, self.factor)
+                    wire.pack(plan.places[index], flat, None if self.withholds else grad, self.factor)
             wire.write_vectors(plan, at, flat, values)
             sending.launch(record)
 
-    def came(self, sending: Sending, keep: bool) -> Tensor | None:
+    def wait_for_sums(self, sending: Sending, keep: bool) -> Tensor | None:
         """And gradients in the accumulators' dtype, made while later buckets cross."""
         shape, agreement = sending.shape, self.agreement
         sums = agreement is not None and agreement.shape == shape and self.next.kind != REST
@@ -234,13 +233,13 @@ class Link(Turn):
             if keep and plan is not None and not plan.narrow:
                 wide.append(wire.widen(plan.buckets[at], flats[at]))
         self._received = flats, wide
-        return None if plan is None or not plan.narrow else _largest(plan, flats)
+        return None if plan is None or not plan.narrow else wire.largest(plan, flats)
 
-    def own(self) -> Next:
+    def next_of_another_shape(self) -> Next:
         """An exchange of descriptions, or the sums of what was agreed on."""
         return Next(DESCRIPTIONS) if self.agreement is None else Next(SUMS, self.agreement.shape)
 
-    def learn(self, table: Tensor, largest: float) -> None:
+    def note_success(self, table: Tensor, largest: float) -> None:
         """The agreement, where it is new; its scale. What was withheld, or does not fit into float16, crosses once more."""
         agreement = self.agreement
         assert agreement is not None
@@ -250,14 +249,14 @@ class Link(Turn):
         if self._lasting:
             self.channel.agreements = agreement.identity + 1
         if self._lasting or self.signature in known:
-            learnt = weight and math.isfinite(weight)
-            known[self.signature] = agreement._replace(scale=scales.scale(weight)) if learnt else agreement
+            is_known = weight and math.isfinite(weight)
+            known[self.signature] = agreement._replace(scale=scales.scale(weight)) if is_known else agreement
         wrong, far = floats[:, channels.WEIGHT].isnan().tolist(), (bits & FAR).tolist()
         if any(wrong):
-            self._problem = agreements.of_weights(self.options.name, self.group, wrong)
+            self._problem = problems.weights_are_wrong(self.options.name, self.group, wrong)
             return
         if any(far):
-            self._problem = agreements.of_far(self.options.name, self.group, far)
+            self._problem = problems.weights_are_far(self.options.name, self.group, far)
             return
         again = bool((bits & WITHHELD).any())
         if agreement.plan.narrow:
@@ -266,7 +265,7 @@ class Link(Turn):
             again = counts and (wrong_scale or not scales.NARROWEST <= largest < math.inf)
         if again:
             self._rest = self._plan_of_rest()
-            self.go(REST, wire.shape(self._rest, self.group.size(), COLUMNS))
+            self.set_next(REST, wire.shape(self._rest, self.group.size(), COLUMNS))
         self._table = table
 
     def _receive(
@@ -291,7 +290,9 @@ class Link(Turn):
                 wide = [wire.widen(bucket, flat) for bucket, flat in zip(plan.buckets, flats, strict=True)]
             whole = wire.unpack(plan, wide, self.params, self._strides)
         summed = wire.read(plan, flats, COLUMNS, table, floats[:, channels.UNIT] / unit)
-        restored = [_restored(x, spec, self.params[0].device) for x, spec in zip(summed, plan.specs, strict=True)]
+        restored = [
+            layouts.restored(x, spec, self.params[0].device) for x, spec in zip(summed, plan.specs, strict=True)
+        ]
         differentiated = bool((bits & DIFFERENTIATED).any())
         union = layouts.restore(agreement.layout, restored, sums, self.params[0], (weight, unit, differentiated))
         return whole, union, bool((bits & ARRIVED).any())
@@ -318,7 +319,7 @@ class Link(Turn):
         """What was withheld, and ``ratio`` times what was not (None: nothing that came before counts)."""
         plan, self._received = self._rest, ([], [])
         assert plan is not None
-        with self.telling():
+        with self.failing_together():
             factor: float | Tensor = 1.0
             if self.options.reduction == "mean":
                 factor = 0.0 if sums.unit is None else sums.unit / unit
@@ -327,10 +328,10 @@ class Link(Turn):
                 flat = sending.flat(at)
                 for index in bucket.indices:
                     grad, grads[index] = grads[index], None
-                    _pack(plan.places[index], flat, grad if sums.value is not None else None, factor)
+                    wire.pack(plan.places[index], flat, grad if sums.value is not None else None, factor)
                 sending.launch(self.record(sending.shape.columns, FINE) if at == plan.header else None)
         self.conclude()
-        self.check()
+        self.raise_problem()
         flats = self._received[0]
         wide = [wire.widen(bucket, flat) for bucket, flat in zip(plan.buckets, flats, strict=True)]
         second = wire.unpack(plan, wide, self.params, self._strides)
@@ -342,37 +343,5 @@ class Link(Turn):
         return second
 
 
-def _largest(plan: wire.Plan, flats: Sequence[Tensor]) -> Tensor:
-    """The largest absolute value of all gradients, as they came; NaN where one is."""
-    device = plan.buckets[plan.header].device
-    each = [
-        torch.linalg.vector_norm(flat[: bucket.numel], math.inf).to(device)
-        for bucket, flat in zip(plan.buckets, flats, strict=True)
-        if bucket.numel
-    ]
-    return torch.stack(each).max() if each else torch.ones((), device=device)
-
-
 def _floating(number: float | Tensor) -> float | Tensor:
     return number if isinstance(number, Tensor) else float(number)
-
-
-def _restored(value: Tensor, spec: layouts.Spec, device: torch.device) -> Any:
-    if spec.dtype is None:
-        number = float(value.item())
-        return int(number) if spec.whole and number.is_integer() else number
-    # Of the records: a number, which needs no copy to the device.
-    if value.is_cpu and not value.ndim:
-        narrow = value if not value.is_floating_point() and not value.is_complex() else value.to(spec.dtype)
-        return torch.full((), narrow.item(), dtype=spec.dtype, device=device)
-    return value.to(device=device, dtype=spec.dtype)
-
-
-def _pack(place: wire.Place, flat: Tensor, grad: Tensor | None, factor: float | Tensor) -> None:
-    part = flat.narrow(0, place.offset, place.numel)
-    if grad is None:
-        part.zero_()
-    else:
-        numbers = wire.real(grad.detach())
-        factor = factor.to(part.device) if isinstance(factor, Tensor) else factor
-        torch.mul(numbers, factor, out=part.view(numbers.shape))

@@ -41,20 +41,20 @@ class Loop:
         """
         group, rank = self.group, dist.get_rank()
         flags = torch.tensor([unknown, left, rank + 1 if raised else 0], device=_device(group))
-        with groups.speaking(self.name, group):
+        with groups.explaining_errors(self.name, group):
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
         anyone, most, failed = flags.tolist()
         if failed:
             raise RuntimeError(
                 f"{self.name}: no window on rank {rank}, because the loader (or steps) raised on rank {failed - 1} of "
-                f"{groups.title(group)}; see the error there"
+                f"{groups.named(group)}; see the error there"
             )
         return bool(anyone), most
 
-    def give_up(self, error: Exception) -> None:
+    def fail(self, error: Exception) -> None:
         """This rank's loop ends by an error: it takes part in the call that the others make, if the last window made one."""
         if self._before is not None and self._calls.number > self._before:
-            turns.give_up(self.name, self.group, error)
+            turns.fail_before_call(self.name, self.group, error)
 
 
 def _device(group: dist.ProcessGroup) -> torch.device:

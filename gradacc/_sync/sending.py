@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradacc._sync import group as groups
+from gradacc._sync import record as records
 from gradacc._sync import wire
 
 
@@ -37,8 +38,8 @@ class Sending:
         if at == self.shape.header:
             assert record is not None
             slots = self._slots(flat).zero_()
-            slots[group.rank()].copy_(wire.encode(record, flat.dtype))
-        with groups.speaking(self.name, group):
+            slots[group.rank()].copy_(records.encode(record, flat.dtype))
+        with groups.explaining_errors(self.name, group):
             self.works.append(dist.all_reduce(flat, group=group, async_op=True))
 
     def launch_rest(self, record: Tensor) -> None:
@@ -50,7 +51,7 @@ class Sending:
 
     def wait(self, at: int) -> Tensor:
         """The sum, of all-reduce number ``at``."""
-        with groups.speaking(self.name, self._held()):
+        with groups.explaining_errors(self.name, self._held()):
             self.works[at].wait()
         return self.flat(at)
 
@@ -58,13 +59,13 @@ class Sending:
         """All ranks' records, one a row; and the value of a 0-dim tensor (1, where there is none), in the same read."""
         slots = self._slots(self.flat(self.shape.header))
         if beside is None:
-            return wire.decode(slots.cpu(), self.shape.columns), 1.0
+            return records.decode(slots.cpu(), self.shape.columns), 1.0
         numbers = torch.cat([slots.flatten(), beside.to(slots).view(1)]).cpu()
-        return wire.decode(numbers[:-1].view(slots.shape), self.shape.columns), float(numbers[-1])
+        return records.decode(numbers[:-1].view(slots.shape), self.shape.columns), float(numbers[-1])
 
     def _slots(self, flat: Tensor) -> Tensor:
         world = self._held().size()
-        return flat[len(flat) - world * wire.digits(self.shape.columns, flat.dtype) :].view(world, -1)
+        return flat[len(flat) - world * records.digits(self.shape.columns, flat.dtype) :].view(world, -1)
 
     def _held(self) -> dist.ProcessGroup:
         group = self._group()

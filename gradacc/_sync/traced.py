@@ -14,10 +14,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradacc import _sums, _tree
+from gradacc._dtypes import as_real
 from gradacc._options import Options
 from gradacc._sums import Sums
 from gradacc._sync import channel as channels
 from gradacc._sync import layout as layouts
+from gradacc._sync import record as records
 from gradacc._sync import wire
 
 
@@ -58,20 +60,20 @@ class Traced:
             parts = [
                 torch.zeros(place.numel, dtype=bucket.wire, device=bucket.device)
                 if grad is None
-                else _flat(wire.real(grad) * factor, own is not None).to(bucket.wire)
+                else _flat(as_real(grad) * factor, own is not None).to(bucket.wire)
                 for grad, place, own in ((grads[i], plan.places[i], strides[i]) for i in bucket.indices)
             ]
-            parts += [wire.real(values[n]).reshape(-1) for n in plan.vectors[at]]
+            parts += [as_real(values[n]).reshape(-1) for n in plan.vectors[at]]
             if at == plan.header:
-                coded = wire.encode(record, bucket.wire)
+                coded = records.encode(record, bucket.wire)
                 before, after = group.rank(), group.size() - 1 - group.rank()
                 parts += [coded.new_zeros(before * len(coded)), coded, coded.new_zeros(after * len(coded))]
             flat = torch.cat(parts)
             dist.all_reduce(flat, group=group)
             flats.append(flat)
         wide = [wire.widen(bucket, flat) for bucket, flat in zip(plan.buckets, flats, strict=True)]
-        header, digits = flats[plan.header], wire.digits(len(record), plan.buckets[plan.header].wire)
-        table = wire.decode(header[len(header) - group.size() * digits :].view(group.size(), -1), len(record))
+        header, digits = flats[plan.header], records.digits(len(record), plan.buckets[plan.header].wire)
+        table = records.decode(header[len(header) - group.size() * digits :].view(group.size(), -1), len(record))
         floats = table.view(torch.float64)
         summed = wire.read(plan, flats, channels.COLUMNS, table, floats[:, channels.UNIT])
         restored = [

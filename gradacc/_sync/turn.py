@@ -11,10 +11,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradacc._sync import agreement as agreements
 from gradacc._sync import channel as channels
 from gradacc._sync import group as groups
-from gradacc._sync import wire
+from gradacc._sync import problems, wire
+from gradacc._sync.agreement import Caller
 from gradacc._sync.begun import Begun
 from gradacc._sync.channel import APART, DROPPED, RAISED, SWITCHING, Channel
 from gradacc._sync.sending import Sending
@@ -38,8 +38,8 @@ class Turn:
     to give.
     """
 
-    def __init__(self, name: str, title: str, group: dist.ProcessGroup, channel: Channel) -> None:
-        self.name, self.title, self.channel = name, title, channel
+    def __init__(self, name: str, call_name: str, group: dist.ProcessGroup, channel: Channel) -> None:
+        self.name, self.call_name, self.channel = name, call_name, channel
         self._group = weakref.ref(group)
         self.number = channel.begin()
         self._begun: Next | None = None
@@ -59,13 +59,17 @@ class Turn:
             raise RuntimeError(f"{self.name}: the process group was destroyed while the call ran")
         return group
 
+    def caller(self) -> Caller:
+        """This call, with the group: not to be kept."""
+        return Caller(self.name, self.group, self.number, self.call_name)
+
     def begin(self) -> None:
         """First of all, what earlier calls have left."""
         try:
             with torch.inference_mode(False):
-                self.channel.settle(self.name, self.group)
+                self.channel.finish_earlier_calls(self.name, self.group)
         except BaseException as error:
-            self.leave()
+            self.leave_for_next_call()
             groups.release(error)
             raise
 
@@ -73,29 +77,29 @@ class Turn:
         """This rank's call raises: the others are told; where they cannot be waited for, in this rank's next call."""
         groups.release(error)
         if not isinstance(error, Exception):
-            self.leave()
+            self.leave_for_next_call()
             return
         try:
             with torch.inference_mode(False):
                 self.abandon()
         except Exception:  # this rank's own error is the one to see
-            self.leave()
+            self.leave_for_next_call()
 
     def abandon(self) -> None:
         """Take part in what is left of the call without anything to give, and say that it has raised."""
         while self.next.kind != NOTHING:
             if self.next.kind == DESCRIPTIONS:
                 with self.exchanging():
-                    agreements.tell(self.name, self.group, self.number, self.title)
+                    self.caller().exchange(None)
             elif self.next.kind == NAMES:
                 with contextlib.suppress(RuntimeError):
-                    self.check()
+                    self.raise_problem()
             else:
                 sending = self.open()
                 sending.launch_rest(self.record(sending.shape.columns, RAISED))
                 self.conclude(keep=False)
 
-    def leave(self) -> None:
+    def leave_for_next_call(self) -> None:
         """For the next call of this group."""
         if (self._begun is None or self._begun.kind != NOTHING) and self not in self.channel.unfinished:
             self.channel.unfinished.append(self)
@@ -108,25 +112,25 @@ class Turn:
             self._begun = Next(DESCRIPTIONS) if expected is None else Next(GREETING, expected)
         return self._begun
 
-    def go(self, kind: int, shape: wire.Shape | None = None) -> None:
+    def set_next(self, kind: int, shape: wire.Shape | None = None) -> None:
         """The next step."""
         self._begun, self._sending = Next(kind, shape), None
         if kind == NOTHING:
-            self.channel.silent(self)
+            self.channel.stop_sending(self)
             if self in self.channel.unfinished:
                 self.channel.unfinished.remove(self)
 
     def open(self) -> Sending:
         """What is sent in this step."""
         if self._sending is None:
-            self._speak()
+            self._start_sending()
             assert self.next.shape is not None
             self._sending = Sending(self.name, self.group, self.next.shape)
         return self._sending
 
-    def _speak(self) -> None:
+    def _start_sending(self) -> None:
         try:
-            self.channel.speak(self.name, self.group, self)
+            self.channel.start_sending(self.name, self.group, self)
         except RuntimeError:
             # What the channel expects, when this call is told, is not known yet.
             self._begun = None
@@ -138,7 +142,7 @@ class Turn:
         return self._sending is not None
 
     @contextlib.contextmanager
-    def telling(self) -> Iterator[None]:
+    def failing_together(self) -> Iterator[None]:
         """Around what can raise on this rank alone."""
         try:
             yield
@@ -152,19 +156,19 @@ class Turn:
 
         They are the last step, unless another one is named inside.
         """
-        self._speak()
+        self._start_sending()
         step = self.next
         try:
             yield
         except Exception:
-            self.go(NOTHING)
+            self.set_next(NOTHING)
             raise
         except BaseException:
-            self.go(NOTHING)
+            self.set_next(NOTHING)
             self.channel.broken = True
             raise
         if self.next is step:
-            self.go(NOTHING)
+            self.set_next(NOTHING)
 
     def record(self, columns: int, status: int, identity: int = 0) -> Tensor:
         """Of a rank that has nothing to give."""
@@ -181,15 +185,15 @@ class Turn:
         """
         sending, (kind, shape) = self.open(), self.next
         assert shape is not None
-        table, largest = sending.table(self.came(sending, keep))
+        table, largest = sending.table(self.wait_for_sums(sending, keep))
         self._begun, self._sending = Next(NOTHING), None
         try:
-            self._judge(kind, shape, table, largest)
+            self._read_records(kind, shape, table, largest)
         finally:
             if self.next.kind == NOTHING:
-                self.go(NOTHING)
+                self.set_next(NOTHING)
 
-    def _judge(self, kind: int, shape: wire.Shape, table: Tensor, largest: float) -> None:
+    def _read_records(self, kind: int, shape: wire.Shape, table: Tensor, largest: float) -> None:
         """What the records say together: the next step, or what is wrong."""
         name, group, channel = self.name, self.group, self.channel
         rows = channels.rows(name, group, table)
@@ -197,49 +201,49 @@ class Turn:
         statuses = {row.status for row in rows}
         dropped = [bool(row.bits & DROPPED) for row in rows]
         if any(dropped) and len({row.begun for row in rows}) > 1:
-            self._problem = agreements.of_dropped(name, group, dropped)
+            self._problem = problems.windows_were_dropped(name, group, dropped)
             if self.begun is not None:
                 self.begun.apart = True
         elif RAISED in statuses:
-            self._problem = agreements.of_statuses(name, group, [row.status == RAISED for row in rows])
+            self._problem = problems.calls_raised(name, group, [row.status == RAISED for row in rows])
         elif len({(row.status, row.number, row.identity) for row in rows}) > 1:
-            self.go(NAMES)
+            self.set_next(NAMES)
         elif len({row.window for row in rows if row.window}) > 1:
-            self._problem = agreements.of_windows(name, group, [row.window for row in rows])
+            self._problem = problems.windows_differ(name, group, [row.window for row in rows])
         elif len({row.bits & APART for row in rows}) > 1:
             channel.apart = False
-            self._problem = agreements.of_apart(name, group, [bool(row.bits & APART) for row in rows])
+            self._problem = problems.result_was_missed(name, group, [bool(row.bits & APART) for row in rows])
         elif SWITCHING in statuses:
             channel.apart = False
-            self.go(*self.own())
+            self.set_next(*self.next_of_another_shape())
         elif kind != REST:
             channel.apart = True  # until `done`
-            channel.crossed(rows[0].identity, shape)
-            self.learn(table, largest)
+            channel.note_crossed(rows[0].identity, shape)
+            self.note_success(table, largest)
 
-    def check(self) -> None:
+    def raise_problem(self) -> None:
         """Raise what all ranks have found, if anything."""
         if self.next.kind == NAMES:
             with self.exchanging():
-                agreements.raise_for_calls(self.name, self.group, self.number, self.title)
+                self.caller().raise_for_calls()
         if self._problem is not None:
             raise self._problem
 
-    def came(self, sending: Sending, keep: bool) -> Tensor | None:
-        """Wait for everything; a 0-dim tensor that is to be read with the records: `learn`'s ``largest``."""
+    def wait_for_sums(self, sending: Sending, keep: bool) -> Tensor | None:
+        """Wait for everything; a 0-dim tensor that is to be read with the records: `note_success`'s ``largest``."""
         for at in range(len(sending.works)):
             sending.wait(at)
         return None
 
-    def own(self) -> Next:
+    def next_of_another_shape(self) -> Next:
         """What crosses if all ranks make a call of another shape than was expected."""
         return Next(DESCRIPTIONS)
 
-    def learn(self, table: Tensor, largest: float) -> None:
+    def note_success(self, table: Tensor, largest: float) -> None:
         """What later calls rely on, after one that went through on all ranks; and whether something crosses once more."""
 
 
-def give_up(name: str, group: dist.ProcessGroup, error: BaseException) -> None:
+def fail_before_call(name: str, group: dist.ProcessGroup, error: BaseException) -> None:
     """Take the place of a call that this rank would make now, if it had not raised."""
     turn = Turn(name, name, group, channels.of(group))
     turn.begin()

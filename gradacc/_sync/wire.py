@@ -1,7 +1,8 @@
-"""Packing: buckets of gradients, records of bytes in a sum of floats. NOTE [one collective]"""
+"""Packing: buckets of gradients, and behind them what else is summed. NOTE [one collective]"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gradacc import _dtypes
+from gradacc._sync import record as records
 from gradacc._sync.layout import Spec
 
 SMALL, LARGE, PARTS = 1 << 20, 25 << 20, 5
@@ -19,9 +21,6 @@ EARLY = (1 / 16, 1 / 4)
 """the parts of that at which they are full: a backward pass that makes bytes four times as fast as the network carries them
 fills the next one while the network carries one, which is then never idle (measured so on the slow link of
 ``benchmarks/boundary.py``)."""
-
-_BYTES = {torch.float64: 6, torch.float32: 3, torch.float16: 1, torch.bfloat16: 1}
-"""Whole bytes that a float of this dtype holds exactly."""
 
 
 class Bucket(NamedTuple):
@@ -146,7 +145,7 @@ def shape(plan: Plan, world: int, fixed: int) -> Shape:
     for at, bucket in enumerate(plan.buckets):
         numel = bucket.numel + sum(_numel(plan.specs[n]) for n in plan.vectors[at])
         if at == plan.header:
-            numel += world * digits(columns, bucket.wire)
+            numel += world * records.digits(columns, bucket.wire)
         flats.append((numel, bucket.wire, bucket.device))
     return Shape(tuple(flats), plan.header, columns)
 
@@ -160,12 +159,23 @@ def _numel(spec: Spec) -> int:
     return torch.Size(spec.shape).numel() * (2 if spec.dtype.is_complex else 1)
 
 
+def pack(place: Place, flat: Tensor, grad: Tensor | None, factor: float | Tensor) -> None:
+    """Put a gradient, times ``factor``, in its place; zeros where there is none."""
+    part = flat.narrow(0, place.offset, place.numel)
+    if grad is None:
+        part.zero_()
+    else:
+        numbers = _dtypes.as_real(grad.detach())
+        factor = factor.to(part.device) if isinstance(factor, Tensor) else factor
+        torch.mul(numbers, factor, out=part.view(numbers.shape))
+
+
 def write_vectors(plan: Plan, at: int, flat: Tensor, values: Sequence[Any] | None) -> None:
     """Put a bucket's riders behind its gradients; None: this rank has nothing."""
     offset = plan.buckets[at].numel
     for n in plan.vectors[at]:
         part = flat.narrow(0, offset, _numel(plan.specs[n]))
-        part.zero_() if values is None else part.copy_(real(values[n]).reshape(-1))
+        part.zero_() if values is None else part.copy_(_dtypes.as_real(values[n]).reshape(-1))
         offset += part.numel()
 
 
@@ -180,16 +190,6 @@ def read_vectors(plan: Plan, at: int, flat: Tensor) -> dict[int, Tensor]:
         shaped = part.view(*spec.shape, 2) if spec.dtype.is_complex else part.view(spec.shape)
         found[n] = torch.view_as_complex(shaped) if spec.dtype.is_complex else shaped
     return found
-
-
-def real(tensor: Tensor) -> Tensor:
-    """The real numbers of a tensor."""
-    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-
-
-def digits(columns: int, dtype: torch.dtype) -> int:
-    """Elements of ``dtype`` that hold a record of so many columns of 8 bytes."""
-    return -(-8 * columns // _BYTES[dtype])
 
 
 def record(plan: Plan, fixed: Sequence[Any], values: Sequence[Any] | None, device: torch.device) -> Tensor:
@@ -254,28 +254,20 @@ def _summed(plan: Plan, fixed: int, table: Tensor, shares: Tensor) -> list[Any]:
     return sums
 
 
-def encode(record: Tensor, dtype: torch.dtype) -> Tensor:
-    """A record (int64) as integers in ``dtype``, each of as many bytes as it holds exactly."""
-    width = _BYTES[dtype]
-    raw = record.contiguous().view(torch.uint8)
-    raw = torch.nn.functional.pad(raw, (0, -len(raw) % width))
-    return (raw.view(-1, width).to(torch.int64) << _shifts(width, record.device)).sum(1).to(dtype)
-
-
-def decode(coded: Tensor, columns: int) -> Tensor:
-    """The inverse of `encode`, for the records of all ranks: ``[W, digits] -> [W, columns]``."""
-    width = _BYTES[coded.dtype]
-    raw = (coded.to(torch.int64).unsqueeze(-1) >> _shifts(width, coded.device)) & 255
-    return raw.to(torch.uint8).flatten(1)[:, : 8 * columns].flatten().view(torch.int64).view(-1, columns)
-
-
-def _shifts(width: int, device: torch.device) -> Tensor:
-    return torch.arange(0, 8 * width, 8, device=device)
-
-
 def widen(bucket: Bucket, flat: Tensor) -> Tensor:
     """A bucket's gradients in the accumulators' dtype."""
     return flat[: bucket.numel].to(bucket.dtype)
+
+
+def largest(plan: Plan, flats: Sequence[Tensor]) -> Tensor:
+    """The largest absolute value of all gradients, as they came; NaN where one is."""
+    device = plan.buckets[plan.header].device
+    each = [
+        torch.linalg.vector_norm(flat[: bucket.numel], math.inf).to(device)
+        for bucket, flat in zip(plan.buckets, flats, strict=True)
+        if bucket.numel
+    ]
+    return torch.stack(each).max() if each else torch.ones((), device=device)
 
 
 def unpack(

@@ -166,7 +166,7 @@ def test_the_own_error_is_raised_where_another_rank_has_ended(monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(dist, "all_gather_object", gather)
-    monkeypatch.setattr(_ranks.groups, "speaking", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(_ranks.groups, "explaining_errors", lambda *_: contextlib.nullcontext())
     group: Any = SimpleNamespace(size=lambda: 2)
     with pytest.raises(OSError, match="No space left"):
         _ranks.together("save", group, full)

@@ -15,6 +15,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.nn.parallel import DistributedDataParallel
 
 import gradacc
+from gradacc._sync import record as records
 from gradacc._sync import wire
 from gradacc._sync.layout import Spec
 from tests.helpers import assert_trees_close, assert_trees_equal
@@ -253,11 +254,11 @@ def test_records_survive_a_sum_of_floats(dtype):
     numbers = torch.tensor([0, 1, -1, 2**63 - 1, -(2**63), 255, 256], dtype=torch.int64)
     floats = torch.tensor([0.0, -0.0, torch.pi, torch.nan, -torch.inf, 5e-324], dtype=torch.float64).view(torch.int64)
     record = torch.cat([numbers, floats])
-    coded = wire.encode(record, dtype)
+    coded = records.encode(record, dtype)
     assert coded.dtype == dtype
-    assert len(coded) == wire.digits(len(record), dtype)
+    assert len(coded) == records.digits(len(record), dtype)
     slots = torch.stack([coded + torch.zeros_like(coded), torch.zeros_like(coded)])
-    assert wire.decode(slots, len(record)).tolist() == [record.tolist(), [0] * len(record)]
+    assert records.decode(slots, len(record)).tolist() == [record.tolist(), [0] * len(record)]
 
 
 def test_buckets():

@@ -487,7 +487,7 @@ def two_threads(group, first_use):
     if rank == 0:
         thread = threading.Thread(target=lambda: answers.append(calls[0]()))
         thread.start()
-        while channels.of(group)._speaking is None:
+        while channels.of(group)._sender is None:
             time.sleep(0.01)
         second = calls[1]()
         store.set(key, "")

@@ -1,0 +1,84 @@
+"""Errors that all ranks find alike, in the same records: each names the ranks that it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from gradacc._sync import group as groups
+
+
+def calls_raised(name: str, group: dist.ProcessGroup, raised: Sequence[bool]) -> Exception:
+    """An error that names the ranks whose calls raised."""
+    return RuntimeError(
+        f"{name}: no gradient on rank {dist.get_rank()}, because the call raised on {_named(group, raised)} of "
+        f"{groups.named(group)}; see the error there"
+    )
+
+
+def result_was_missed(name: str, group: dist.ProcessGroup, apart: Sequence[bool]) -> Exception:
+    """An error that names the ranks that have missed a result."""
+    return RuntimeError(
+        f"{name}: on {_named(group, apart)} of {groups.named(group)} the call before this one raised when the others already "
+        "had its result, so parameters may differ between ranks now. Nothing was returned. Load a checkpoint, or send the "
+        "parameters and the optimizer's state of one rank to all; the next call goes on"
+    )
+
+
+def weights_are_wrong(name: str, group: dist.ProcessGroup, wrong: Sequence[bool]) -> Exception:
+    """An error that names the ranks with a weight that nobody has read before."""
+    return ValueError(
+        f"{name}: loss_fn returned a Mean whose weight is negative, infinite or NaN on {_named(group, wrong)} of "
+        f"{groups.named(group)}; it must be finite and not negative. Nothing was returned"
+    )
+
+
+def windows_were_dropped(name: str, group: dist.ProcessGroup, dropped: Sequence[bool]) -> Exception:
+    """An error that names the ranks that have begun another window."""
+    return RuntimeError(
+        f"{name}: on {_named(group, dropped)} of {groups.named(group)} an update raised and another state was begun without a "
+        "finalize, so finalize is called for different windows, and nothing was returned. A rank that catches the error of an "
+        "update must call finalize all the same, with the state before it. Make another accumulator on every rank, and go on "
+        "from the same place"
+    )
+
+
+def windows_differ(name: str, group: dist.ProcessGroup, windows: Sequence[int]) -> Exception:
+    """An error that says which window each rank is in; 0: none that has a number."""
+    ranks = dist.get_process_group_ranks(group)
+    each = ", ".join(f"rank {rank} in window {n}" for rank, n in zip(ranks, windows, strict=True) if n)
+    return RuntimeError(
+        f"{name}: ranks of {groups.named(group)} are in different windows of their loops: {each}. A rank has left out a call "
+        "(by catching an error and going on, for instance), so nothing was returned. Let all ranks begin the loop again from "
+        "the same place (a step, a checkpoint); pass iter(window) where ranks are to pair other windows on purpose"
+    )
+
+
+def weights_are_far(name: str, group: dist.ProcessGroup, far: Sequence[bool]) -> Exception:
+    """An error that names the ranks whose gradients did not fit."""
+    return RuntimeError(
+        f"{name}: on {_named(group, far)} of {groups.named(group)} the weights differ from the last call's by a factor of over "
+        "a billion, and they are on an accelerator, where that is known too late. Nothing was returned; the same call once "
+        "more goes through"
+    )
+
+
+def _named(group: dist.ProcessGroup, flags: Sequence[bool]) -> str:
+    found = [str(rank) for rank, flag in zip(dist.get_process_group_ranks(group), flags, strict=True) if flag]
+    return f"rank{'s' if len(found) > 1 else ''} {', '.join(found)}"
+
+
+def calls_differ(name: str, group: dist.ProcessGroup, answers: Sequence[tuple[int, str, Any]]) -> Exception:
+    """An error that names every rank's call."""
+    ranks = dist.get_process_group_ranks(group)
+    each = "; ".join(
+        f"rank {rank}: {call_name}, call {number}" for rank, (number, call_name, _) in zip(ranks, answers, strict=True)
+    )
+    return RuntimeError(
+        f"{name}: ranks of {groups.named(group)} made different calls, and nothing was returned. {each} in this group. Every "
+        "rank must make the same calls in the same order, and one that catches an error must not go on by itself. Catch this "
+        "one on every rank, and let all of them go on from the same place (a step, a checkpoint): their next calls have the "
+        "same number again"
+    )
