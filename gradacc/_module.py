@@ -16,7 +16,7 @@ from gradacc._describe import describe
 Tensors = dict[str, Tensor]
 
 
-def functional(module: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]:
+def functional(module: nn.Module, *, method: str = "forward") -> tuple[Callable[..., Any], Tensors, Tensors]:
     """A module as ``(apply, params, buffers)``: ``apply(params, *inputs)`` is ``module(*inputs)`` with these parameters.
 
     ``apply(params, *inputs, buffers=None, **kwargs)`` is pure: neither the module nor ``params`` nor ``buffers`` are changed,
@@ -38,16 +38,21 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]
     hook did: ``grads["weight"] *= mask``; or write ``weight * mask`` into the forward pass (`torch.nn.utils.parametrize`).
     Hooks of modules, also backward hooks, run as in that loop.
 
+    ``method="training_step"`` runs another method than ``forward``: ``apply(params, *inputs)`` is then
+    ``module.training_step(*inputs)``. Hooks of the whole module run around ``forward`` only; those of its parts always do.
+
     Arguments:
         module: any `torch.nn.Module`, also with activation checkpointing (``use_reentrant=False``). A module from
             `torch.compile` is refused: compile a function that calls ``apply`` instead.
+
+        method: the name of the method that ``apply`` runs.
 
     Returns:
         ``apply``; ``params`` (those that require a gradient) and ``buffers``: dicts from names (as in
         ``named_parameters()``, ``named_buffers()``) to detached tensors that share the module's memory.
 
     Raises:
-        TypeError: ``module`` is not a module, or a compiled or scripted one.
+        TypeError: ``module`` is not a module, or a compiled or scripted one, or has no such method.
         ValueError: a trainable parameter has hooks. From ``apply``: names that the module does not have; the module has got
             other submodules since (call `functional` again); and where the forward pass uses a parameter or buffer of the
             module's own instead of the one that was given: NOTE [the module's own tensors]. (While Dynamo traces, the last
@@ -73,8 +78,8 @@ def functional(module: nn.Module) -> tuple[Callable[..., Any], Tensors, Tensors]
 
     Source: `torch.func.functional_call`, of which this is the form that survives recomputation and threads.
     """
-    _check(module)
-    plan = _replicas.plan(module)
+    _check(module, method)
+    plan = _replicas.plan(module, method)
     looks = _traced.looks(plan)
     trainable = {name: param for name, param in module.named_parameters() if param.requires_grad}
     _own_tensors.refuse_hooks("functional", trainable)
@@ -110,7 +115,7 @@ def _applied(
         from torch._dynamo.comptime import comptime
 
         comptime(looks.before)
-        output = torch.func.functional_call(plan.modules[0], tensors, inputs, kwargs)
+        output = looks.call(tensors, inputs, kwargs)
         comptime(looks.after)
         return output if buffers is None else (output, {name: tensors[name].detach() for name in plan.buffers})
     replaced = {name: own[name] for name in (*params, *given) if tensors[name] is not own.get(name) and name in own}
@@ -118,7 +123,9 @@ def _applied(
     _closed.note_replaced(replaced, tensors)
     new = _replicas.replicate(plan, own, tensors, replaced)
     with _own_tensors.refused(replaced), _without_cached():
-        output = new[id(plan.modules[0])](*inputs, **kwargs)
+        replica = new[id(plan.modules[0])]
+        run = replica if plan.method == "forward" else getattr(replica, plan.method)
+        output = run(*inputs, **kwargs)
     _left.note(plan, lambda: _replicas.left(plan, new))
     if buffers is None:
         return output
@@ -142,9 +149,13 @@ def _without_cached() -> Iterator[None]:
         parametrize._cache = before
 
 
-def _check(module: Any) -> None:
+def _check(module: Any, method: Any) -> None:
     if not isinstance(module, nn.Module):
         raise TypeError(f"functional: expected an nn.Module, got {type(module).__qualname__}")
+    if not isinstance(method, str) or not callable(getattr(module, method, None)):
+        raise TypeError(
+            f"functional: method must be the name of a method of the {type(module).__qualname__}, got {method!r}"
+        )
     for name, part in module.named_modules():
         where = f"module {name!r}" if name else "the module"
         if (

@@ -61,6 +61,8 @@ class Plan(NamedTuple):
     """The modules', as in ``named_modules()``."""
     first: list[int]
     """For each module, the position in its ``__dict__`` from which on attributes are its own."""
+    method: str
+    """What is run of the whole one."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The module's own tensors as they are now."""
@@ -69,7 +71,7 @@ class Plan(NamedTuple):
         return {name: tensor for name, tensor in (*params, *buffers) if tensor is not None}
 
 
-def plan(module: nn.Module) -> Plan:
+def plan(module: nn.Module, method: str = "forward") -> Plan:
     """Of a module and its submodules."""
     names, modules = zip(*module.named_modules(), strict=True)
     params = {id(param): (part, key) for part in reversed(modules) for key, param in part._parameters.items()}
@@ -80,6 +82,7 @@ def plan(module: nn.Module) -> Plan:
         {name: buffers[id(buffer)] for name, buffer in module.named_buffers()},
         list(names),
         [len(_EVERY) if (*part.__dict__,)[: len(_EVERY)] == _EVERY else 0 for part in modules],
+        method,
     )
 
 

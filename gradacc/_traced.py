@@ -18,7 +18,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gradacc import _replicas
 
@@ -30,11 +30,33 @@ Found = weakref.WeakKeyDictionary[Any, dict[str, Any]]
 """By Dynamo's translator, what a trace has done so far."""
 
 
+class Method(nn.Module):
+    """A module whose forward pass is another method of a module's."""
+
+    def __init__(self, module: nn.Module, method: str) -> None:
+        super().__init__()
+        self.module, self.method = module, method
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """That method."""
+        return getattr(self.module, self.method)(*inputs, **kwargs)
+
+
 class Looks(NamedTuple):
-    """What is called before and after the module is traced."""
+    """What is called before and after the module is traced; and what is traced."""
 
     before: Look
     after: Look
+    traced: nn.Module
+    prefix: str
+    """Of the names of its tensors."""
+
+    def call(self, tensors: dict[str, Tensor], inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Its output with these tensors; where it sets others, they are in ``tensors`` then."""
+        named = {f"{self.prefix}{name}": tensor for name, tensor in tensors.items()}
+        output = torch.func.functional_call(self.traced, named, inputs, kwargs)
+        tensors.update({name: named[f"{self.prefix}{name}"] for name in tensors})
+        return output
 
 
 def whole_or_not_at_all(function: Callable[..., Any]) -> None:
@@ -67,7 +89,10 @@ def looks(plan: _replicas.Plan) -> Looks:
         known = found.pop(translator)
         _refuse([what for what, mark in _seen(translator.output, plan).items() if known.get(what, 0) != mark])
 
-    return Looks(before, after)
+    module = plan.modules[0]
+    if plan.method == "forward":
+        return Looks(before, after, module, "")
+    return Looks(before, after, Method(module, plan.method), "module.")
 
 
 def _seen(output: Any, plan: _replicas.Plan) -> dict[str, Any]:

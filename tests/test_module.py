@@ -464,3 +464,51 @@ def test_under_a_cache_of_parametrizations():
         assert_trees_close(gradacc.accumulate(loss, steps=2)(params, x), expected)
         module(x)
         assert_trees_close(gradacc.accumulate(loss, steps=2)(params, x), expected)
+
+
+class Steps(nn.Module):
+    """A module as Lightning's are: the loss is a method beside forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(3, 2), nn.BatchNorm1d(2)
+
+    def forward(self, x):
+        return self.norm(self.linear(x))
+
+    def training_step(self, batch, *, scale=1.0):
+        return (self(batch["x"]) - batch["y"]).square().mean() * scale
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_another_method_than_forward(compiled):
+    module = Steps().eval()
+    batch = {"x": torch.randn(6, 3), "y": torch.randn(6, 2)}
+    apply, params, buffers = gradacc.functional(module, method="training_step")
+    grad_fn = gradacc.accumulate(lambda p, b: apply(p, b, scale=2.0), steps=3)
+    if compiled:
+        grad_fn = torch.compile(grad_fn, backend="aot_eager", fullgraph=True)
+    grads = grad_fn(params, batch)
+    module.training_step(batch, scale=2.0).backward()
+    assert_trees_close(grads, {name: param.grad for name, param in module.named_parameters()}, rtol=1e-5, atol=1e-6)
+    module.train()
+    _, updated = apply(params, batch, buffers=buffers)
+    assert updated["norm.num_batches_tracked"] == 1
+    assert module.norm.num_batches_tracked == 0
+
+
+def test_hooks_run_around_forward_inside_of_another_method():
+    module, seen = Steps(), []
+    module.register_forward_hook(lambda *_: seen.append("forward"))
+    module.linear.register_forward_hook(lambda *_: seen.append("linear"))
+    apply, params, _ = gradacc.functional(module, method="training_step")
+    apply(params, {"x": torch.ones(2, 3), "y": torch.ones(2, 2)})
+    assert seen == ["linear", "forward"]
+
+
+@pytest.mark.parametrize("method", ["trainingstep", "norm2", None, 3, "training"], ids=str)
+def test_no_such_method(method):
+    with pytest.raises(
+        TypeError, match=f"functional: method must be the name of a method of the Steps, got {method!r}"
+    ):
+        gradacc.functional(Steps(), method=method)
