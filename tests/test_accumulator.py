@@ -98,7 +98,8 @@ def stream(acc, params, window):
 def test_the_bits_of_the_loop(window, name, dtype, donate):
     loss, options = LOSSES[name]
     params, parts = params_of(dtype), windows(dtype)[window]
-    grad_fn, acc = gradacc.accumulate_and_value(loss, **options), gradacc.accumulator(loss, donate=donate, **options)
+    grad_fn = gradacc.accumulate_and_value(loss, split=iter, **options)
+    acc = gradacc.accumulator(loss, donate=donate, **options)
     try:
         expected = grad_fn(params, parts)
     except ValueError as error:  # nothing says what aux is

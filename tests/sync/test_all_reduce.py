@@ -75,7 +75,7 @@ def test_ranks_equal_one_process_with_the_union(pool, sizes, overlap):
 
 
 def windows_of(group, params, parts, loss, options):
-    grad_fn = gradacc.accumulate_and_value(loss, sync=gradacc.all_reduce(group), **options)
+    grad_fn = gradacc.accumulate_and_value(loss, split=iter, sync=gradacc.all_reduce(group), **options)
     return [grad_fn(params, parts) for _ in range(3)]
 
 
@@ -114,7 +114,7 @@ def test_nothing_on_any_rank(pool):
 
 
 def nothing_after_something(group):
-    grad_fn = gradacc.accumulate_and_value(squares, sync=gradacc.all_reduce(group))
+    grad_fn = gradacc.accumulate_and_value(squares, split=iter, sync=gradacc.all_reduce(group))
     answers = []
     for window in ([torch.full((2, 1), 3.0**0.5)], [], [torch.full((1, 1), 3.0**0.5)]):
         grads, value = grad_fn(torch.full((1,), 2.0**0.5), window)
