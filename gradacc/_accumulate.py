@@ -253,7 +253,7 @@ def _run(
         differentiated, batch = _call.positions(options, args)
         params, treedef = _call.parameters(options, args, differentiated)
         rest = [arg for n, arg in enumerate(args) if n not in differentiated]
-        call = _connect.asked((args, kwargs), params, (rest, kwargs))
+        call = _connect.call_to_connect((args, kwargs), params, (rest, kwargs))
         loss = _loop.loss_of(options, loss_fn, args, differentiated, treedef, kwargs)
         fold = _loop.start(options, params, treedef, loss)
         boundary.bind(params, treedef, fold.accumulated, args[batch])

@@ -223,9 +223,9 @@ def _update(
     # On the devices where they are now.
     facts = before.facts._replace(params=like)
     rest = [state, *(arg for n, arg in enumerate(args) if n not in differentiated), kwargs]
-    call = _connect.asked((state, args, kwargs), params, rest)
-    asked = functools.partial(_asked, loss_fn) if microbatch.empty else loss_fn
-    loss = _loop.loss_of(options, asked, args, differentiated, treedef, kwargs)
+    call = _connect.call_to_connect((state, args, kwargs), params, rest)
+    called = functools.partial(_tried, loss_fn) if microbatch.empty else loss_fn
+    loss = _loop.loss_of(options, called, args, differentiated, treedef, kwargs)
     fold = _loop.start(options, params, treedef, loss)
     engine, readable = fold.engine, fold.engine is eager
     if microbatch.empty:
@@ -258,7 +258,7 @@ class _RaisedError(Exception):
     """A loss has raised that was asked for no more than its types."""
 
 
-def _asked(loss_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+def _tried(loss_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return loss_fn(*args, **kwargs)
     except Exception as error:  # whatever a loss does with no examples
@@ -267,7 +267,7 @@ def _asked(loss_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def _merge(options: Options, donate: bool, one: Any, other: Any) -> State:
     a, b = _state.check(options, one, "merge(a, b)", "a"), _state.check(options, other, "merge(a, b)", "b")
-    call = _connect.asked((a, b), (), (a, b))
+    call = _connect.call_to_connect((a, b), (), (a, b))
     engine = _loop.engine()
     readable = engine is eager
     with engine.guard():
@@ -302,7 +302,7 @@ def _finalize(options: Options, agreed: _sync.Agreed | None, donate: bool, state
     boundary = _sync.connect(options, agreed)
     try:
         state = _state.check(options, state, "finalize(state)")
-        call = _connect.asked((state,), (), state)
+        call = _connect.call_to_connect((state,), (), state)
         engine = _loop.engine()
         with engine.guard():
             params, treedef = _state.like_params(state)

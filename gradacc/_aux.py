@@ -55,7 +55,7 @@ def _part(name: str, leaf: Any, share: float | Tensor | None, sizes: tuple[int, 
             # NOTE [copies of aux]
             return Pieces([leaf.clone()])
         if leaf.ndim == 0 and leaf.is_floating_point() and share is not None:
-            return Average(_parts.scaled(leaf, share), leaf.dtype)
+            return Average(_parts.times_share(leaf, share), leaf.dtype)
     path = _tree.paths(aux.treedef, "aux")[index]
     if isinstance(leaf, Mean):
         raise TypeError(

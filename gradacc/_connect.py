@@ -70,7 +70,7 @@ class Call(NamedTuple):
     """Leaves that require grad."""
 
 
-def asked(arguments: tuple[Any, ...], params: Sequence[Tensor], rest: Any) -> Call | None:
+def call_to_connect(arguments: tuple[Any, ...], params: Sequence[Tensor], rest: Any) -> Call | None:
     """A call with these arguments; None where its results are connected by themselves, or are not to be.
 
     ``params`` are leaves of the arguments, ``rest`` a tree of the others.
@@ -197,7 +197,7 @@ def _again(
 
     def again(tensors: Sequence[Tensor]) -> Sequence[Any]:
         left = iter(tensors)
-        leaves = [next(left) if moved else _normal(leaf) for leaf, moved in zip(kept, moves, strict=True)]
+        leaves = [next(left) if moved else _without_inference(leaf) for leaf, moved in zip(kept, moves, strict=True)]
         with _as_in(surroundings), inside_a_loss():
             results = _tree.flatten(run(*_tree.unflatten(treedef, leaves)))[0]
         for i, number in before.items():
@@ -247,7 +247,7 @@ def _refusal(message: str) -> Function:
     return refuse
 
 
-def _normal(leaf: Any) -> Any:
+def _without_inference(leaf: Any) -> Any:
     """An inference tensor can neither be saved nor take part in a graph; a copy can."""
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 

@@ -92,7 +92,7 @@ def run(
     if divided.cut is not None and loops():
         from gradacc._engines.compiled import loop
 
-        return *loop.fold(fold.options.name, functools.partial(step, fold), buffer, sums, divided.cut), empty
+        return *loop.run(fold.options.name, functools.partial(step, fold), buffer, sums, divided.cut), empty
     for microbatch, is_last in _with_last(divided.parts, ahead=boundary.overlaps):
         if microbatch.empty:
             empty = empty or microbatch

@@ -79,7 +79,7 @@ def functional(module: nn.Module, *, method: str = "forward") -> tuple[Callable[
     Source: `torch.func.functional_call`, of which this is the form that survives recomputation and threads.
     """
     _check(module, method)
-    plan = _replicas.plan(module, method)
+    plan = _replicas.module_tree(module, method)
     looks = _traced.looks(plan)
     trainable = {name: param for name, param in module.named_parameters() if param.requires_grad}
     _own_tensors.refuse_hooks("functional", trainable)
@@ -95,7 +95,7 @@ def functional(module: nn.Module, *, method: str = "forward") -> tuple[Callable[
 
 
 def _applied(
-    plan: _replicas.Plan,
+    plan: _replicas.ModuleTree,
     looks: _traced.Looks,
     params: Mapping[str, Tensor],
     buffers: Mapping[str, Tensor] | None,

@@ -76,7 +76,7 @@ def widened(tensor: Tensor) -> Tensor:
     return tensor.to(torch.int64)
 
 
-def scaled(tensor: Tensor, share: float | Tensor) -> Tensor:
+def times_share(tensor: Tensor, share: float | Tensor) -> Tensor:
     """A new tensor ``share * tensor``, in what is summed; exactly 0 for a share of 0, NaNs too."""
     own = widened(tensor)
     if isinstance(share, Tensor):

@@ -50,7 +50,7 @@ under `_LED`, the copies of the caller's containers that callables lead to."""
 _COPY, _LED = -1, -2
 
 
-class Plan(NamedTuple):
+class ModuleTree(NamedTuple):
     """Which modules a tree has and which tensors, worked out once."""
 
     modules: list[nn.Module]
@@ -71,12 +71,12 @@ class Plan(NamedTuple):
         return {name: tensor for name, tensor in (*params, *buffers) if tensor is not None}
 
 
-def plan(module: nn.Module, method: str = "forward") -> Plan:
+def module_tree(module: nn.Module, method: str = "forward") -> ModuleTree:
     """Of a module and its submodules."""
     names, modules = zip(*module.named_modules(), strict=True)
     params = {id(param): (part, key) for part in reversed(modules) for key, param in part._parameters.items()}
     buffers = {id(buffer): (part, key) for part in reversed(modules) for key, buffer in part._buffers.items()}
-    return Plan(
+    return ModuleTree(
         list(modules),
         {name: params[id(param)] for name, param in module.named_parameters()},
         {name: buffers[id(buffer)] for name, buffer in module.named_buffers()},
@@ -87,7 +87,7 @@ def plan(module: nn.Module, method: str = "forward") -> Plan:
 
 
 def replicate(
-    plan: Plan, own: Mapping[str, Tensor], given: Mapping[str, Tensor], replaced: Mapping[str, Tensor]
+    plan: ModuleTree, own: Mapping[str, Tensor], given: Mapping[str, Tensor], replaced: Mapping[str, Tensor]
 ) -> New:
     """A replica of every module, with ``given`` in the place of its ``own`` tensors: what is new, by the old one's id.
 
@@ -169,7 +169,7 @@ def _register(
     return [hooks for hooks in before if hooks]
 
 
-def left(plan: Plan, new: New) -> _left.Found:
+def left(plan: ModuleTree, new: New) -> _left.Found:
     """What a pass left on the replicas that `replicate` made: attributes that hold a tensor with a graph.
 
     Raises:

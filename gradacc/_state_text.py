@@ -28,7 +28,7 @@ def to_text(state: State) -> str:
         {
             "params": {path: _kind(param) for path, param in zip(paths, facts.params, strict=True)},
             "grads": {path: _kind(slot) for path, slot in zip(paths, slots, strict=True) if isinstance(slot, Tensor)},
-            "sums": _structure.tell(state.sums, device),
+            "sums": _structure.to_json(state.sums, device),
             "facts": {name: _to_json(value) for name, value in facts._asdict().items() if name != "params"},
         }
     )
@@ -69,7 +69,7 @@ def from_text(like: State, text: str) -> State:
             else Missing()
             for slot, (path, param) in zip(slots, own.items(), strict=True)
         ]
-        sums = _structure.hear(sums, like.sums, device)
+        sums = _structure.from_json(sums, like.sums, device)
     except Exception as error:  # of whatever somebody has written, or of a class of the user's
         raise ValueError(f"{error}; pass a state after one update where it is init's") from error
     return State(_tree.unflatten(treedef, found), sums, facts)

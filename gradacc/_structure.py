@@ -20,34 +20,34 @@ from torch import Tensor
 from gradacc import _keys, _tree
 
 
-def tell(tree: Any, device: torch.device) -> Any:
+def to_json(tree: Any, device: torch.device) -> Any:
     """The structure, shapes and dtypes of ``tree``, and which of its tensors are on devices like ``device``."""
     leaves, treedef = _tree.flatten(tree)
     tensors = [[dtype_name(leaf.dtype), list(leaf.shape), leaf.device.type == device.type] for leaf in leaves]
     return {
         "paths": _tree.paths(treedef),
         "tensors": tensors,
-        "tree": _tell(tree, {id(leaf): index for index, leaf in enumerate(leaves)}),
+        "tree": _to_json(tree, {id(leaf): index for index, leaf in enumerate(leaves)}),
     }
 
 
-def hear(told: Any, like: Any, device: torch.device) -> Any:
+def from_json(told: Any, like: Any, device: torch.device) -> Any:
     """A tree of the structure that was told, of tensors that hold anything, with the memory of one number each.
 
     Where ``like`` has the same paths, of its classes; see NOTE [told classes].
 
     Raises:
         ValueError: a class is unknown.
-        Exception: any other, where it was not `tell` that told.
+        Exception: any other, where it was not `to_json` that told.
     """
     tensors = [
         empty(shape, dtype_named(dtype), device if near else torch.device("cpu"))
         for dtype, shape, near in told["tensors"]
     ]
     leaves, treedef = _tree.flatten(like)
-    own = _tell(like, {id(leaf): index for index, leaf in enumerate(leaves)})
+    own = _to_json(like, {id(leaf): index for index, leaf in enumerate(leaves)})
     if _tree.paths(treedef) != told["paths"] or _facts(own) != _facts(told["tree"]):
-        _, treedef = _tree.flatten(_hear(told["tree"], tensors))
+        _, treedef = _tree.flatten(_from_json(told["tree"], tensors))
         if _tree.paths(treedef) != told["paths"]:
             raise ValueError("its paths are not those of its tree")
     return _tree.unflatten(treedef, tensors)
@@ -71,7 +71,7 @@ def dtype_named(name: str) -> torch.dtype:
     return dtype
 
 
-def _tell(tree: Any, index: dict[int, int]) -> Any:
+def _to_json(tree: Any, index: dict[int, int]) -> Any:
     cls = type(tree)
     if tree is None:
         return None
@@ -80,16 +80,19 @@ def _tell(tree: Any, index: dict[int, int]) -> Any:
     if id(tree) in index:
         return index[id(tree)]
     if cls in (dict, OrderedDict) and all(map(_keys.is_literal, tree)):
-        return [cls.__name__, [[repr(key), _tell(child, index)] for key, child in tree.items()]]
+        return [cls.__name__, [[repr(key), _to_json(child, index)] for key, child in tree.items()]]
     if cls in (list, tuple):
-        return [cls.__name__, [_tell(child, index) for child in tree]]
+        return [cls.__name__, [_to_json(child, index) for child in tree]]
     fields = _fields(tree)
     if fields is None:
         return ["unknown", f"{cls.__module__}.{cls.__qualname__}"]
-    return ["class", [cls.__module__, cls.__qualname__, {name: _tell(child, index) for name, child in fields.items()}]]
+    return [
+        "class",
+        [cls.__module__, cls.__qualname__, {name: _to_json(child, index) for name, child in fields.items()}],
+    ]
 
 
-def _hear(told: Any, tensors: Sequence[Tensor]) -> Any:
+def _from_json(told: Any, tensors: Sequence[Tensor]) -> Any:
     if told is None:
         return None
     if isinstance(told, int):
@@ -98,15 +101,15 @@ def _hear(told: Any, tensors: Sequence[Tensor]) -> Any:
     match kind:
         case "dict" | "OrderedDict":
             cls = dict if kind == "dict" else OrderedDict
-            return cls((_keys.literal(key), _hear(child, tensors)) for key, child in inside)
+            return cls((_keys.literal(key), _from_json(child, tensors)) for key, child in inside)
         case "list" | "tuple":
-            children = (_hear(child, tensors) for child in inside)
+            children = (_from_json(child, tensors) for child in inside)
             return list(children) if kind == "list" else tuple(children)
         case "fact":
             return inside if isinstance(inside, bool) else dtype_named(inside)
         case "class":
             module, qualname, fields = inside
-            return _class(module, qualname)(**{name: _hear(child, tensors) for name, child in fields.items()})
+            return _class(module, qualname)(**{name: _from_json(child, tensors) for name, child in fields.items()})
     raise ValueError(f"holds a {inside}, which only a tree of the same structure tells how to make")
 
 

@@ -257,9 +257,9 @@ def _value(options: Options, outcome: Outcome, share: float | Tensor | None) -> 
         assert outcome.weight is not None
         return Total(_summand(value, outcome.weight), dtype)
     if options.reduction == "sum":
-        return Sum(_parts.scaled(value, 1.0), dtype)
+        return Sum(_parts.times_share(value, 1.0), dtype)
     assert share is not None
-    return Average(_parts.scaled(value, share), dtype)
+    return Average(_parts.times_share(value, share), dtype)
 
 
 def _summand(mean: Mean, weight: float | Tensor) -> Mean:

@@ -69,7 +69,7 @@ def whole_or_not_at_all(function: Callable[..., Any]) -> None:
     ways.set_code_exec_strategy(inspect.unwrap(function).__code__, skip)
 
 
-def looks(plan: _replicas.Plan) -> Looks:
+def looks(plan: _replicas.ModuleTree) -> Looks:
     """`Looks` at a module.
 
     Raises:
@@ -80,11 +80,11 @@ def looks(plan: _replicas.Plan) -> Looks:
     found: Found = weakref.WeakKeyDictionary()
 
     # Dynamo calls functions without free variables.
-    def before(context: Any, plan: _replicas.Plan = plan, found: Found = found) -> None:
+    def before(context: Any, plan: _replicas.ModuleTree = plan, found: Found = found) -> None:
         translator = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
         found[translator] = _seen(translator.output, plan)
 
-    def after(context: Any, plan: _replicas.Plan = plan, found: Found = found) -> None:
+    def after(context: Any, plan: _replicas.ModuleTree = plan, found: Found = found) -> None:
         translator = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
         known = found.pop(translator)
         _refuse([what for what, mark in _seen(translator.output, plan).items() if known.get(what, 0) != mark])
@@ -95,7 +95,7 @@ def looks(plan: _replicas.Plan) -> Looks:
     return Looks(before, after, Method(module, plan.method), "module.")
 
 
-def _seen(output: Any, plan: _replicas.Plan) -> dict[str, Any]:
+def _seen(output: Any, plan: _replicas.ModuleTree) -> dict[str, Any]:
     """What the trace has written into the module or used of it so far, each with a mark that changes when it does so again."""
     effects = output.side_effects
     places: dict[int, str] = {}

@@ -119,9 +119,9 @@ def train_step(
                 "Begin with TrainState(params, optimizer.init(params))"
             )
         scale = _scale(known, state.opt_state, takes, kwargs)
-        start = state.params if _where.transforming() else _tree.map_tensors(_started, state.params)
+        start = state.params if _where.transforming() else _tree.map_tensors(_without_graph, state.params)
         named = {} if scale is None else {"loss_scale": scale}
-        grads, value, aux = _parts(grad_fn(start, batch, *args, **named, **kwargs))
+        grads, value, aux = _split_result(grad_fn(start, batch, *args, **named, **kwargs))
         metrics = {"loss": value.value if isinstance(value, Mean) else value, "grad_norm": _norm(grads, scale)}
         if scale is not None:
             metrics["loss"] = metrics["loss"] / _scalars.beside(scale, metrics["loss"])
@@ -136,7 +136,7 @@ def train_step(
         number = state.step + 1  # here, where an error loses nothing
         donated = donate and not _where.transforming()
         given = _tree.flatten((state.params, grads, state.opt_state))[0] if donated else []
-        metrics = _apart(_tree.map_tensors(Tensor.detach, metrics), given)
+        metrics = _in_separate_memory(_tree.map_tensors(Tensor.detach, metrics), given)
         moved = optimizer.step(start, grads, state.opt_state, donate=donate)
         params, opt_state = _donated.hand_over("train_step", given, moved)  # of an optimizer of the caller's own
         if report.skipped is not None:
@@ -148,7 +148,7 @@ def train_step(
     return step
 
 
-def _started(leaf: Tensor) -> Tensor:
+def _without_graph(leaf: Tensor) -> Tensor:
     """A parameter that a step begins with: those that a module holds are leaves that require grad, and training ends there.
 
     Others are results of a step that is itself differentiated (with respect to its learning rate, say).
@@ -216,7 +216,7 @@ def _numbers(answer: Any, dtype: torch.dtype) -> Any:
     )
 
 
-def _apart(metrics: Any, given: Sequence[Any]) -> Any:
+def _in_separate_memory(metrics: Any, given: Sequence[Any]) -> Any:
     """Metrics that an update in the memory of what is donated does not change: aux may be a parameter."""
     if not given:
         return metrics
@@ -239,7 +239,7 @@ def _weight(value: Mean) -> Tensor:
     return _scalars.scalar(value.weight, value.total.device, torch.get_default_dtype())
 
 
-def _parts(returned: Any) -> tuple[Any, Tensor | Mean, Any]:
+def _split_result(returned: Any) -> tuple[Any, Tensor | Mean, Any]:
     if not (isinstance(returned, tuple) and len(returned) == 2):
         raise TypeError(
             f"train_step: grad_fn returned {describe(returned)}; it must return (grads, value). "

@@ -67,7 +67,7 @@ def guard() -> AbstractContextManager[None]:
 
 def init(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Buffer:
     """Nothing accumulated."""
-    return Buffer([_normal(param) for param in params], list(dtypes), [None] * len(params), False, {})
+    return Buffer([_without_inference(param) for param in params], list(dtypes), [None] * len(params), False, {})
 
 
 def resume(
@@ -78,9 +78,9 @@ def resume(
     donated: bool,
 ) -> Buffer:
     """With gradients that were accumulated before: in their memory if they are donated, else in copies."""
-    alone = _alone(grads) if donated else set()
-    held = [None if grad is None else _held(grad, i in alone) for i, grad in enumerate(grads)]
-    return Buffer([_normal(param) for param in params], list(dtypes), held, arrived, {})
+    alone = _with_own_storage(grads) if donated else set()
+    held = [None if grad is None else _to_add_to(grad, i in alone) for i, grad in enumerate(grads)]
+    return Buffer([_without_inference(param) for param in params], list(dtypes), held, arrived, {})
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def admit(tree: Any) -> Any:
     """An argument of the loss: itself, but for inference tensors, which autograd refuses; they are copied."""
     leaves = _tree.flatten(tree)[0]
     if any(isinstance(leaf, Tensor) and leaf.is_inference() for leaf in leaves):
-        return _tree.map_tensors(_normal, tree)
+        return _tree.map_tensors(_without_inference, tree)
     return tree
 
 
@@ -114,7 +114,7 @@ def forward(buffer: Buffer, loss: Callable[[Sequence[Tensor]], Outcome]) -> tupl
     _check_untouched(leaves)
     edge = get_gradient_edge(root) if root.requires_grad else None
     # From here on the edge alone keeps the graph.
-    outcome = outcome.map(_bare)
+    outcome = outcome.map(_without_graph)
     return Tape(leaves, outcome.target, edge, seen, RemovableHandle.next_id != hooks), outcome
 
 
@@ -137,12 +137,12 @@ def backward(buffer: Buffer, tape: Tape, counts: Contribution, deliver: Deliver 
     rest = [i for i in range(len(leaves)) if i not in added]
     hook: Callable[[int, Tensor], None] | None = None
     if counts.narrow or counts.keeps is not None:
-        hook = partial(_add, buffer, counts, done)
+        hook = partial(_add_leaf_grad, buffer, counts, done)
     else:
         for i in rest:
             leaves[i].grad = buffer.grads[i]
         # Without anybody to deliver to, what is there is taken when all is over: no hook at all.
-        hook = None if deliver is None else partial(_take, buffer.grads, done)
+        hook = None if deliver is None else partial(_take_leaf_grad, buffer.grads, done)
     if hook is not None:
         for i, leaf in enumerate(leaves):
             leaf.register_post_accumulate_grad_hook(partial(hook, i))  # type: ignore[no-untyped-call]  # torch's
@@ -151,7 +151,7 @@ def backward(buffer: Buffer, tape: Tape, counts: Contribution, deliver: Deliver 
     if hook is None:
         for i, leaf in enumerate(leaves):
             if leaf.grad is not None:
-                _take(buffer.grads, done, i, leaf)
+                _take_leaf_grad(buffer.grads, done, i, leaf)
     _forget_casts(leaves)
     return buffer._replace(arrived=buffer.arrived or bool(reached))
 
@@ -165,7 +165,7 @@ def merge(
     """``shares[0] * a + shares[1] * b``, one of them 1: its sum is the one that is added to."""
     swapped = isinstance(shares[0], float) and shares[0] != 1.0
     (large, one), (small, share) = ((b, shares[1]), (a, shares[0])) if swapped else ((a, shares[0]), (b, shares[1]))
-    alone, n = _alone([*large, *small]) if donated else set(), len(large)
+    alone, n = _with_own_storage([*large, *small]) if donated else set(), len(large)
     return [
         _merged(mine, one, theirs, share, i in alone, i + n in alone)
         for i, (mine, theirs) in enumerate(zip(large, small, strict=True))
@@ -246,16 +246,16 @@ def _done(grads: list[Tensor | None], reached: set[int], deliver: Deliver | None
         grads[index] = None
 
 
-def _take(grads: list[Tensor | None], done: Callable[[int], None], index: int, leaf: Tensor) -> None:
+def _take_leaf_grad(grads: list[Tensor | None], done: Callable[[int], None], index: int, leaf: Tensor) -> None:
     """A leaf's ``.grad`` is the buffer: the one that it was given, or a first gradient."""
     grad, leaf.grad = leaf.grad, None
     assert grad is not None
     if grads[index] is None:
-        grads[index] = _own(grad)
+        grads[index] = _as_buffer(grad)
     done(index)
 
 
-def _add(buffer: Buffer, counts: Contribution, done: Callable[[int], None], index: int, leaf: Tensor) -> None:
+def _add_leaf_grad(buffer: Buffer, counts: Contribution, done: Callable[[int], None], index: int, leaf: Tensor) -> None:
     """Move a gradient into its accumulator, by hand, as soon as it is there."""
     grad, leaf.grad = leaf.grad, None
     assert grad is not None
@@ -276,16 +276,16 @@ def _add(buffer: Buffer, counts: Contribution, done: Callable[[int], None], inde
     done(index)
 
 
-def _bare(tensor: Tensor) -> Tensor:
+def _without_graph(tensor: Tensor) -> Tensor:
     """Without its graph; a number in a storage of its own, which may be larger than it is (mse_loss's is)."""
     return tensor.detach().clone() if tensor.dim() == 0 else tensor.detach()
 
 
-def _normal(tensor: Tensor) -> Tensor:
+def _without_inference(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _own(grad: Tensor) -> Tensor:
+def _as_buffer(grad: Tensor) -> Tensor:
     """A first gradient as a buffer of ours: dense, in a storage of its own; NOTE [buffers that nobody else holds]."""
     if grad.layout != torch.strided:
         return grad.to_dense()
@@ -295,17 +295,17 @@ def _own(grad: Tensor) -> Tensor:
     return grad if ours else grad.clone()
 
 
-def _alone(grads: Sequence[Tensor | None]) -> set[int]:
+def _with_own_storage(grads: Sequence[Tensor | None]) -> set[int]:
     """Which of them share their storage with no other."""
     storages = [None if grad is None else grad.untyped_storage()._cdata for grad in grads]
     counts = Counter(storages)
     return {i for i, storage in enumerate(storages) if storage is not None and counts[storage] == 1}
 
 
-def _held(grad: Tensor, donated: bool) -> Tensor:
+def _to_add_to(grad: Tensor, donated: bool) -> Tensor:
     """A state's gradient, to be added to: itself if it may be, else a copy."""
     if donated and not grad.is_inference() and not grad.requires_grad:
-        return _own(grad)
+        return _as_buffer(grad)
     return grad.detach().clone()
 
 
@@ -314,8 +314,8 @@ def _merged(
 ) -> Tensor | None:
     """``one * large + share * small``; ``ours``, ``theirs``: in whose memory it may be."""
     if large is None:
-        return None if small is None else _times(_held(small, theirs), share)
-    held = _times(_held(large, ours), one)
+        return None if small is None else _times(_to_add_to(small, theirs), share)
+    held = _times(_to_add_to(large, ours), one)
     if small is None:
         return held
     if isinstance(share, Tensor):

@@ -85,13 +85,13 @@ def backward(buffer: Buffer, tape: Tape, counts: Contribution, deliver: Deliver 
     # as_tensor would fix a dynamic number.
     (grads,) = pullback((torch.ones_like(value) * counts.cotangent).to(value.dtype))
     summed = [
-        _sum(sofar, _kept(_scaled(grad, counts.factor, dtype), counts.keeps))
+        _sum(sofar, _kept(_times_share(grad, counts.factor, dtype), counts.keeps))
         for sofar, grad, dtype in zip(_times(buffer.grads, counts.growth), grads, buffer.dtypes, strict=True)
     ]
     return buffer._replace(grads=summed, arrived=buffer.arrived or depends)
 
 
-def _scaled(grad: Tensor, share: float | Tensor, dtype: torch.dtype) -> Tensor:
+def _times_share(grad: Tensor, share: float | Tensor, dtype: torch.dtype) -> Tensor:
     """``share * grad`` in the accumulator's dtype."""
     wide = (grad if grad.layout == torch.strided else grad.to_dense()).to(dtype)
     if isinstance(share, Tensor):
@@ -126,7 +126,7 @@ def finalize(buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float | Tens
 def _times(grads: Sequence[Tensor | None], share: float | Tensor) -> list[Tensor | None]:
     if isinstance(share, float) and share == 1.0:
         return list(grads)
-    return [None if grad is None else _scaled(grad, share, grad.dtype) for grad in grads]
+    return [None if grad is None else _times_share(grad, share, grad.dtype) for grad in grads]
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:

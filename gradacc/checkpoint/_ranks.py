@@ -30,7 +30,7 @@ def world(name: str) -> dist.ProcessGroup | None:
     )
 
 
-def together(
+def on_all_ranks(
     name: str, group: dist.ProcessGroup | None, call: Callable[[], tuple[Mine, Shared]]
 ) -> tuple[Mine, list[Shared]]:
     """``call()`` on every rank: what it keeps, and what each has to share. Where it raises on one rank, all raise.

@@ -96,7 +96,7 @@ def _save_alike(path: str | os.PathLike[str], tree: Any) -> None:
     """What ranks have alike is compared before anything is written."""
     group = _ranks.world(_NAME)
     rank = 0 if group is None else group.rank()
-    (folder, planned), parts = _ranks.together(_NAME, group, lambda: _prepare(path, tree, rank, group is not None))
+    (folder, planned), parts = _ranks.on_all_ranks(_NAME, group, lambda: _prepare(path, tree, rank, group is not None))
     _ranks.check_one_tree(_NAME, [part.kinds for part in parts])
     _ranks.check_alike(_NAME, [part.fingerprints for part in parts])
     with contextlib.ExitStack() as held:  # on rank 0, the lock
@@ -112,7 +112,7 @@ def _save(
     held: contextlib.ExitStack,
 ) -> None:
     """What is known to be one tree."""
-    _, (data, *_) = _ranks.together(
+    _, (data, *_) = _ranks.on_all_ranks(
         _NAME, group, lambda: (None, _folder.begin(_NAME, folder, held) if rank == 0 else "")
     )
     body: dict[str, Any] = {
@@ -122,8 +122,8 @@ def _save(
     }
     plans = [part.plan for part in parts]
     try:
-        metadata, written = _ranks.together(_NAME, group, lambda: _write(folder / data, planned, plans, rank))
-        _ranks.together(_NAME, group, lambda: _publish(folder, body, metadata, written, rank))
+        metadata, written = _ranks.on_all_ranks(_NAME, group, lambda: _write(folder / data, planned, plans, rank))
+        _ranks.on_all_ranks(_NAME, group, lambda: _publish(folder, body, metadata, written, rank))
     except Exception:
         if rank == 0:
             with contextlib.suppress(OSError, ValueError):

@@ -89,7 +89,7 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
         parts = route(leaves, treedef)
         return ByPathState(
             tuple(
-                optimizer.init(_part(leaves, part)) if part else ()
+                optimizer.init(_leaves_of(leaves, part)) if part else ()
                 for optimizer, part in zip(optimizers, parts, strict=True)
             )
         )
@@ -98,7 +98,7 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
         """See NOTE [Before anything is changed]."""
         for check, part, inner in zip(checks, parts, states, strict=True):
             if part and check is not None:
-                check(_part(leaves, part), inner)
+                check(_leaves_of(leaves, part), inner)
 
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
@@ -110,13 +110,16 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
         if donate and not _memory.differentiable(None, slopes):
             look(leaves, parts, states)
             given = [*leaves, *slopes, *_tree.flatten(states)[0]]
-            slopes, leaves, states = _apart(slopes, leaves, states)
+            slopes, leaves, states = _in_separate_memory(slopes, leaves, states)
         new: list[Any] = list(leaves)
         for turn in turns:
             part = parts[turn]
             if part:
                 moved, states[turn] = optimizers[turn].step(
-                    _part(leaves, part), _part(slopes, part), states[turn], donate=donate and checks[turn] is not None
+                    _leaves_of(leaves, part),
+                    _leaves_of(slopes, part),
+                    states[turn],
+                    donate=donate and checks[turn] is not None,
                 )
                 for path, i in part.items():
                     new[i] = moved[path]
@@ -143,11 +146,11 @@ def _states(state: Any, number: int) -> list[TensorTree]:
     return list(state.inner)
 
 
-def _part(leaves: Sequence[Tensor], part: dict[str, int]) -> dict[str, Tensor]:
+def _leaves_of(leaves: Sequence[Tensor], part: dict[str, int]) -> dict[str, Tensor]:
     return {path: leaves[i] for path, i in part.items()}
 
 
-def _apart(
+def _in_separate_memory(
     slopes: list[Tensor], leaves: list[Tensor], states: list[TensorTree]
 ) -> tuple[list[Tensor], list[Tensor], list[TensorTree]]:
     """What is donated, without memory that two optimizers would share."""

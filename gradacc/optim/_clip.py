@@ -62,9 +62,9 @@ def clip_by_global_norm(optimizer: Optimizer, max_norm: float | Tensor) -> Optim
         if factor.is_cpu and factor.item() == 1:
             return slopes
         if used is None:
-            return _scaled(slopes, factor, ours=False)
+            return _times(slopes, factor, ours=False)
         (own,) = _overlap.apart([slopes], used)
-        return _scaled(own, factor, ours=True)
+        return _times(own, factor, ours=True)
 
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
@@ -97,7 +97,7 @@ def _factor(norm: Tensor, max_norm: float | Tensor) -> Tensor:
     return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
 
 
-def _scaled(slopes: list[Tensor], factor: Tensor, *, ours: bool) -> list[Tensor]:
+def _times(slopes: list[Tensor], factor: Tensor, *, ours: bool) -> list[Tensor]:
     """Times the factor, in their own memory where that is ours."""
     scaled = list(slopes)
     for chunk in _memory.chunks(slopes):

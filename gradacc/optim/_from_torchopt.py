@@ -88,7 +88,7 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
     def init(params: TensorTree) -> TensorTree:
         leaves, treedef = _check.params(name, params)
         made = transformation.init(_tree.unflatten(treedef, leaves))
-        return _apart(made, leaves)
+        return _in_separate_memory(made, leaves)
 
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
@@ -109,10 +109,10 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
             updates, new = transformation.update(grads, state, params=params, inplace=in_place)
             changes = _updates(name, updates, leaves, treedef)
             if not in_place:
-                new = _apart(new, (*leaves, *slopes, *_tree.flatten(state)[0]))
+                new = _in_separate_memory(new, (*leaves, *slopes, *_tree.flatten(state)[0]))
                 moved = [p.clone() if u is None else (p + u).to(p.dtype) for p, u in zip(leaves, changes, strict=True)]
             else:
-                new = _apart(new, leaves)
+                new = _in_separate_memory(new, leaves)
                 read = _overlap.shared(changes, leaves)
                 moved = [leaf.detach() for leaf in leaves]
                 steps = [u.clone() if u is not None and late else u for u, late in zip(changes, read, strict=True)]
@@ -127,13 +127,13 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
 _UNKNOWN = object()
 
 
-def _apart(tree: TensorTree, given: Iterable[Any]) -> TensorTree:
+def _in_separate_memory(tree: TensorTree, given: Iterable[Any]) -> TensorTree:
     """The tree, with copies of those of its tensors that are in the memory of one that is given."""
-    places = {_place(leaf) for leaf in given if isinstance(leaf, Tensor)}
-    return _tree.map_tensors(lambda leaf: leaf.clone() if _place(leaf) in places else leaf, tree)
+    places = {_memory_of(leaf) for leaf in given if isinstance(leaf, Tensor)}
+    return _tree.map_tensors(lambda leaf: leaf.clone() if _memory_of(leaf) in places else leaf, tree)
 
 
-def _place(leaf: Tensor) -> int:
+def _memory_of(leaf: Tensor) -> int:
     """Whose memory it is, views included; under a transform, where memory cannot be told, who it is."""
     return id(leaf) if _where.transforming() else leaf.untyped_storage().data_ptr() or id(leaf)
 

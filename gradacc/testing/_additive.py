@@ -150,7 +150,7 @@ def interplay(probe: Probe) -> float | None:
 
     def measured(*shaken: bool) -> Result:
         def halves(leaf: Tensor, dim: int) -> list[Tensor]:
-            pair = leaf, _shaken(leaf)
+            pair = leaf, _perturbed(leaf)
             first, second = (pair[which] for which in shaken)
             return [first.narrow(dim, 0, half), second.narrow(dim, half, probe.examples - half)]
 
@@ -165,7 +165,7 @@ def interplay(probe: Probe) -> float | None:
     return float((both - left - right + none).norm()) / size if size > 1e-4 else None
 
 
-def _shaken(leaf: Tensor) -> Tensor:
+def _perturbed(leaf: Tensor) -> Tensor:
     """Other data; a mask in disguise, of zeros and ones, stays."""
     if not leaf.is_floating_point() or bool(((leaf == 0) | (leaf == 1)).all()):
         return leaf

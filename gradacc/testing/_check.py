@@ -15,7 +15,7 @@ from gradacc._describe import describe
 from gradacc._values import positive_int
 from gradacc._where import transforming
 from gradacc.testing import _diagnose, _sandbox
-from gradacc.testing._evidence import Evidence, attempt
+from gradacc.testing._evidence import Evidence, result_or_none
 from gradacc.testing._probe import Errors, Probe, Result, copy, errors
 from gradacc.testing._report import Diagnosis, Report, Split
 
@@ -225,7 +225,7 @@ def _holds_microbatches(
         own = _tree.map_tensors(copy, (*args[:batch], whole[0], *args[batch + 1 :]))
         return _loss.target_of(options, _loss.returned(options, loss_fn(*own))[0])
 
-    return attempt(first) is not None
+    return result_or_none(first) is not None
 
 
 def _checked(loss_fn: Any, given: dict[str, Any]) -> _options.Options:

@@ -11,14 +11,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from gradacc.testing import _additive, _sandbox
-from gradacc.testing._evidence import Evidence, attempt
+from gradacc.testing._evidence import Evidence, result_or_none
 from gradacc.testing._probe import Probe, errors
 from gradacc.testing._report import Diagnosis, unknown
 
 
 def explain(evidence: Evidence, probe: Probe, tolerance: float) -> Diagnosis:
     """The first rule of composition that holds within ``tolerance``; ``probe``: the evidence's, or it in float64."""
-    attempts = (attempt(partial(_additive.measure, probe, number)) for number in (4, 3, 2))
+    attempts = (result_or_none(partial(_additive.measure, probe, number)) for number in (4, 3, 2))
     parts = next((found for found in attempts if found is not None), None)
     if parts is None:
         return unknown("the loss cannot be called on parts of this batch.")
@@ -112,7 +112,7 @@ def _interaction(evidence: Evidence, measured: Probe, parts: _additive.Parts, to
     norms = [
         each.module for each in probe.before.modules if isinstance(each.module, _BatchNorm) and each.module.training
     ]
-    exact_without = attempt(partial(_without, evidence, norms)) if norms else False
+    exact_without = result_or_none(partial(_without, evidence, norms)) if norms else False
     if exact_without:
         kinds = ", ".join(sorted({type(norm).__name__ for norm in norms}))
         return Diagnosis(
@@ -126,7 +126,7 @@ def _interaction(evidence: Evidence, measured: Probe, parts: _additive.Parts, to
     if residual <= max(1e-2, 10 * tolerance):
         return unknown(f"weights of its parts explain the large batch nearly, but not fully (off by {residual:.1e}).")
     why = f"no weights make the large batch the weighted mean of its parts (the best are off by {residual:.1e})"
-    shaken = attempt(partial(_additive.interplay, measured))
+    shaken = result_or_none(partial(_additive.interplay, measured))
     if shaken is not None and shaken <= (1e-6 if tolerance <= 1e-6 else 1e-2):
         return Diagnosis(
             "unknown",
@@ -141,7 +141,7 @@ def _interaction(evidence: Evidence, measured: Probe, parts: _additive.Parts, to
     evidence_for = []
     if shaken is not None:
         evidence_for.append("changing the data of one half of the batch changes what the other half contributes")
-    repeated = attempt(partial(_repeated, evidence)) if probe.options.reduction == "mean" else None
+    repeated = result_or_none(partial(_repeated, evidence)) if probe.options.reduction == "mean" else None
     if repeated is not None and repeated > evidence.rtol:
         evidence_for.append(f"repeating every example once changes the result by {repeated:.1e}, as in no mean")
     return Diagnosis(

@@ -7,7 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 from gradacc.testing import _additive, _composition
-from gradacc.testing._evidence import Evidence, attempt, finite
+from gradacc.testing._evidence import Evidence, finite, result_or_none
 from gradacc.testing._probe import Probe, Result, distance, errors
 from gradacc.testing._report import Diagnosis
 
@@ -17,7 +17,7 @@ def diagnose(evidence: Evidence) -> Diagnosis:
     early = _state(evidence) or _randomness(evidence)
     if early is not None:
         return early
-    double = attempt(partial(_in_double, evidence))
+    double = result_or_none(partial(_in_double, evidence))
     rounding = _rounding(evidence, double)
     if rounding is not None:
         return rounding
@@ -110,7 +110,7 @@ def _rounding(evidence: Evidence, double: _Double | None) -> Diagnosis | None:
 def _cancels(evidence: Evidence) -> bool:
     """Whether every error is rounding in the micro-batches' gradients and values, before they cancel."""
     probe, large = evidence.probe, evidence.large
-    sizes = attempt(partial(_additive.sizes, probe))
+    sizes = result_or_none(partial(_additive.sizes, probe))
     if sizes is None:
         return False
     bound = min(1e4 * evidence.eps, math.sqrt(evidence.eps))

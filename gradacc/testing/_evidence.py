@@ -27,7 +27,7 @@ class Evidence(NamedTuple):
         return max(each.largest for each in self.found)
 
 
-def attempt(experiment: Callable[[], T]) -> T | None:
+def result_or_none(experiment: Callable[[], T]) -> T | None:
     """What an experiment gives; None if the loss refuses it (a batch of one example, another dtype)."""
     try:
         return experiment()

@@ -169,9 +169,9 @@ def test_the_own_error_is_raised_where_another_rank_has_ended(monkeypatch):
     monkeypatch.setattr(_ranks.groups, "explaining_errors", lambda *_: contextlib.nullcontext())
     group: Any = SimpleNamespace(size=lambda: 2)
     with pytest.raises(OSError, match="No space left"):
-        _ranks.together("save", group, full)
+        _ranks.on_all_ranks("save", group, full)
     with pytest.raises(RuntimeError, match="connection reset"):
-        _ranks.together("save", group, lambda: (None, None))
+        _ranks.on_all_ranks("save", group, lambda: (None, None))
 
 
 def test_ranks_without_a_group(monkeypatch, tmp_path):

@@ -31,7 +31,7 @@ def attempt(first: Callable[[], T], second: Callable[[], T], otherwise: str) -> 
 
     Where warnings are errors, what Dynamo said of the first is raised.
     """
-    if not _tell():
+    if not _register():
         return first(), True
     result: tuple[T, bool] = _attempt(lambda: (first(), True), lambda: (second(), False), otherwise)
     return result
@@ -48,7 +48,7 @@ class _Attempt(HigherOrderOperator):
 _attempt = _Attempt()
 
 
-def _tell() -> bool:
+def _register() -> bool:
     """Whether Dynamo knows of attempts; it runs this when it traces one, and takes the result for a constant."""
     try:
         from torch._dynamo.exc import TorchRuntimeError, UncapturedHigherOrderOpError, Unsupported
@@ -90,7 +90,7 @@ def _tell() -> bool:
     return True
 
 
-_tell._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result imports Dynamo
+_register._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch.compiler.assume_constant_result imports Dynamo
 
 
 def _saved(tx: Any) -> Callable[[], None]:

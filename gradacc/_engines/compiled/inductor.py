@@ -64,7 +64,7 @@ def add(buffer: Tensor, gradient: Tensor) -> Tensor:
 def _add_fake(buffer: Tensor, gradient: Tensor) -> Tensor:
     if "torch._inductor.compile_fx" in sys.modules:  # Inductor compiles, or has done so: there is somebody to tell
         with contextlib.suppress(ImportError, AttributeError, LookupError):
-            tell()
+            register_rewrites()
     return torch.empty_like(buffer)
 
 
@@ -77,7 +77,7 @@ torch.library.register_fake(f"{_NAMESPACE}::own", torch.empty_like, lib=_library
 
 
 @functools.cache
-def tell() -> None:
+def register_rewrites() -> None:
     """Once a process: the rewrites, and how to compile what they make.
 
     Raises:

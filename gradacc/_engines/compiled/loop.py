@@ -38,7 +38,7 @@ UNROLLED = 4
 """Micro-batches of a run up to which the loop is unrolled: an unrolled one needs no zeros, and fuses across micro-batches."""
 
 
-def fold(name: str, step: Step, buffer: Buffer, sums: Sums, cut: Cut) -> tuple[Buffer, Sums]:
+def run(name: str, step: Step, buffer: Buffer, sums: Sums, cut: Cut) -> tuple[Buffer, Sums]:
     """``for microbatch in cut: buffer, sums = step(buffer, sums, microbatch)``."""
     # Not so in torch.export(strict=False), where scan cannot trace its body.
     loops = torch.compiler.is_dynamo_compiling()

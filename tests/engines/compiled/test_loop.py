@@ -496,15 +496,15 @@ def unknown():
 def test_an_attempt_that_dynamo_does_not_know_is_made_as_it_is(monkeypatch):
     from torch._dynamo.variables import higher_order_ops
 
-    assert attempt._tell() is True
-    monkeypatch.setattr(attempt, "_tell", unknown)  # as where a name is missing
+    assert attempt._register() is True
+    monkeypatch.setattr(attempt, "_register", unknown)  # as where a name is missing
     check(CASES["plain"], "eager")
     torch._dynamo.reset()
     with pytest.raises(torch._dynamo.exc.UncapturedHigherOrderOpError, match="Attempted to mutate ListVariable"):
         torch.compile(gradacc.accumulate(appends, steps=8), fullgraph=True, backend="eager")(PARAMS, data(16))
     monkeypatch.undo()
     monkeypatch.delattr(higher_order_ops, "_hop_name_to_variable_class")
-    assert attempt._tell() is False
+    assert attempt._register() is False
 
 
 def test_dropout_draws_anew_in_every_micro_batch():
