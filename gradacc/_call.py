@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from gradacc import _batch, _tree
 from gradacc._describe import describe
+from gradacc._dtypes import is_inexact
 from gradacc._options import Options
 
 
@@ -100,7 +101,7 @@ def _paths_if_wrong(leaves: Sequence[Any], treedef: _tree.TreeDef, root: str) ->
 def _is_parameter(leaf: Any) -> bool:
     if not isinstance(leaf, Tensor) or _is_sharded(leaf) or _is_odd(leaf):
         return False
-    return leaf.is_floating_point() or leaf.is_complex()
+    return is_inexact(leaf)
 
 
 def _is_odd(leaf: Tensor) -> bool:

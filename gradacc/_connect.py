@@ -42,6 +42,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from gradacc import _tree
+from gradacc._dtypes import is_inexact
 from gradacc._where import functorch_is_active, inside_a_loss, transforming
 
 Function = Callable[[Sequence[Tensor]], Sequence[Any]]
@@ -105,7 +106,7 @@ def connect(name: str, call: Call, results: Any, closed: Iterable[Tensor], run: 
             "Pass it to grad_fn as an argument, or close over its detach()"
         )
     leaves, treedef = _tree.flatten(results)
-    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and _is_differentiable(leaf)]
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and is_inexact(leaf)]
     outputs = [leaves[i] for i in places]
     if isinstance(run, str):
         function, tensors = _refusal(f"{name}: a backward pass has reached the results of a call, but {run}"), []
@@ -219,7 +220,7 @@ def _number(leaf: Any) -> Any:
 
 def _check_number(name: str, what: str, before: Any, now: Any) -> None:
     """A loss that drew other numbers, or that something has changed, has another value; rounding has not."""
-    inexact = isinstance(before, Tensor) and not _is_integer(before)
+    inexact = isinstance(before, Tensor) and is_inexact(before)
     near = torch.finfo(before.dtype).eps ** 0.5 if inexact else 1e-9
     one, other = _plain(before), _plain(now)
     # What is about 0 by cancellation (a metric) is rounding and nothing else; the value is not let off.
@@ -230,10 +231,6 @@ def _check_number(name: str, what: str, before: Any, now: Any) -> None:
             "closes over has changed. Differentiate with torch.func (torch.func.grad around the call), or call grad_fn "
             "under torch.no_grad() for results without a graph"
         )
-
-
-def _is_integer(tensor: Tensor) -> bool:
-    return not (tensor.is_floating_point() or tensor.is_complex())
 
 
 def _plain(number: Any) -> Any:
@@ -250,10 +247,6 @@ def _refusal(message: str) -> Function:
 def _without_inference(leaf: Any) -> Any:
     """An inference tensor can neither be saved nor take part in a graph; a copy can."""
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-
-def _is_differentiable(leaf: Tensor) -> bool:
-    return leaf.is_floating_point() or leaf.is_complex()
 
 
 def _surroundings(tensors: Sequence[Tensor]) -> Surroundings:

@@ -22,6 +22,11 @@ def real_dtype(dtype: torch.dtype) -> torch.dtype:
     )
 
 
+def is_inexact(tensor: Tensor) -> bool:
+    """Whether it holds floating or complex numbers, which have derivatives and are rounded."""
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
 def widened(tensor: Tensor) -> Tensor:
     """A floating or complex tensor in the dtype that it is summed in."""
     return tensor.to(sum_dtype(tensor.dtype))

@@ -71,7 +71,7 @@ def is_part(node: Any) -> bool:
 
 def widened(tensor: Tensor) -> Tensor:
     """In what is summed: floats of at least 32 bits; counts (integers and bools) in int64."""
-    if tensor.is_floating_point() or tensor.is_complex():
+    if _dtypes.is_inexact(tensor):
         return _dtypes.widened(tensor)
     return tensor.to(torch.int64)
 

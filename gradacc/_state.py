@@ -154,6 +154,12 @@ def _number(tensor: Tensor, readable: bool, device: torch.device) -> Any:
     return tensor.item() if tensor.is_cpu else tensor  # on an accelerator nothing is read
 
 
+def other_options(theirs: Facts, ours: Facts | Options) -> list[tuple[str, Any, Any]]:
+    """Options of an accumulator in which two differ: name, and either one's."""
+    pairs = [(option, getattr(theirs, option), getattr(ours, option)) for option in ("reduction", "dtype", "has_aux")]
+    return [(option, one, other) for option, one, other in pairs if one != other]
+
+
 def check(options: Options, state: Any, call: str, what: str = "state") -> State:
     """A state of an accumulator with these options."""
     name = options.name
@@ -162,16 +168,11 @@ def check(options: Options, state: Any, call: str, what: str = "state") -> State
             f"{name}: {what} must be a state that init, update or merge returned, got {describe(state)}; call {call}"
         )
     facts = state.facts
-    for option, theirs, ours in (
-        ("reduction", facts.reduction, options.reduction),
-        ("dtype", facts.dtype, options.dtype),
-        ("has_aux", facts.has_aux, options.has_aux),
-    ):
-        if theirs != ours:
-            raise ValueError(
-                f"{name}: the state is of an accumulator with {option}={theirs!r}, and this one has {option}={ours!r}; "
-                "use the one that made it"
-            )
+    for option, theirs, ours in other_options(facts, options):
+        raise ValueError(
+            f"{name}: the state is of an accumulator with {option}={theirs!r}, and this one has {option}={ours!r}; "
+            "use the one that made it"
+        )
     if not isinstance(state.sums.weight, Tensor) or state.sums.weight.ndim:
         raise ValueError(
             f"{name}: the state's weight is {describe(state.sums.weight)}, and not a 0-dim tensor; a state that vmap returned "

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradacc import _structure, _tree
-from gradacc._state import Facts, Missing, Param, State, is_missing
+from gradacc._state import Facts, Missing, Param, State, is_missing, other_options
 
 
 def to_text(state: State) -> str:
@@ -47,12 +47,10 @@ def from_text(like: State, text: str) -> State:
         sums = told["sums"]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"is described by facts that this version of gradacc does not know ({error})") from error
-    for option in ("reduction", "dtype", "has_aux"):
-        theirs, ours = getattr(facts, option), getattr(like.facts, option)
-        if theirs != ours:
-            raise ValueError(
-                f"is a state of an accumulator with {option}={ours!r}, but one of {option}={theirs!r} was saved"
-            )
+    for option, theirs, ours in other_options(facts, like.facts):
+        raise ValueError(
+            f"is a state of an accumulator with {option}={ours!r}, but one of {option}={theirs!r} was saved"
+        )
     slots, treedef = _tree.flatten(like.grads, is_missing)
     own = dict(zip(_tree.paths(treedef), facts.params, strict=True))
     for path in [*own, *params]:

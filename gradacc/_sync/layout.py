@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gradacc import _sums, _tree
+from gradacc._dtypes import is_inexact
 from gradacc._parts import Average, Part, Pieces, Total, is_part
 from gradacc._sums import Sums
 
@@ -75,7 +76,7 @@ def restored(value: Tensor, spec: Spec, device: torch.device) -> Any:
         return int(number) if spec.whole and number.is_integer() else number
     # Of the records: a number, which needs no copy to the device.
     if value.is_cpu and not value.ndim:
-        narrow = value if not value.is_floating_point() and not value.is_complex() else value.to(spec.dtype)
+        narrow = value.to(spec.dtype) if is_inexact(value) else value
         return torch.full((), narrow.item(), dtype=spec.dtype, device=device)
     return value.to(device=device, dtype=spec.dtype)
 

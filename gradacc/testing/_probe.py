@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from gradacc import _accumulate, _loop, _loss, _tree
+from gradacc._dtypes import is_inexact
 from gradacc._mean import Mean
 from gradacc._options import Options
 from gradacc.testing import _sandbox
@@ -214,7 +215,7 @@ def _double(tensor: Tensor) -> Tensor:
 
 def _wider(tensor: Tensor) -> Tensor:
     """Floats in float64 or complex128, anything else as it is."""
-    if not (tensor.is_floating_point() or tensor.is_complex()):
+    if not is_inexact(tensor):
         return tensor
     return _double(tensor).requires_grad_(tensor.requires_grad)
 
