@@ -21,7 +21,7 @@ import torch
 
 import gradacc
 from gradacc import _sums
-from gradacc._sync import link
+from gradacc._sync import wire
 from gradacc._sync.sending import Sending
 from tests.workers import Pool
 
@@ -204,8 +204,8 @@ def broken(fault: str | None) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         if fault == "packing":
-            original: Any = link._pack
-            stack.enter_context(mock.patch.object(link, "_pack", after(-1)))
+            original: Any = wire.pack
+            stack.enter_context(mock.patch.object(wire, "pack", after(-1)))
         elif fault == "memory":  # and once more, when it is to be told
             original = Sending.flat
             stack.enter_context(mock.patch.object(Sending, "flat", lambda *args: after(0, -1)(*args)))
