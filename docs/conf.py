@@ -1,5 +1,7 @@
 """Sphinx: pages in Markdown (MyST), the API from the docstrings; every warning is an error (`make docs`)."""
 
+import re
+
 import gradacc
 
 project = "gradacc"
@@ -23,3 +25,13 @@ napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_param = False
 napoleon_custom_sections = [("Source", "notes"), ("Edge cases", "notes"), ("Raises (when called)", "notes")]
+
+
+def link_pages(app, what, name, obj, options, lines):
+    """Docstrings name pages by their files, which reads well anywhere; on the site they are links."""
+    lines[:] = [re.sub(r"``docs/(\w+)\.md``", r":doc:`docs/\1.md <\1>`", line) for line in lines]
+
+
+def setup(app):
+    """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", link_pages)

@@ -72,10 +72,8 @@ def accumulate_and_value(
 
         accumulate_and_value(f, steps=k)(params, batch) = torch.func.grad_and_value(f)(params, batch)
 
-    To rounding for any ``k``; bit for bit for ``k = 1`` (the bits are plain autograd's; torch.func decomposes the backward
-    pass of ``group_norm``, and differs from them there).
-
-    It is this loop, for a loss that is a mean over examples:
+    The two sides are equal to rounding for any ``k``, and bit for bit for ``k = 1`` (the bits are plain autograd's; torch.func
+    decomposes the backward pass of ``group_norm``, and differs there). For a mean over examples it replaces this loop:
 
     .. code-block:: python
 
@@ -85,120 +83,49 @@ def accumulate_and_value(
             g, v = torch.func.grad_and_value(loss_fn)(params, microbatch)
             grads, value = grads + share * g, value + share * v
 
-    What ``loss_fn`` returns says what is added up, and how it is divided, once, at the end:
-
-    ========================================  =============================  =======================================
-    ``loss_fn`` returns                       the large batch's value        weight of a micro-batch
-    ========================================  =============================  =======================================
-    0-dim tensor, ``reduction="mean"``        mean over examples             its number of examples
-    0-dim tensor, ``reduction="sum"``         sum over examples              none: totals add
-    ``Mean(total, weight)``                   ``total / weight``             ``weight``, counted from the data
-    ========================================  =============================  =======================================
-
-    The sum of several means (classes and boxes, two tasks) is none of these, however it is spelled: `Mean` shows what works.
-
-    Edge cases:
-
-    ========================================  ======================================================================
-    micro-batch of weight 0 (all padding)     contributes exactly 0, whatever its total and gradient are
-    empty batch, or nothing but weight 0      gradients 0; value NaN (``reduction="sum"``: 0; `Mean`: weight 0)
-    micro-batch without rows, but a number    is evaluated like any other: of a sum it counts, in gradient and value
-    fewer examples than ``steps``             as many micro-batches as examples
-    parameter that the loss does not use      zeros
-    tied tensors (one tensor, two leaves)     a gradient for each leaf, of that leaf's uses (as `torch.func.grad`)
-    ``sparse=True`` embedding                 dense gradient
-    float16, bfloat16 parameters              summed in float32, returned in their own dtype
-    ========================================  ======================================================================
-
-    What composes with what (``f``: the loss; ``g``: ``accumulate(f)``):
-
-    =====================================  ==================  ==================  ==================
-    composition                            alone               in a transform      compiled
-    =====================================  ==================  ==================  ==================
-    ``vmap`` over params                   yes                 yes                 yes
-    ``vmap`` over the batch                yes                 yes                 yes
-    ``vmap`` over both                     yes                 yes                 yes
-    ``grad``, ``jacrev``, ``hessian``      yes                 yes                 yes
-    ``jvp``, ``jacfwd``                    yes                 yes                 yes
-    ``backward()`` through ``g``           yes                 yes                 yes
-    ``torch.compile(g)``                   yes                 reverse [1]         yes
-    ``accumulate(torch.compile(f))``       yes                 window [2]          yes
-    ``torch.autocast``                     yes                 yes                 yes
-    activation checkpointing               yes                 no                  no
-    saved-tensor hooks                     yes                 no                  no
-    ``sync=``                              yes                 no                  yes
-    =====================================  ==================  ==================  ==================
-
-    *Alone*: the composition itself. *In a transform*: in one more of torch.func's (``vmap``, ``grad``, ``jvp``). *Compiled*:
-    inside ``torch.compile(..., fullgraph=True)``. *No*: an error that says so. Torch's own limits: [1] ``vmap`` and ``grad``;
-    an error in forward mode. [2] ``vmap``; and derivatives where the batch is an iterable of micro-batches; an error where
-    they are views that were made in the transform (``steps``, ``microbatch_size``). Compiled, more than four micro-batches of a
-    size are one loop of the graph; where the loss cannot be the body of a loop (it has side effects, or tensors that it uses
-    share memory), they are unrolled, with a warning.
+    ``docs/batches.md`` has the edge cases (empty batches, weight 0, half precision), ``docs/transforms.md`` the table of what
+    composes with what, and ``docs/limits.md`` the losses for which the equality fails: examples that see each other
+    (BatchNorm in training mode), sums of several means, random numbers. `gradacc.testing.check_accumulation` tests yours.
 
     Arguments:
-        loss_fn: ``loss_fn(params, batch, *args, **kwargs)``, of the table above; with ``has_aux``, it returns
-            ``(loss, aux)``. Left out, a decorator is returned: ``@accumulate_and_value(steps=4)``.
+        loss_fn: ``loss_fn(params, batch, *args, **kwargs)``. It returns a 0-dim floating tensor (the mean over the examples, or
+            with ``reduction="sum"`` their sum) or a `Mean` (a mean over tokens, pixels or edges: ``total / weight``). With
+            ``has_aux`` it returns ``(loss, aux)``. Without ``loss_fn`` the result is a decorator:
+            ``@accumulate_and_value(steps=4)``.
         steps: at most this many micro-batches, of `torch.tensor_split`'s sizes: they differ by at most one.
-        microbatch_size: micro-batches of this many examples, the last one smaller.
-        split: ``split(batch)`` yields the micro-batches. With none of these three, the batch *is* an iterable of
-            micro-batches of any sizes, consumed lazily, one at a time. A list or tuple of bare tensors may also be one batch in
-            parts (a ``DataLoader`` yields ``[x, y]``): an error where they do not go together, a warning where they are alike;
+        microbatch_size: micro-batches of this many examples; the last one may be smaller.
+        split: ``split(batch)`` yields the micro-batches. Without these three, the batch *is* an iterable of micro-batches of
+            any sizes, which is consumed lazily. A list or tuple of bare tensors may also be one batch in parts (a
+            ``DataLoader`` yields ``[x, y]``): it is an error where they do not go together, and a warning where they are alike.
             ``split=iter`` says that they are micro-batches.
-        in_dims: what is split, as in `torch.vmap`: a tuple with an int, None ("passed whole") or a pytree prefix of them
-            for each positional argument, ``(None, 0, 0)`` for ``loss_fn(params, x, y)``. By default the first argument
-            that is not differentiated, along dim 0. Tensors are split by views; Python numbers, bools, None and a lone string
-            are passed whole, but a list of numbers as long as the batch is an error, and so is any list of strings; a list
-            of tensors is its items, and an error or a warning where it may be one item for each example. An iterable's
-            micro-batches are counted along these dims.
+        in_dims: what is split, as in `torch.vmap`: a tuple with an int, None ("passed whole") or a pytree prefix of them for
+            each positional argument, ``(None, 0, 0)`` for ``loss_fn(params, x, y)``. By default the first argument that is not
+            differentiated is split along dim 0. Tensors are split by views; Python numbers, bools, None and a lone string are
+            passed whole; other leaves are an error. The micro-batches of an iterable are counted along these dims.
         argnums: which arguments are differentiated: an int, or a tuple of ints for a tuple of gradients. Each is a pytree
             of floating or complex tensors of any shapes.
-        has_aux: ``loss_fn`` returns ``(loss, aux)``. Of a pytree ``aux``, `Mean` leaves add up, tensors with a leading
-            batch dimension are concatenated (from copies), 0-dim floating tensors are averaged with the loss's weights (with
-            numbers of examples where ``reduction="sum"``), and anything else is an error.
+        has_aux: ``loss_fn`` returns ``(loss, aux)``. In the pytree ``aux``, `Mean` leaves add up, tensors with a leading batch
+            dimension are concatenated (from copies), 0-dim floating tensors are averaged with the loss's weights (with numbers
+            of examples under ``reduction="sum"``), and anything else is an error.
         reduction: what a loss that is a plain tensor is over its examples, ``"mean"`` or ``"sum"``.
-        dtype: accumulate in this floating dtype, and return gradients in it (complex ones in its complex counterpart).
-        sync: `gradacc.all_reduce`: the large batch is then the union of all ranks' batches. One all-reduce a call, after the
-            last micro-batch; what crosses, and what happens when a rank fails, is told there.
+        dtype: accumulate in this floating dtype, and return gradients in it (complex ones in its complex counterpart). By
+            default float16 and bfloat16 are accumulated in float32 and cast back; other dtypes accumulate in themselves.
+        sync: `gradacc.all_reduce`: the large batch is then the union of all ranks' batches, with one all-reduce a call.
 
     Returns:
         ``grad_fn(params, batch, *args, **kwargs)``, which returns ``(grads, value)``, or ``(grads, (value, aux))`` with
         ``has_aux``. ``grads`` has the structure, shapes and (without ``dtype=``) dtypes of the differentiated arguments;
-        ``value`` is of the type that ``loss_fn`` returns (a 0-dim tensor where an empty iterable says nothing of it). All are
-        new tensors; nothing passed in is changed. Under a functorch transform they can be batched and differentiated, as
-        those of `torch.func.grad` (then activation checkpointing and saved-tensor hooks, which torch.func refuses, are not
-        available).
-
-        So they can by plain autograd: as `torch.func.grad`'s, they are detached, unless an argument requires grad and grad mode
-        is enabled. Then a backward pass through them (MAML, `torch.autograd.functional.jacobian`) makes the call once more,
-        with torch.func and in the memory of the whole batch; until then they hold the arguments, and ``p.grad = grad``
-        is a reference cycle. In training, where nobody wants that, pass parameters that do not require grad, as those of
-        `gradacc.functional`, or call ``grad_fn`` under ``torch.no_grad()``. Such a backward pass is an error where the
-        call cannot be made again: with ``sync=``; where the batch was an iterator; where an argument has changed in place;
-        where the value is then another one (random numbers that are not torch's own); and for activation checkpointing and
-        saved-tensor hooks. It is also one for a tensor that requires grad, is not an ``nn.Parameter``, and is closed over,
-        while no argument requires grad; parameters that are closed over are constants there.
+        ``value`` has the type that ``loss_fn`` returns (a 0-dim tensor where an empty iterable says nothing of it). All are
+        new tensors; nothing passed in is changed. Transforms batch and differentiate them as they do `torch.func.grad`'s.
+        They are detached, unless an argument requires grad and grad mode is enabled: ``docs/transforms.md``.
 
     Raises:
         TypeError: parameters that are not floating or complex tensors (an ``nn.Module``, integers, a ``DTensor``); batch
-            leaves that cannot be split (NumPy arrays, lists with an item for each example, sparse and nested tensors); a loss
-            that is not a floating tensor or a `Mean` of one.
+            leaves that cannot be split (NumPy arrays, strings, lists with an item for each example, sparse and nested
+            tensors); a loss that is not a floating tensor or a `Mean` of one.
         ValueError: options that contradict each other; split dimensions that differ; a loss that is not 0-dim or does not
-            depend on the parameters; a negative, infinite or NaN weight, where it is a number or on the CPU; reentrant
-            checkpointing.
-
-    On an accelerator nothing is read, so nothing waits for the device; with ``sync`` one record a call is. The weight of a
-    `Mean` stays there: a negative, infinite or NaN one makes all gradients and the value NaN (an error on every rank with
-    ``sync``), and so it does where it is batched, traced or, under a functorch transform, floating. Weights may be any finite
-    numbers, in any order. Only of weights that stay on an accelerator, or are traced, the sum must not be over 1e18, or 1e37
-    times the first, divided by the size of the gradients (in float32): beyond that the result is inf or NaN.
-
-    When it is *not* equal: where examples see each other through the batch (BatchNorm in training mode, in-batch
-    negatives); where the mean is over something else than examples (return a `Mean`); where the loss draws random
-    numbers (they are drawn micro-batch after micro-batch; reproducible, but not the large batch's draw); and where a leaf
-    of ``aux`` that is no batch dimension has, by chance, the micro-batch's size (a vector of 4 classes where micro-batches
-    have 4 examples: return ``Mean(vector, 1)`` for a sum).
-    `gradacc.testing.check_accumulation` finds out for a loss of yours.
+            depend on the parameters; a negative, infinite or NaN weight, where it is a number or on the CPU (on an accelerator
+            it makes the gradients and the value NaN: ``docs/limits.md``); reentrant checkpointing.
 
     Example:
         >>> import torch, gradacc
@@ -206,10 +133,8 @@ def accumulate_and_value(
         ...     return (batch["x"] @ params["w"] - batch["y"]).square().mean()
         >>> params = {"w": torch.ones(3, dtype=torch.float64)}
         >>> batch = {"x": torch.arange(21, dtype=torch.float64).view(7, 3), "y": torch.zeros(7, dtype=torch.float64)}
-        >>> grads, value = gradacc.accumulate_and_value(loss_fn, steps=3)(params, batch)     # 7 examples: 3, 2, 2
-        >>> expected, large = torch.func.grad_and_value(loss_fn)(params, batch)
-        >>> torch.testing.assert_close(grads, expected)
-        >>> torch.testing.assert_close(value, large)
+        >>> actual = gradacc.accumulate_and_value(loss_fn, steps=3)(params, batch)     # 7 examples: 3, 2, 2
+        >>> torch.testing.assert_close(actual, torch.func.grad_and_value(loss_fn)(params, batch))
 
     Source: ``optax.microbatching.microbatch`` (the transform); torchtitan's trainer (count first, divide by the whole
     batch's count).

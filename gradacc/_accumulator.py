@@ -54,7 +54,7 @@ def accumulator(
     sync: AllReduce | None = None,
     donate: bool = False,
 ) -> Any:
-    """The gradient and the value of one large batch, whose micro-batches come when they come.
+    """The gradient and the value of one large batch, from micro-batches that arrive one at a time.
 
     .. code-block:: text
 
@@ -73,59 +73,35 @@ def accumulator(
 
     Taken apart, the loop can stop and go on: in another process (the state is a pytree of tensors, which
     `gradacc.checkpoint.save` writes), on several devices or workers (`merge`), or as part of a loop that does other things.
-
-    The state is a monoid, in which a micro-batch is an element: `merge` is commutative, associative up to rounding, and
-    ``init(params)`` is its identity. So micro-batches may be grouped and ordered in any way.
-
-    Edge cases, beside those of `gradacc.accumulate_and_value`:
-
-    ======================================  ========================================================================
-    ``finalize(init(params))``              gradients 0; value NaN (``reduction="sum"``: 0); an error with ``has_aux``
-    empty micro-batch, or of weight 0       contributes exactly 0; the first one, if empty, is evaluated for the types
-                                            that it returns, without gradient (and says nothing where ``loss_fn`` raises)
-    ``loss_fn`` raises in ``update``        the state that was given is as it was, and can go on
-    the backward pass raises                the same; with ``donate``, the state is given up: using it is an error
-    ``update`` after ``finalize``           goes on: nothing is taken out of a state (not with ``donate``)
-    concatenated leaves of ``aux``          in the order of updates; of ``merge(a, b)``, first ``a``'s, then ``b``'s
-    ======================================  ========================================================================
+    The states are a monoid: `merge` is commutative, associative up to rounding, and has ``init(params)`` as its identity. So
+    micro-batches may be grouped and ordered in any way. ``docs/training.md`` has the edge cases (empty micro-batches, errors,
+    ``update`` after ``finalize``), and says how states behave under transforms, autograd and checkpoints.
 
     Arguments:
         loss_fn, in_dims, argnums, has_aux, reduction, dtype: as of `gradacc.accumulate_and_value`.
             ``in_dims`` says along which dimensions examples are counted, in any argument that is not differentiated; by
-            default dim 0 of the first one. Left out, a decorator is returned: ``@accumulator(has_aux=True)``.
+            default along dim 0 of the first one. Without ``loss_fn`` the result is a decorator: ``@accumulator(has_aux=True)``.
         sync: `gradacc.all_reduce`: ``finalize`` is then of the union of all ranks' states, in one all-reduce a call (one more
-            exchange at first use), which empty states take part in; with the same bits on every rank. There is no backward
-            pass to overlap it with: ``overlap`` is left out. An ``update`` that raises tells nobody: a rank that catches the
-            error calls ``finalize`` all the same, with the state before it. Where it begins another state by ``init`` instead,
-            and not all ranks do so, the next ``finalize`` is an error on all of them, and so are later ones of this
-            accumulator; where it ends, the others wait for the group's timeout.
-        donate: the memory of a state given to ``update``, ``merge`` or ``finalize`` may be reused; to use the state, or a
-            tensor of it, afterwards is an error. Without it nothing that the caller holds changes, which costs a copy of all
-            gradients an update.
+            exchange at first use), which empty states take part in; every rank gets the same bits. There is no backward
+            pass to overlap it with, so ``overlap`` is left out. An ``update`` that raises tells no other rank: a rank that
+            catches the error calls ``finalize`` all the same, with the state before it. If it begins another state by ``init``
+            instead, and not all ranks do so, the next ``finalize`` is an error on all of them, and so are later ones of this
+            accumulator; if it ends, the others wait for the group's timeout.
+        donate: the memory of a state given to ``update``, ``merge`` or ``finalize`` may be reused; using the state, or a
+            tensor of it, afterwards is an error. Without ``donate`` nothing that the caller holds changes, which costs a copy
+            of all gradients an update.
 
     Returns:
         An `Accumulator`:
 
-        - ``init(params) -> state``; with a tuple of ``argnums``, ``init`` takes the tuple of differentiated arguments. Nothing
-          is allocated: the first micro-batch's gradients become the buffer.
-        - ``update(state, params, microbatch, *args, **kwargs) -> state``: behind the state come the arguments of ``loss_fn``,
+        - ``init(params) -> state``; with a tuple of ``argnums``, ``init`` takes the tuple of differentiated arguments. It
+          allocates nothing: the first micro-batch's gradients become the buffer.
+        - ``update(state, params, microbatch, *args, **kwargs) -> state``: after the state come the arguments of ``loss_fn``,
           in its order. ``params`` may have changed in the meantime, but not their structure, shapes and dtypes.
         - ``merge(a, b) -> state``, of states of the same parameters and options.
         - ``finalize(state) -> (grads, value)``, or ``(grads, (value, aux))`` with ``has_aux``: as
           `gradacc.accumulate_and_value` returns them, new tensors. (Weights of a `Mean` that were numbers are 0-dim tensors
           under a functorch transform and compiled.)
-
-        A state is a pytree, to torch and to optree in the namespace "gradacc"; its leaves are tensors, which states may have
-        in common, and it can be pickled and copied. Its structure says what it has seen: after the first micro-batch that
-        counts for something (and reached the same parameters as later ones) it stays the same, but for the lengths of what
-        is concatenated, all of which each update copies. A checkpoint holds the structure, too: ``like`` of
-        `gradacc.checkpoint.load` may be any state of the accumulator, ``init``'s for instance.
-
-        All four can be called under torch.func's transforms and inside `torch.compile`; what `torch.vmap` returns are
-        batched states, which go on under `torch.vmap`. By plain autograd (a ``.backward()`` through the results, where an
-        argument requires grad and grad mode is enabled) nothing here is differentiated: a state keeps no micro-batches.
-        Such a backward pass is an error, and such a state has tensors that require grad, which ``copy.deepcopy`` refuses;
-        under ``torch.no_grad()``, or with parameters that do not require grad, there is neither.
 
     Raises:
         TypeError, ValueError: as `gradacc.accumulate_and_value`; and for what is not a state, for a state of an accumulator

@@ -1,10 +1,10 @@
-"""The table "what composes with what" of `accumulate_and_value`'s docstring, cell by cell.
+"""The table "What composes with what" of `docs/transforms.md`, cell by cell.
 
 Where it says yes, a small example equals the same one over `torch.func.grad` of the whole batch; where it says no, it raises.
 """
 
-import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,19 +25,17 @@ X = torch.arange(10, dtype=torch.float64).view(5, 2).sin()
 XS = torch.stack([X, X.cos(), -X])
 W = torch.tensor([0.3, -0.7], dtype=torch.float64)
 WS = torch.stack([W, 2 * W.cos(), -W])
+PAGE = Path(__file__).parent.parent / "docs" / "transforms.md"
 COLUMNS = ("alone", "in a transform", "compiled")
 
 
 def table() -> dict[tuple[str, str], str]:
-    """``(row, column) -> cell``, read from the docstring."""
-    text = gradacc.accumulate_and_value.__doc__
-    assert text is not None
-    lines = [line.strip() for line in text[text.index("What composes with what") :].splitlines()]
-    rules = [i for i, line in enumerate(lines) if line.startswith("===")][:3]
-    widths = [match.span() for match in re.finditer("=+", lines[rules[0]])]
-    cut = [[line[a:b].strip() for a, b in widths] for line in (lines[rules[0] + 1], *lines[rules[1] + 1 : rules[2]])]
-    assert tuple(cut[0]) == ("composition", *COLUMNS)
-    return {(row[0], column): cell for row in cut[1:] for column, cell in zip(COLUMNS, row[1:], strict=True)}
+    """``(row, column) -> cell``, read from the page."""
+    _, _, section = PAGE.read_text().partition("## What composes with what")
+    lines = [line for line in section.splitlines() if line.startswith("|")]
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in lines)
+    assert tuple(head) == ("composition", *COLUMNS)
+    return {(row[0], column): cell for row in rows for column, cell in zip(COLUMNS, row[1:], strict=True)}
 
 
 TABLE = table()
@@ -73,27 +71,27 @@ Gradient = Callable[[Tensor, Tensor], Any]
 
 # A transform of a gradient is a function of the same two arguments, so that there can be another one around it.
 TRANSFORMS: dict[str, list[Callable[[Gradient], Gradient]]] = {
-    "``vmap`` over params": [lambda g: lambda w, x: vmap(lambda a: g(a * w, x))(WS)],
-    "``vmap`` over the batch": [lambda g: lambda w, x: vmap(lambda b: g(w, b * x))(XS)],
-    "``vmap`` over both": [lambda g: lambda w, x: vmap(lambda a, b: g(a * w, b * x))(WS, XS)],
-    "``grad``, ``jacrev``, ``hessian``": [
+    "`vmap` over params": [lambda g: lambda w, x: vmap(lambda a: g(a * w, x))(WS)],
+    "`vmap` over the batch": [lambda g: lambda w, x: vmap(lambda b: g(w, b * x))(XS)],
+    "`vmap` over both": [lambda g: lambda w, x: vmap(lambda a, b: g(a * w, b * x))(WS, XS)],
+    "`grad`, `jacrev`, `hessian`": [
         lambda g: grad(lambda w, x: g(w, x).square().sum()),
         lambda g: jacrev(g),
         lambda g: hessian(lambda w, x: g(w, x).square().sum()),
     ],
-    "``jvp``, ``jacfwd``": [
+    "`jvp`, `jacfwd`": [
         lambda g: lambda w, x: jvp(lambda w: g(w, x), (w,), (W.cos(),))[1],
         lambda g: jacfwd(g),
     ],
 }
 PLAIN = {  # row -> accumulated gradient, the loss that the whole batch's is taken of, relative tolerance
-    "``torch.compile(g)``": (lambda: compiled(accumulated(f)), f, 1e-10),
-    "``accumulate(torch.compile(f))``": (lambda: accumulated(compiled(f)), f, 1e-10),
-    "``torch.autocast``": (lambda: accumulated(autocast), autocast, 2e-2),
+    "`torch.compile(g)`": (lambda: compiled(accumulated(f)), f, 1e-10),
+    "`accumulate(torch.compile(f))`": (lambda: accumulated(compiled(f)), f, 1e-10),
+    "`torch.autocast`": (lambda: accumulated(autocast), autocast, 2e-2),
     "activation checkpointing": (lambda: accumulated(checkpointed), f, 1e-10),
     "saved-tensor hooks": (lambda: accumulated(hooked), f, 1e-10),
 }
-BACKWARD = "``backward()`` through ``g``"
+BACKWARD = "`backward()` through `g`"
 
 
 def vmapped(g: Gradient) -> Any:
@@ -125,7 +123,7 @@ def cells(*rows: str) -> list[tuple[str, str]]:
 
 
 def test_every_cell_is_walked_through():
-    walked = {*cells(*TRANSFORMS), *cells(*PLAIN), *cells("``sync=``"), *cells(BACKWARD)}
+    walked = {*cells(*TRANSFORMS), *cells(*PLAIN), *cells("`sync=`"), *cells(BACKWARD)}
     assert set(TABLE) == walked == {(row, column) for row in {row for row, _ in TABLE} for column in COLUMNS}
     assert len(TABLE) == 36
 
@@ -204,7 +202,7 @@ def of_ranks(group, column):
     return (compiled(grad_fn) if column == "compiled" else grad_fn)(W, mine)
 
 
-@pytest.mark.parametrize(("row", "column"), cells("``sync=``"))
+@pytest.mark.parametrize(("row", "column"), cells("`sync=`"))
 def test_sync(pool, row, column):
     if TABLE[row, column] == "yes":
         for result in pool.run(2, of_ranks, column):

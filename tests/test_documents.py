@@ -1,5 +1,6 @@
 """What the documents show runs: the pages' Python and the notebooks; and every public name has an example."""
 
+import ast
 import os
 import re
 import subprocess
@@ -94,7 +95,9 @@ def test_the_site_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "docs", str(tmp_path / "site")]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr
-    assert "accumulate_and_value" in (tmp_path / "site" / "api.html").read_text()
+    reference = (tmp_path / "site" / "api.html").read_text()
+    assert "accumulate_and_value" in reference
+    assert 'href="transforms.html"><span class="doc">docs/transforms.md' in reference
 
 
 def test_the_two_sides_of_the_readmes_comparison_agree():
@@ -121,6 +124,27 @@ def test_the_two_sides_of_the_readmes_comparison_agree():
     exec(ours, scope)
     torch.testing.assert_close(scope["grads"], by_hand)
     torch.testing.assert_close(scope["loss"], loss)
+
+
+def docstrings():
+    """``(where, docstring)`` of every module, class and function of gradacc."""
+    for path in sorted((ROOT / "gradacc").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                yield f"{path.relative_to(ROOT)}: {getattr(node, 'name', '')}", ast.get_docstring(node) or ""
+
+
+def test_docstrings_are_short():
+    """Tables and long stories stand on the pages, which a docstring names."""
+    lengths = {where: len(text.splitlines()) for where, text in docstrings()}
+    assert len(lengths) > 400
+    assert not {where: length for where, length in lengths.items() if length > 80}
+
+
+def test_pages_that_docstrings_name_exist():
+    named = {page for _, text in docstrings() for page in re.findall(r"docs/\w+\.md", text)}
+    assert "docs/transforms.md" in named
+    assert not {page for page in named if not (ROOT / page).exists()}
 
 
 def test_everything_public_has_a_docstring_with_an_example():

@@ -47,22 +47,8 @@ def check_accumulation(
     that can be nothing but rounding, such as a bias that cancels). With ``reduction="sum"`` the mean of the values is
     their sum. A split is exact when all errors are at most ``rtol``.
 
-    Where a split is not exact, experiments look for the cause, in this order, and the first that explains it is reported
-    (others may hide behind it: fix one, check again). `Cause` lists them all.
-
-    =====================  =========================================================================================
-    cause                  experiment
-    =====================  =========================================================================================
-    ``state``              the same call twice, from the same random state, differs
-    ``randomness``         the same call from another random state differs
-    ``rounding``           with parameters and batch in float64 the error vanishes
-    ``reduction``          parts of the batch add up as a sum where a mean was declared, or the other way round
-    ``weights``            there are weights >= 0 of the parts under which every union of them is their weighted mean
-    ``constant``           parts add up as a sum but for one constant, once for each part more
-    ``nonlinear``          the gradient of a union is a combination of its parts' gradients, with other factors
-    ``interaction``        other data in one half of the batch change what the other half contributes; a repeated batch
-                           differs; with BatchNorm in evaluation mode the error vanishes
-    =====================  =========================================================================================
+    Where a split is not exact, experiments look for the cause, and the first that explains it is reported (others may hide
+    behind it: fix one, check again). `Cause` lists the causes; ``docs/batches.md`` has the experiment behind each.
 
     Arguments:
         loss_fn: as for `gradacc.accumulate`, as are ``params``, ``batch`` and ``args``: its positional arguments.
@@ -84,7 +70,7 @@ def check_accumulation(
         TypeError, ValueError: as `gradacc.accumulate` for bad input; an option that is not one of the above; fewer than
             two examples; an iterable of micro-batches; parameters on the meta device.
 
-    Nothing passed in is changed: parameters and batch are copied, the state of the random generators (torch, Python,
+    Nothing passed in is changed: parameters and batch are copied, and the state of the random generators (torch, Python,
     NumPy) and of the modules that ``loss_fn`` reaches (through its closure, globals, attributes) is put back, also when
     ``loss_fn`` raises. All calls start from the random state at the time of the call. It needs the memory of the large
     batch and of a handful of gradients, and the time of about ten large batches where a split is not exact.
