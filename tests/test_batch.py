@@ -17,6 +17,9 @@ import gradacc
 from gradacc.testing import check_accumulation
 from tests.helpers import ENGINES, assert_trees_close
 
+# other tests do not mind it
+pytestmark = pytest.mark.filterwarnings("error:.*read as [0-9]+ micro-batch:UserWarning")
+
 D = torch.float64
 W = torch.tensor([1.0, -2.0], dtype=D)
 X = torch.arange(12, dtype=D).view(6, 2).sin()

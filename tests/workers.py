@@ -81,6 +81,7 @@ def _work() -> None:
     import torch.distributed as dist
 
     warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", ".*read as [0-9]+ micro-batch", UserWarning)  # as in pyproject.toml
     torch.set_num_threads(1)
     port, key = os.environ["GRADACC_TEST_POOL"].split(":")
     with Client(("localhost", int(port)), authkey=bytes.fromhex(key)) as connection:

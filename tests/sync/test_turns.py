@@ -307,9 +307,9 @@ def a_class_of_one_rank(group):
         return squares(w, x), sys.modules["only_here"].Pair(gradacc.Mean(x.sum(), 1))
 
     grad_fn = gradacc.accumulate(loss, has_aux=True, sync=gradacc.all_reduce(group))
-    answers = [attempt(lambda: grad_fn(torch.ones(3), [] if rank else [ones(0)])) for _ in range(2)]
+    answers = [attempt(lambda: grad_fn(torch.ones(3), iter([] if rank else [ones(0)]))) for _ in range(2)]
     plain = gradacc.accumulate(squares, sync=gradacc.all_reduce(group))
-    return [*answers, attempt(lambda: plain(torch.ones(3), [ones(0)]))]
+    return [*answers, attempt(lambda: plain(torch.ones(3), iter([ones(0)])))]
 
 
 class _Pair(NamedTuple):
@@ -455,7 +455,7 @@ def a_window_left_out(group, how):
             batch = functools.partial(iter, window) if how == "iterators" else lambda window=window: window
             answers += [attempt(lambda batch=batch: grad_fn(torch.ones(3), batch())) for _ in range(2)]
         if rank and not loop and how != "nothing":
-            answers += [attempt(lambda: grad_fn(torch.ones(3), [ones(rank)])) for _ in range(2)]
+            answers += [attempt(lambda: grad_fn(torch.ones(3), iter([ones(rank)]))) for _ in range(2)]
         loops.append(answers)
     return loops
 
