@@ -9,7 +9,8 @@ NOTE [mappings and dataclasses]
     - the children of a dataclass are its fields; another one is an instance with those fields, made without ``__init__``, as it
       need not take them.
 
-    A class that torch's registry knows is what it is there; gradacc's own that are not registered are leaves.
+    A class that torch's registry knows is what it is there; gradacc's own that are not registered are leaves. An object that
+    holds itself is no tree: where there is one, these classes are leaves.
 """
 
 from __future__ import annotations

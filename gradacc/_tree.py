@@ -7,6 +7,7 @@ NOTE [mappings and dataclasses].
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeAlias, cast
@@ -28,7 +29,10 @@ TreeDef: TypeAlias = optree.PyTreeSpec
 
 def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[list[Any], TreeDef]:
     """Leaves and structure; `unflatten` is the inverse."""
-    leaves, treedef = optree.tree_flatten(tree, is_leaf, namespace=NAMESPACE)
+    try:
+        leaves, treedef = optree.tree_flatten(tree, is_leaf, namespace=NAMESPACE)
+    except RecursionError:
+        return optree.tree_flatten(tree, functools.partial(_is_leaf_or_record, is_leaf), namespace=NAMESPACE)
     foreign = {
         type(leaf)
         for leaf in leaves
@@ -105,7 +109,7 @@ def broadcast_prefix(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool] | No
     return [
         entry.value
         for entry, subtree in zip(entries, outer.flatten_up_to(tree), strict=True)
-        for _ in optree.tree_leaves(subtree, is_leaf=is_leaf, namespace=NAMESPACE)
+        for _ in flatten(subtree, is_leaf)[0]
     ]
 
 
@@ -227,6 +231,12 @@ class _Box:
 
     def __init__(self, value: Any) -> None:
         self.value = value
+
+
+def _is_leaf_or_record(is_leaf: Callable[[Any], bool] | None, node: Any) -> bool:
+    """Of a tree with an object that holds itself: there, a record is a leaf."""
+    is_record = type(node) in _adopted and type(node) not in torch_pytree.SUPPORTED_NODES
+    return is_record or (is_leaf is not None and is_leaf(node))
 
 
 def _is_foreign(cls: type) -> bool:

@@ -215,3 +215,26 @@ def test_packed_sequences(lengths):
             gradacc.accumulate(lambda w, b: (b[0] @ w).mean(), steps=2)(W, batch)
     counted = gradacc.accumulate(lambda w, b: gradacc.Mean((b.data @ w).sum(), len(b.data)))
     assert_trees_close(counted(W, [packed, packed]), torch.ones(3, dtype=D))
+
+
+@dataclasses.dataclass
+class Linked:
+    """Holds itself, as a trainer's parts do."""
+
+    name: str
+    other: Any = None
+
+
+def test_an_object_that_holds_itself_is_passed_whole():
+    linked = Linked("a")
+    linked.other = {"back": linked}
+
+    def loss(w, x, one, *, more):
+        assert one is linked
+        assert more["linked"] is linked
+        return (x["x"] @ w).square().mean() * more["three"]
+
+    grad_fn = gradacc.accumulate(loss, steps=2)
+    assert_trees_close(grad_fn(W, {"x": X}, linked, more={"linked": linked, "three": 3}), LARGE)
+    with pytest.raises(TypeError, match=r"args\[1\]\['linked'\] is a .*Linked, which cannot be split"):
+        gradacc.accumulate(lambda w, b: (b["x"] @ w).mean(), steps=2)(W, {"x": X, "linked": linked})

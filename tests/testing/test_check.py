@@ -17,21 +17,7 @@ from torch import Tensor, nn
 import gradacc
 from gradacc.testing import Report, check_accumulation
 from tests.helpers import fingerprint
-
-F64 = torch.float64
-
-
-def data(dtype: torch.dtype = F64, examples: int = 9) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Parameters and a batch; the rows of the mask have 1 to 5 tokens."""
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=F64).to(dtype)
-
-    params = {"w": normal(5), "b": normal()}
-    lengths = torch.tensor([1, 5, 2, 1, 4, 1, 1, 3, 5, 2, 1, 1])[:examples]
-    mask = torch.arange(5) < lengths[:, None]
-    return params, {"x": normal(examples, 5), "y": normal(examples), "mask": mask}
+from tests.testing.cases import F64, data
 
 
 def least_squares(p: Any, b: Any) -> Tensor:
