@@ -24,13 +24,13 @@ class Aux(NamedTuple):
     """One micro-batch's aux: leaves (a `Mean` is one), structure."""
 
     leaves: list[Any]
-    treedef: _tree.TreeDef
-    is_none: bool
+    treedef: _tree.TreeDef | None
+    """None where there is no aux."""
 
 
 def flatten(aux: Any) -> Aux:
-    """Leaves and structure; no aux (None) has no leaves."""
-    return Aux(*_tree.flatten(aux, lambda leaf: isinstance(leaf, Mean)), aux is None)
+    """Leaves and structure; no aux (None) has none."""
+    return Aux([], None) if aux is None else Aux(*_tree.flatten(aux, lambda leaf: isinstance(leaf, Mean)))
 
 
 def parts(name: str, aux: Aux, share: float | Tensor | None, sizes: tuple[int, ...]) -> list[Part]:
@@ -56,6 +56,7 @@ def _part(name: str, leaf: Any, share: float | Tensor | None, sizes: tuple[int, 
             return Pieces([leaf.clone()])
         if leaf.ndim == 0 and leaf.is_floating_point() and share is not None:
             return Average(_parts.times_share(leaf, share), leaf.dtype)
+    assert aux.treedef is not None
     path = _tree.paths(aux.treedef, "aux")[index]
     if isinstance(leaf, Mean):
         raise TypeError(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _aux, _tree, _where
+from gradacc import _aux, _where
 from gradacc._aux import Aux
 from gradacc._describe import describe
 from gradacc._mean import SEVERAL_MEANS, Mean, are_means, with_plain_weight
@@ -40,8 +40,8 @@ class Outcome(NamedTuple):
 
     def map(self, func: Callable[[Tensor], Tensor]) -> Outcome:
         """The same with ``func`` of every tensor."""
-        target, value, weight, aux = _tree.map_tensors(func, (self.target, self.value, self.weight, self.aux.leaves))
-        return Outcome(target, value, weight, self.aux._replace(leaves=aux))
+        aux = self.aux._replace(leaves=[_map(func, leaf) for leaf in self.aux.leaves])
+        return Outcome(func(self.target), _map(func, self.value), _map(func, self.weight), aux)
 
 
 def outcome(options: Options, out: Any, sizes: tuple[int, ...]) -> Outcome:
@@ -160,6 +160,13 @@ def _examples(options: Options, sizes: tuple[int, ...]) -> int | None:
             f"Return gradacc.Mean(loss_sum, number) instead{fix}"
         )
     return count
+
+
+def _map(func: Callable[[Tensor], Tensor], leaf: Any) -> Any:
+    """``func`` of a tensor, of those in a `Mean`; NOTE [parts without their trees] in ``_parts.py``."""
+    if isinstance(leaf, Mean):
+        return Mean(_map(func, leaf.total), _map(func, leaf.weight))
+    return func(leaf) if isinstance(leaf, Tensor) else leaf
 
 
 def _pair(out: Any) -> str:

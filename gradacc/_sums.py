@@ -116,12 +116,11 @@ def add(options: Options, sums: Sums, outcome: Outcome, counts: Contribution, si
     value = _value(options, outcome, counts.share)
     parts = _aux.parts(name, outcome.aux, counts.share, sizes)
     if sums.value is None:
-        return Sums(value, _tree.unflatten(outcome.aux.treedef, parts), weight, counts.unit, counts.counts)
+        return Sums(value, unflatten_aux(outcome.aux.treedef, parts), weight, counts.unit, counts.counts)
     _check_kind(name, sums.value, value)
-    both = (sums.aux, counts.growth), (parts, outcome.aux.treedef)
     return Sums(
         _parts.add(name, _parts.times(sums.value, counts.growth), value, str),
-        None if sums.aux is None and outcome.aux.is_none else _merged_aux(name, *both),
+        _merged_aux(name, (sums.aux, counts.growth), (parts, outcome.aux.treedef)),
         sums.weight + weight,
         counts.unit,
         sums.differentiated or counts.counts,
@@ -151,7 +150,7 @@ def merge(options: Options, a: Sums, b: Sums) -> tuple[Sums, tuple[float | Tenso
     else:
         one = _units.larger(a.unit, b.unit)
         shares = a.unit / one, b.unit / one
-    parts, treedef = _tree.flatten(b.aux, is_part)
+    parts, treedef = flatten_aux(b.aux)
     merged = Sums(
         _parts.add(name, _parts.times(a.value, shares[0]), _parts.times(b.value, shares[1]), str),
         _merged_aux(name, (a.aux, shares[0]), ([_parts.times(part, shares[1]) for part in parts], treedef)),
@@ -167,20 +166,30 @@ def numbers(sums: Sums) -> tuple[list[Any], Sums, list[list[Any]]]:
 
     The rest: the sums without weight and unit, whose pieces are empty, and these pieces. `with_numbers` is the inverse.
     """
-    parts, treedef = _tree.flatten(sums.aux, is_part)
+    parts, treedef = flatten_aux(sums.aux)
     pieces = [part.tensors for part in parts if isinstance(part, Pieces)]
-    aux = _tree.unflatten(treedef, [Pieces([]) if isinstance(part, Pieces) else part for part in parts])
-    rest = Sums(sums.value, aux, None, None, sums.differentiated)
-    return _tree.flatten(rest)[0], rest, pieces
+    aux = unflatten_aux(treedef, [Pieces([]) if isinstance(part, Pieces) else part for part in parts])
+    found = [number for part in _with_value(sums, parts) for number in _parts.numbers(part)]
+    return found, Sums(sums.value, aux, None, None, sums.differentiated), pieces
 
 
 def with_numbers(rest: Sums, numbers: Sequence[Any], pieces: Sequence[list[Any]], weight: Any, unit: Any) -> Sums:
     """Sums of the structure ``rest`` with these `numbers`, pieces, weight and unit."""
-    full = _tree.unflatten(_tree.flatten(rest)[1], numbers)
-    parts, treedef = _tree.flatten(full.aux, is_part)
-    left = iter(pieces)
-    aux = _tree.unflatten(treedef, [Pieces(next(left)) if isinstance(part, Pieces) else part for part in parts])
-    return Sums(full.value, aux, weight, unit, rest.differentiated)
+    parts, treedef = flatten_aux(rest.aux)
+    left, own = iter(numbers), iter(pieces)
+    value = None if rest.value is None else _parts.with_numbers(rest.value, left)
+    full = [Pieces(next(own)) if isinstance(part, Pieces) else _parts.with_numbers(part, left) for part in parts]
+    return Sums(value, unflatten_aux(treedef, full), weight, unit, rest.differentiated)
+
+
+def flatten_aux(aux: Any) -> tuple[list[Part], _tree.TreeDef | None]:
+    """The parts of a tree of them, and its structure; None where there is no aux. NOTE [parts without their trees]"""
+    return ([], None) if aux is None else _tree.flatten(aux, is_part)
+
+
+def unflatten_aux(treedef: _tree.TreeDef | None, leaves: Sequence[Any]) -> Any:
+    """The inverse of `flatten_aux`."""
+    return None if treedef is None else _tree.unflatten(treedef, leaves)
 
 
 def dtype(sums: Sums) -> torch.dtype | None:
@@ -217,8 +226,13 @@ def finalize(options: Options, sums: Sums, like: Tensor) -> tuple[Tensor | Mean,
         return torch.full((), number, dtype=_dtypes.real_dtype(like.dtype), device=like.device), None
     _check_weight(options.name, sums)
     rest = factor(sums)
-    parts, treedef = _tree.flatten(sums.aux, is_part)
-    return _parts.final(sums.value, rest), _tree.unflatten(treedef, [_parts.final(part, rest) for part in parts])
+    parts, treedef = flatten_aux(sums.aux)
+    return _parts.final(sums.value, rest), unflatten_aux(treedef, [_parts.final(part, rest) for part in parts])
+
+
+def _with_value(sums: Sums, parts: Sequence[Part]) -> list[Part]:
+    """In the order of the leaves."""
+    return list(parts) if sums.value is None else [sums.value, *parts]
 
 
 def _check_weight(name: str, sums: Sums) -> None:
@@ -273,11 +287,13 @@ def _summand(mean: Mean, weight: float | Tensor) -> Mean:
     return Mean(total, _parts.widened(own).clone() if isinstance(own, Tensor) else own)
 
 
-def _merged_aux(name: str, one: tuple[Any, float | Tensor], other: tuple[Sequence[Part], _tree.TreeDef]) -> Any:
+def _merged_aux(name: str, one: tuple[Any, float | Tensor], other: tuple[Sequence[Part], _tree.TreeDef | None]) -> Any:
     """A tree of parts times a share, and more parts of the same structure."""
     (aux, share), (parts, structure) = one, other
-    sofar, treedef = _tree.flatten(aux, is_part)
-    if treedef != structure:
+    sofar, treedef = flatten_aux(aux)
+    if treedef is None and structure is None:
+        return None
+    if treedef is None or structure is None or treedef != structure:
         raise ValueError(
             f"{name}: aux has another structure in another micro-batch: {treedef}, then {structure}; "
             "return the same one always (None is an empty one)"

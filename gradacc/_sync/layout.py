@@ -12,9 +12,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from gradacc import _sums, _tree
+from gradacc import _parts, _sums, _tree
 from gradacc._dtypes import is_inexact
-from gradacc._parts import Average, Part, Pieces, Total, is_part
+from gradacc._parts import Average, Part, Pieces, Total
 from gradacc._sums import Sums
 
 
@@ -44,14 +44,14 @@ Layout: TypeAlias = Sums
 
 def of(sums: Sums) -> Layout:
     """The layout of a rank's sums, which has seen a micro-batch."""
-    parts, treedef = _tree.flatten(sums.aux, is_part)
+    parts, treedef = _sums.flatten_aux(sums.aux)
     assert sums.value is not None
-    return Sums(_specs(sums.value), _tree.unflatten(treedef, [_specs(part) for part in parts]), None, None, True)
+    return Sums(_specs(sums.value), _sums.unflatten_aux(treedef, [_specs(part) for part in parts]), None, None, True)
 
 
 def specs(layout: Layout) -> list[Spec]:
     """Of all that crosses beside gradients, in the order of `_sums.numbers`."""
-    return [spec for spec in _tree.flatten(layout)[0] if isinstance(spec, Spec)]
+    return _sums.numbers(layout)[0]
 
 
 def restore(layout: Layout, summed: Sequence[Any], local: Sums, like: Tensor, fixed: tuple[Any, Any, bool]) -> Sums:
@@ -87,10 +87,12 @@ def difference(one: Layout, other: Layout) -> str | None:
         return f"loss_fn returned {_kind(one)}, and {_kind(other)}"
     if _facts(one.value) != _facts(other.value):
         return f"the loss is {_words(one.value)}, and {_words(other.value)}"
-    parts, treedef = _tree.flatten(one.aux, is_part)
-    others, othertree = _tree.flatten(other.aux, is_part)
+    parts, treedef = _sums.flatten_aux(one.aux)
+    others, othertree = _sums.flatten_aux(other.aux)
     if treedef != othertree:
         return f"aux has the structure {treedef}, and {othertree}"
+    if treedef is None:
+        return None
     for path, a, b in zip(_tree.paths(treedef, "aux"), parts, others, strict=True):
         if _facts(a) != _facts(b):
             return f"{path} is {_words(a)}, and {_words(b)}"
@@ -101,9 +103,9 @@ def _specs(part: Part) -> Part:
     if isinstance(part, Pieces):
         first = part.tensors[0]
         return Pieces([Local(first.dtype, tuple(first.shape[1:]))])
-    numbers, treedef = _tree.flatten(part)
-    found: Part = _tree.unflatten(treedef, [_spec(number, isinstance(part, Average)) for number in numbers])
-    return found
+    return _parts.with_numbers(
+        part, iter([_spec(number, isinstance(part, Average)) for number in _parts.numbers(part)])
+    )
 
 
 def _spec(value: Any, weighted: bool) -> Spec:
