@@ -1,5 +1,7 @@
 """Hypothesis without its clock (the machine may be busy) and without its random seed; one thread, since models are tiny."""
 
+import gc
+
 import hypothesis
 import pytest
 import torch
@@ -24,6 +26,14 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "pool" in item.fixturenames:
             item.add_marker(pytest.mark.xdist_group("ranks"))
+
+
+def pytest_collection_finish(session):
+    """And what has been collected is not looked through again whenever Python looks for garbage."""
+    ranks = [item for item in session.items if "pool" in item.fixturenames]
+    if getattr(session.config.option, "loadgroup", False) and not all(item.nodeid.endswith("@ranks") for item in ranks):
+        raise pytest.UsageError("pytest-xdist does not group tests: every process would start ranks of its own")
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,12 @@
 """What several test modules share: comparing trees, fingerprints, and running under a functorch transform."""
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
 import optree
+import pytest
 import torch
 from torch import Tensor
 
@@ -13,6 +14,17 @@ import gradacc
 from gradacc._engines import fused
 
 NAMESPACE = "gradacc"
+
+
+def some_slow(cases: Iterable[Any], *fast: Any) -> list[Any]:
+    """All ``cases`` of a `parametrize`: those that are not ``fast`` run in ``make test-slow`` only."""
+    cases = list(cases)
+    assert all(case in cases for case in fast), "a case that is not there"
+    return [case if case in fast else pytest.param(*_values(case), marks=pytest.mark.slow) for case in cases]
+
+
+def _values(case: Any) -> tuple[Any, ...]:
+    return case if isinstance(case, tuple) else (case,)
 
 
 def value_of(value: Any) -> Tensor:

@@ -14,6 +14,7 @@ from nbclient import NotebookClient
 
 import gradacc
 from benchmarks import pages
+from tests.helpers import some_slow
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -25,7 +26,7 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", some_slow(NOTEBOOKS, NOTEBOOKS[0], NOTEBOOKS[-1]), ids=lambda path: path.name)
 def test_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(path.parent)}}
@@ -55,7 +56,11 @@ def test_a_page_runs_from_top_to_bottom(path, monkeypatch, tmp_path):
             exec(compile(block, path.name, "exec"), scope)
 
 
-@pytest.mark.parametrize("path", [path for path in PAGES if is_of_ranks(path.read_text())], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path",
+    some_slow([path for path in PAGES if is_of_ranks(path.read_text())], ROOT / "README.md"),
+    ids=lambda path: path.name,
+)
 def test_a_page_s_ranks_run(path, tmp_path):
     """What stands before it too, since it goes on from there."""
     own = [block for block in blocks(path.read_text()) if "transformers" not in block]

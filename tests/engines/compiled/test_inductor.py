@@ -9,6 +9,7 @@ from torch.testing import assert_close
 
 import gradacc
 from gradacc._engines.compiled import loop
+from tests.helpers import some_slow
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 """Inductor imports it."""
@@ -41,7 +42,7 @@ def weights(dtype=torch.float32):
     }
 
 
-@pytest.mark.parametrize("steps", [loop.UNROLLED, LOOPED])
+@pytest.mark.parametrize("steps", some_slow([loop.UNROLLED, LOOPED], LOOPED))
 def test_a_matrix_is_added_to_where_it_is(steps):
     """One `addmm_` a weight in a loop's body, and one a weight and later micro-batch where it is unrolled; no other."""
     from torch._inductor.utils import run_and_get_code
@@ -57,6 +58,7 @@ def test_a_matrix_is_added_to_where_it_is(steps):
         assert "cpp_fused_lt" not in code
 
 
+@pytest.mark.slow
 def test_a_loop_writes_to_nothing_but_its_own():
     """Zeros of the same shape in the same graph, two leaves that are one tensor, a second run that goes on, another's scan."""
     params, x = (
@@ -75,6 +77,7 @@ def test_a_loop_writes_to_nothing_but_its_own():
     assert_close(compiled(step)(params, x), step(params, x))
 
 
+@pytest.mark.slow
 def test_a_loop_that_is_differentiated_or_concatenates_is_left_alone():
     params, x = weights(), torch.randn(2 * LOOPED, 16)
 
@@ -106,7 +109,7 @@ def weighted(w, x):
 
 @pytest.mark.parametrize(
     ("loss", "steps"),
-    [(identity, loop.UNROLLED), (identity, LOOPED), (weighted, LOOPED)],
+    some_slow([(identity, loop.UNROLLED), (identity, LOOPED), (weighted, LOOPED)], (identity, LOOPED)),
     ids=lambda value: getattr(value, "__name__", None),  # not its address, which differs between processes
 )
 def test_what_looks_like_another_sum(loss, steps):
@@ -119,6 +122,7 @@ def test_what_looks_like_another_sum(loss, steps):
         assert_close((value.total, value.weight), (large.total, large.weight))
 
 
+@pytest.mark.slow
 def test_a_state_that_is_an_input_stays_as_it_is():
     """A graph's input as buffer; a state merged with itself; a buffer that is in its own gradient."""
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """``torch.compile(accumulate(f), fullgraph=True)``: the plain results, one graph, which does not grow and is not made again."""
 
 import dataclasses
+import itertools
 import re
 import warnings
 from contextlib import nullcontext
@@ -16,7 +17,7 @@ from torch.fx import GraphModule
 import gradacc
 from gradacc import Mean
 from gradacc._engines.compiled import attempt
-from tests.helpers import assert_trees_close
+from tests.helpers import assert_trees_close, some_slow
 from tests.workers import Failed
 
 D = torch.float64
@@ -168,13 +169,15 @@ def _numbers(tree: Any) -> Any:
     return optree.tree_map(lambda leaf: torch.as_tensor(leaf, dtype=D), tree, namespace="gradacc")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name", some_slow(CASES, *(CASES.keys() - {"sum with aux", "aux, few steps", "Mean over a number"}))
+)
 def test_equal_to_eager(name):
     check(CASES[name], "aot_eager" if name in ("Mean", "aux", "bfloat16") else "eager")
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor imports it
-@pytest.mark.parametrize("name", ["ragged", "aux", "module"])
+@pytest.mark.parametrize("name", some_slow(["ragged", "aux", "module"], "aux"))
 def test_inductor(name):
     check(CASES[name], "inductor")
 
@@ -198,7 +201,7 @@ class Counting:
         )
 
 
-@pytest.mark.parametrize("loss", [plain, weighted, of_a_module])
+@pytest.mark.parametrize("loss", some_slow([plain, weighted, of_a_module], plain))
 def test_the_graph_does_not_grow_with_steps(loss):
     nodes = []
     for steps in (8, 64):
@@ -210,8 +213,10 @@ def test_the_graph_does_not_grow_with_steps(loss):
     assert nodes[0] == nodes[1]
 
 
-@pytest.mark.parametrize("loss", [plain, counted])
-@pytest.mark.parametrize("sizes", [(16, 16, 24, 32, 40), (21, 29, 37)])
+@pytest.mark.parametrize(
+    ("sizes", "loss"),
+    some_slow(itertools.product([(16, 16, 24, 32, 40), (21, 29, 37)], [plain, counted]), ((21, 29, 37), counted)),
+)
 def test_at_most_one_more_graph_for_other_batch_sizes(sizes, loss):
     torch._dynamo.reset()
     backend = Counting()
@@ -222,7 +227,7 @@ def test_at_most_one_more_graph_for_other_batch_sizes(sizes, loss):
     assert len(backend.graphs) <= 2
 
 
-@pytest.mark.parametrize("name", ["aux, few steps", "Mean over a number", "tuple argnums"])
+@pytest.mark.parametrize("name", some_slow(["aux, few steps", "Mean over a number", "tuple argnums"], "tuple argnums"))
 def test_with_everything_dynamic(name):
     """Dynamo holds numbers of the options symbolic, too: which argument is differentiated, and which split."""
     check(CASES[name], "eager", dynamic=True)
@@ -259,8 +264,12 @@ NUMBERS = {  # loss, the call's arguments for a number
 VALUES = {float: (0.5, 0.7, 0.9, 0.0), int: (3, 4, 7, 0), bool: (True, False)}
 
 
-@pytest.mark.parametrize("kind", VALUES)
-@pytest.mark.parametrize("place", NUMBERS)
+@pytest.mark.parametrize(
+    ("place", "kind"),
+    some_slow(
+        itertools.product(NUMBERS, VALUES), ("weight", float), ("args", int), ("batch", bool), ("closed over", bool)
+    ),
+)
 def test_a_number_that_changes_between_calls(place, kind):
     """Six micro-batches: a loop, or unrolled with one warning, which for a float names it."""
     torch._dynamo.reset()
@@ -429,7 +438,10 @@ class Mode(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("inside", [nullcontext, torch.no_grad, Mode, lambda: torch.autocast("cpu", torch.bfloat16)])
+@pytest.mark.parametrize(
+    "inside",
+    some_slow([nullcontext, torch.no_grad, Mode, lambda: torch.autocast("cpu", torch.bfloat16)], torch.no_grad),
+)
 def test_what_a_failed_attempt_had_entered_is_left(inside):
     """Modes inside the loss, and a caller's own: neither the values nor what is in force afterwards show anything of it."""
 
@@ -552,8 +564,10 @@ RANKS = {
 }
 
 
-@pytest.mark.parametrize("sizes", [[13, 10], [13, 0]])
-@pytest.mark.parametrize("name", RANKS)
+@pytest.mark.parametrize(
+    ("name", "sizes"),
+    some_slow(itertools.product(RANKS, [(13, 10), (13, 0)]), ("plain", (13, 0)), ("Mean", (13, 0)), ("sum", (13, 10))),
+)
 def test_the_collective_is_in_the_graph(pool, name, sizes):
     """One of them, exactly; ranks may hold different numbers of examples, or none."""
     first, second = pool.run(2, of_ranks, "aot_eager" if name == "Mean" else "eager", name, sizes)
