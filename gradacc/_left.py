@@ -18,7 +18,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias, cast
 
 from torch import nn
 
@@ -26,14 +27,35 @@ Found = list[tuple[nn.Module, frozenset[str]]]
 """Modules, and the attributes that a pass left on their replicas."""
 
 
+@dataclass(slots=True, eq=False)
+class Passes:
+    """The forward passes of one module tree in one call of `grad_fn`."""
+
+    key: object
+    """Of what; held, so that its id stays its own."""
+    found: Found | None = None
+    """What they left; None before the first has run."""
+    given: list[Any] | None = None
+    """What the last one was given."""
+    kept: list[Any] = field(default_factory=list)
+    """Replicas that may serve again: NOTE [replicas of a whole call]."""
+    written: bool = False
+    """Whether one has written on its replicas."""
+
+
+Call: TypeAlias = dict[int, Passes]
+"""Of one call of `grad_fn`, by the id of the module tree."""
+
+
 class Losses(NamedTuple):
     """A loss that runs, within those that run around it."""
 
-    found: dict[int, Found]
-    """Of its call, by the id of what was looked at."""
+    call: Call
     names: dict[int, frozenset[str]]
     """Attributes that cannot be read, by the id of their module."""
     watched: list[nn.Module]
+    later: list[tuple[Passes, Any]]
+    """Replicas that may serve again when it has ended."""
 
 
 _running: ContextVar[Losses | None] = ContextVar("of the loss that runs", default=None)
@@ -43,15 +65,17 @@ _lock = threading.Lock()
 
 
 @contextmanager
-def unreadable(found: dict[int, Found]) -> Iterator[None]:
-    """While a loss runs, it may not read on a module what a pass left on its replica; ``found``: of its whole call."""
+def unreadable(call: Call) -> Iterator[None]:
+    """While a loss of this call runs, it may not read on a module what a pass left on its replica."""
     outer = _running.get()
-    losses = Losses(found, {} if outer is None else dict(outer.names), [])
+    losses = Losses(call, {} if outer is None else dict(outer.names), [], [])
     token = _running.set(losses)
     try:
         yield
     finally:
         _running.reset(token)
+        for passes, kept in losses.later:
+            passes.kept.append(kept)
         with _lock:
             for module in losses.watched:
                 users = _users.pop(id(module)) - 1
@@ -61,15 +85,27 @@ def unreadable(found: dict[int, Found]) -> Iterator[None]:
                     object.__setattr__(module, "__class__", plain(type(module)))
 
 
+def passes(key: object) -> Passes | None:
+    """Those of a module tree in the call whose loss runs; None outside of one."""
+    losses = _running.get()
+    return None if losses is None else losses.call.setdefault(id(key), Passes(key))
+
+
+def keep_until_the_loss_has_run(passes: Passes, kept: Any) -> None:
+    """These replicas may serve again after this micro-batch."""
+    losses = _running.get()
+    assert losses is not None
+    losses.later.append((passes, kept))
+
+
 def note(key: object, find: Callable[[], Found]) -> None:
     """A pass has run; ``find()`` looks for what it left, unless it is known of ``key`` in this call."""
-    losses = _running.get()
-    if losses is None:
+    losses, own = _running.get(), passes(key)
+    if losses is None or own is None:
         return
-    found = losses.found.get(id(key))
-    if found is None:
-        found = losses.found[id(key)] = find()
-    for module, names in found:
+    if own.found is None:
+        own.found = find()
+    for module, names in own.found:
         if id(module) in losses.names:
             continue
         losses.names[id(module)] = names

@@ -62,7 +62,7 @@ def loss_of(
 ) -> Loss:
     """``loss_fn`` as a function of a micro-batch and of leaves, in a call with these arguments."""
     single, own = isinstance(options.argnums, int), engine()
-    left: dict[int, _left.Found] = {}
+    passes: _left.Call = {}
     rest = [arg for n, arg in enumerate(args) if n not in differentiated], kwargs
 
     def loss(microbatch: _split.Microbatch, leaves: Sequence[Tensor]) -> Outcome:
@@ -71,7 +71,7 @@ def loss_of(
         positional = [trees[n] if n in trees else own.admit(arg) for n, arg in enumerate(microbatch.args)]
         named = own.admit(kwargs)
         try:
-            with own.calling(rest, left):
+            with own.calling(rest, passes):
                 out = loss_fn(*positional, **named)
         except Exception as error:
             _call.note_unsplit(error, options, args, kwargs)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from gradacc import _closed, _left, _own_tensors, _replicas, _traced
+from gradacc import _closed, _left, _own_tensors, _replicas, _reuse, _traced
 from gradacc._describe import describe
 
 Tensors = dict[str, Tensor]
@@ -121,12 +121,14 @@ def _applied(
     replaced = {name: own[name] for name in (*params, *given) if tensors[name] is not own.get(name) and name in own}
     _own_tensors.refuse_hooks("apply", replaced)
     _closed.note_replaced(replaced, tensors)
-    new = _replicas.replicate(plan, own, tensors, replaced)
+    run = _reuse.replicas(plan, own, tensors, replaced, params)
+    new = run.new
     with _own_tensors.refused(replaced), _without_cached():
         replica = new[id(plan.modules[0])]
-        run = replica if plan.method == "forward" else getattr(replica, plan.method)
-        output = run(*inputs, **kwargs)
+        call = replica if plan.method == "forward" else getattr(replica, plan.method)
+        output = call(*inputs, **kwargs)
     _left.note(plan, lambda: _replicas.left(plan, new))
+    _reuse.done(plan, run)
     if buffers is None:
         return output
     updated = {name: new[id(part)]._buffers.get(key) for name, (part, key) in plan.buffers.items()}

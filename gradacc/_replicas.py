@@ -46,8 +46,8 @@ from gradacc import _left, _own_tensors, _where
 
 New = dict[int, Any]
 """What stands in a replica for an object of the module's, by the object's id; and, under `_COPY`, how a tensor is copied, and,
-under `_LED`, the copies of the caller's containers that callables lead to."""
-_COPY, _LED = -1, -2
+under `LED`, the copies of the caller's containers that callables lead to."""
+_COPY, LED = -1, -2
 
 
 class ModuleTree(NamedTuple):
@@ -96,7 +96,7 @@ def replicate(
     Raises:
         ValueError: a submodule, parameter or buffer that ``plan`` does not know.
     """
-    new: New = {id(None): None, _LED: []}
+    new: New = {id(None): None, LED: []}
     marked = []
     for name, tensor in own.items():
         other = given[name]
@@ -159,7 +159,7 @@ def _register(
     attributes["_non_persistent_buffers_set"] = attributes["_non_persistent_buffers_set"].copy()
     if attributes.get("max_norm") is not None:  # an embedding that renormalises its weight in place
         attributes["_parameters"] = {k: v if v is None else v.clone() for k, v in attributes["_parameters"].items()}
-    before = _hooks_of(attributes)
+    before = hooks_of(attributes)
     if not any(before):
         attributes.update(unused)
         attributes.update(zip(_RUN_HOOKS, map(OrderedDict, _NOTHING), strict=True))
@@ -176,7 +176,7 @@ def left(plan: ModuleTree, new: New) -> _left.Found:
         ValueError: it left one in a container of the caller's that had to be copied, as it holds the module too.
     """
     copies = {id(tensor) for tensor in new.values() if isinstance(tensor, Tensor)}
-    if any(_has_graph(container, copies, set()) for container in new[_LED]):
+    if any(_has_graph(container, copies, set()) for container in new[LED]):
         raise ValueError(
             "apply: the forward pass wrote a tensor with a graph into a container (of a hook's, a closure's) that holds the "
             "module too, so that a replica has a copy of it, and what is written there is lost. Keep the module and what is "
@@ -204,7 +204,38 @@ def _has_graph(value: Any, copies: set[int], above: set[int]) -> bool:
     if not (isinstance(value, (*CONTAINERS, tuple, frozenset)) or _is_record(value)) or id(value) in above:
         return False
     above.add(id(value))
-    return any(type(item) not in _PLAIN and _has_graph(item, copies, above) for item in _items(value))
+    return any(type(item) not in _PLAIN and _has_graph(item, copies, above) for item in items(value))
+
+
+def containers(module: nn.Module, first: int, new: New, found: dict[int, tuple[Any, Any]]) -> bool:
+    """Add to ``found`` the containers that the module's attributes lead to, each with its copy, by the id of the first.
+
+    False where anything else than an attribute, or an item of these, may differ between the module and its replica.
+    """
+    cls = _left.plain(type(module))
+    special = cls._replicate_for_data_parallel is not nn.Module._replicate_for_data_parallel
+    renormalises = module.__dict__.get("max_norm") is not None
+    if special or renormalises or _slots(cls):  # type: ignore[arg-type]  # a class is hashable
+        return False
+    attributes = new[id(module)].__dict__
+    return all(
+        key in _MADE or _pair(value, attributes[key], new, found)
+        for key, value in itertools.islice(module.__dict__.items(), first, None)
+    )
+
+
+def _pair(own: Any, other: Any, new: New, found: dict[int, tuple[Any, Any]]) -> bool:
+    if own is other or id(own) in found or isinstance(other, nn.Module):
+        return True
+    if isinstance(own, (*CONTAINERS, tuple)) or _is_record(own):
+        if not isinstance(own, tuple):
+            found[id(own)] = own, other
+        if _PLAIN.issuperset(map(type, items(own))):
+            return True
+        # What a set holds is in no order.
+        pairs = zip(items(own), items(other), strict=True)
+        return not isinstance(own, set) and all(_pair(one, copied, new, found) for one, copied in pairs)
+    return False
 
 
 CONTAINERS = (list, deque, dict, set)
@@ -214,7 +245,7 @@ _HOOKS = tuple(key for key, value in nn.Module().__dict__.items() if isinstance(
 _RUN_HOOKS = tuple(key for key in _HOOKS if "state_dict" not in key)
 """Those that a forward or backward pass looks at. The others, where they are empty, are the same ones in a whole replica."""
 _NOTHING = ((),) * len(_RUN_HOOKS)
-_hooks_of = operator.itemgetter(*_HOOKS)
+hooks_of = operator.itemgetter(*_HOOKS)
 _MADE = frozenset((*_REGISTRIES, *_HOOKS, "_non_persistent_buffers_set"))
 _EVERY = (*nn.Module().__dict__,)
 """Attributes of every module: first in its ``__dict__``, unless it set others before ``super().__init__()``."""
@@ -264,7 +295,7 @@ def _state(value: Any, new: New) -> Any:
         return _handle(value, new)
     if isinstance(value, CONTAINERS) or _is_record(value):
         new[id(value)] = copied = copy.copy(value)
-        if not _PLAIN.issuperset(map(type, _items(value))):
+        if not _PLAIN.issuperset(map(type, items(value))):
             _refill(copied, value, partial(_state, new=new))
         return copied
     if isinstance(value, (tuple, frozenset)):
@@ -293,7 +324,7 @@ def _led(value: Any, new: New, above: frozenset[int]) -> Any:
         copied = copy.copy(value)
         if not _refill(copied, value, further):
             return value
-        new[_LED].append(copied)
+        new[LED].append(copied)
         return copied
     return _rebuilt(value, further) if isinstance(value, (tuple, frozenset)) else value
 
@@ -354,7 +385,7 @@ def _refill(copied: Any, value: Any, renew: Callable[[Any], Any]) -> bool:
     return True
 
 
-def _items(value: Any) -> Iterable[Any]:
+def items(value: Any) -> Iterable[Any]:
     """What a container holds."""
     if isinstance(value, dict):
         return itertools.chain(value, value.values())

@@ -40,6 +40,9 @@ class Buffer(NamedTuple):
     Weak: one that dies with its micro-batch's graph was made by the loss itself, which closes over nothing there.
     """
 
+    leaves: list[Tensor]
+    """Of an eager micro-batch before, if the next one may have them: NOTE [leaves of a whole call] in ``eager.py``."""
+
     def closed_over(self) -> list[Tensor]:
         """Those leaves that are still there."""
         return [leaf for leaf in (ref() for ref in self.closed.values()) if leaf is not None]
@@ -64,10 +67,10 @@ class Engine(Protocol):
     ) -> Buffer:
         """Of a state's gradients, which are only changed if they are ``donated``."""
 
-    def calling(self, arguments: Any, left: dict[int, _left.Found]) -> AbstractContextManager[None]:
+    def calling(self, arguments: Any, passes: _left.Call) -> AbstractContextManager[None]:
         """The context of the loss itself, of a call with these arguments beside the parameters.
 
-        ``left``: what forward passes of that call left on replicas.
+        ``passes``: what is known of the forward passes of that call.
         """
 
     def admit(self, tree: Any) -> Any:

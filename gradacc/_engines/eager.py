@@ -67,7 +67,7 @@ def guard() -> AbstractContextManager[None]:
 
 def init(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Buffer:
     """Nothing accumulated."""
-    return Buffer([_without_inference(param) for param in params], list(dtypes), [None] * len(params), False, {})
+    return Buffer([_without_inference(param) for param in params], list(dtypes), [None] * len(params), False, {}, [])
 
 
 def resume(
@@ -80,14 +80,14 @@ def resume(
     """With gradients that were accumulated before: in their memory if they are donated, else in copies."""
     alone = _with_own_storage(grads) if donated else set()
     held = [None if grad is None else _to_add_to(grad, i in alone) for i, grad in enumerate(grads)]
-    return Buffer([_without_inference(param) for param in params], list(dtypes), held, arrived, {})
+    return Buffer([_without_inference(param) for param in params], list(dtypes), held, arrived, {}, [])
 
 
 @contextmanager
-def calling(arguments: Any, left: dict[int, _left.Found]) -> Iterator[None]:
+def calling(arguments: Any, passes: _left.Call) -> Iterator[None]:
     """Around the loss: another ``grad_fn`` that it calls must be differentiable."""
     _closed.note_arguments(arguments)
-    with _where.inside_a_loss(), _left.unreadable(left):
+    with _where.inside_a_loss(), _left.unreadable(passes):
         yield
 
 
@@ -101,7 +101,9 @@ def admit(tree: Any) -> Any:
 
 def forward(buffer: Buffer, loss: Callable[[Sequence[Tensor]], Outcome]) -> tuple[Tape, Outcome]:
     """Run the loss of one micro-batch."""
-    leaves = [param.detach().requires_grad_() for param in buffer.params]
+    leaves = buffer.leaves
+    if not _are_as_made(leaves, buffer.params):
+        leaves = [param.detach().requires_grad_() for param in buffer.params]
     if not buffer.arrived:
         # Of later micro-batches of a call, the parameters' memory tells enough.
         _closed.mark(leaves)
@@ -153,7 +155,9 @@ def backward(buffer: Buffer, tape: Tape, counts: Contribution, deliver: Deliver 
             if leaf.grad is not None:
                 _take_leaf_grad(buffer.grads, done, i, leaf)
     _forget_casts(leaves)
-    return buffer._replace(arrived=buffer.arrived or bool(reached))
+    # NOTE [leaves of a whole call]
+    kept = leaves if hook is None and not hooked else []
+    return buffer._replace(arrived=buffer.arrived or bool(reached), leaves=kept)
 
 
 def merge(
@@ -182,6 +186,14 @@ def finalize(buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float | Tens
         grad = torch.zeros_like(param, dtype=dtype, requires_grad=False) if grad is None else _times(grad, factor)
         results.append(grad.to(dtype))
     return results
+
+
+def _are_as_made(leaves: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
+    """Whether these are leaves of the parameters, to which nothing has been done: NOTE [leaves of a whole call]."""
+    return bool(leaves) and all(
+        leaf.requires_grad and type(leaf) is Tensor and len(leaf.__dict__) < 2 and leaf.is_set_to(param)
+        for leaf, param in zip(leaves, params, strict=True)
+    )
 
 
 def _forget_casts(leaves: Sequence[Tensor]) -> None:

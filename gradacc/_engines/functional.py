@@ -39,7 +39,7 @@ def guard() -> AbstractContextManager[None]:
 
 def init(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Buffer:
     """Nothing accumulated."""
-    return Buffer(list(params), list(dtypes), [None] * len(params), False, {})
+    return Buffer(list(params), list(dtypes), [None] * len(params), False, {}, [])
 
 
 def resume(
@@ -50,12 +50,12 @@ def resume(
     donated: bool,
 ) -> Buffer:
     """With gradients that were accumulated before; nothing is changed in place, donated or not."""
-    return Buffer(list(params), list(dtypes), list(grads), arrived, {})
+    return Buffer(list(params), list(dtypes), list(grads), arrived, {}, [])
 
 
-def calling(arguments: Any, left: dict[int, _left.Found]) -> AbstractContextManager[None]:
+def calling(arguments: Any, passes: _left.Call) -> AbstractContextManager[None]:
     """Around the loss: nothing to say that functorch does not know."""
-    return nullcontext() if torch.compiler.is_compiling() else _left.unreadable(left)
+    return nullcontext() if torch.compiler.is_compiling() else _left.unreadable(passes)
 
 
 def admit(tree: Any) -> Any:
