@@ -25,6 +25,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+from torch.autograd.graph import Node
 
 from gradacc import _tree
 
@@ -38,6 +39,8 @@ class Seen(NamedTuple):
     """By name, parameters of modules for which `apply` was given others that are differentiated."""
 
 
+MARK = "_gradacc_leaf"
+"""The attribute of a leaf that the engine made of a parameter."""
 _running: ContextVar[Seen | None] = ContextVar("of the loss that the eager engine runs", default=None)
 
 
@@ -69,7 +72,8 @@ def note_replaced(own: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> Non
 def mark(leaves: Iterable[Any]) -> None:
     """Leaves that the engine made of parameters."""
     for leaf in leaves:
-        leaf._gradacc_leaf = id(leaf)  # which a copy of it is not
+        # Which a copy of it has not.
+        setattr(leaf, MARK, id(leaf))
 
 
 def check_replaced(closed: Iterable[Tensor], seen: Seen) -> None:
@@ -102,7 +106,7 @@ def check_memory(closed: Iterable[Tensor], params: Sequence[Tensor], seen: Seen)
         memory.setdefault(_storage(param), []).append(number)
     for leaf in closed:
         inside = [number for number in memory.get(_storage(leaf), ()) if _overlap(leaf, params[number])]
-        if not inside and getattr(leaf, "_gradacc_leaf", None) != id(leaf):
+        if not inside and getattr(leaf, MARK, None) != id(leaf):
             continue
         # One that is an argument is connected: NOTE [connected results].
         if _is_among(leaf, (params, seen.arguments)):
@@ -115,10 +119,29 @@ def check_memory(closed: Iterable[Tensor], params: Sequence[Tensor], seen: Seen)
             )
         raise ValueError(
             f"gradacc: the loss uses what was made of params before this micro-batch ({_describe(leaf)}), and the gradient "
-            "that flows there would be lost. Something computed from the params is kept in a memo (a class attribute, a "
-            "global, a dict, functools.cache), or loss_fn closes over them: compute it anew from the params that each call "
-            "of loss_fn is given. What is meant as a constant is its detach()"
+            f"that flows there would be lost. {_MEMO}"
         )
+
+
+def check_age(nodes: Iterable[Node], since: int, error: BaseException) -> None:
+    """Autograd has raised ``error``: none of the graph's ``nodes`` is older than the micro-batch, which began at ``since``.
+
+    Raises:
+        ValueError: there is one, whose tensors the backward pass of an earlier micro-batch has freed.
+    """
+    old = next((node for node in nodes if node._sequence_nr() < since), None)
+    if old is not None:
+        raise ValueError(
+            f"gradacc: the loss uses what was made of params before this micro-batch (by {old.name()}), and the graph of "
+            f"that is gone. {_MEMO}"
+        ) from error
+
+
+_MEMO = (
+    "Something computed from the params is kept in a memo (a class attribute, a global, a dict, functools.cache), or loss_fn "
+    "closes over them: compute it anew from the params that each call of loss_fn is given. What is meant as a constant is its "
+    "detach()"
+)
 
 
 def _is_among(leaf: Tensor, trees: Any) -> bool:

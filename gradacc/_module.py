@@ -110,14 +110,15 @@ def _applied(
     tensors = {**params, **given}
     tensors |= {name: tensor.detach() for name, tensor in own.items() if name not in tensors}
     # Copies, since a forward pass may write into its buffers.
-    tensors |= {name: tensors[name].clone() for name in plan.buffers}
+    held = [name for name in plan.buffers if name in tensors]
+    tensors |= {name: tensors[name].clone() for name in held}
     if torch.compiler.is_dynamo_compiling():
         from torch._dynamo.comptime import comptime
 
         comptime(looks.before)
         output = looks.call(tensors, inputs, kwargs)
         comptime(looks.after)
-        return output if buffers is None else (output, {name: tensors[name].detach() for name in plan.buffers})
+        return output if buffers is None else (output, {name: tensors[name].detach() for name in held})
     replaced = {name: own[name] for name in (*params, *given) if tensors[name] is not own.get(name) and name in own}
     _own_tensors.refuse_hooks("apply", replaced)
     _closed.note_replaced(replaced, tensors)

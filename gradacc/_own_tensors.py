@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -32,34 +32,37 @@ from torch import Tensor
 from gradacc import _graph
 
 _refused: ContextVar[Mapping[int, str]] = ContextVar("own tensors that a replica must not use, by id", default={})  # noqa: B039
-_users: dict[int, int] = {}
-"""For a tensor of a watched class, how many replicas run for which it is."""
+_watching: list[dict[int, str]] = []
+"""Of each replica that runs, the tensors that are of a watched class for it, by id."""
 _lock = threading.Lock()
 
 
 @contextmanager
 def refused(own: Mapping[str, Tensor]) -> Iterator[None]:
     """While the context lasts, this thread may not use the values of these tensors."""
-    token = _refused.set({**_refused.get(), **{id(tensor): name for name, tensor in own.items()}})
-    watched: list[Tensor] = []
+    names = {id(tensor): name for name, tensor in own.items()}
+    token = _refused.set({**_refused.get(), **names})
     try:
         with _lock:
-            for tensor in own.values():
-                users = _users.get(id(tensor), 0)
-                if not users:
-                    tensor.__class__ = _watched(type(tensor))
-                _users[id(tensor)] = users + 1
-                watched.append(tensor)
+            for tensor in _alone(names, own):
+                tensor.__class__ = _watched(type(tensor))
+            _watching.append(names)
         yield
     finally:
         with _lock:
-            for tensor in watched:
-                users = _users.pop(id(tensor)) - 1
-                if users:
-                    _users[id(tensor)] = users
-                else:
-                    tensor.__class__ = _plain(type(tensor))
+            # By identity: two replicas of one module have equal ones.
+            _watching[:] = [others for others in _watching if others is not names]
+            for tensor in _alone(names, own):
+                tensor.__class__ = _plain(type(tensor))
         _refused.reset(token)
+
+
+def _alone(names: Mapping[int, str], own: Mapping[str, Tensor]) -> Iterable[Tensor]:
+    """Those that no other replica that runs watches."""
+    if not _watching:
+        return own.values()
+    others = set[int]().union(*_watching)
+    return [own[name] for key, name in names.items() if key not in others]
 
 
 def refuse_hooks(name: str, own: Mapping[str, Tensor]) -> None:

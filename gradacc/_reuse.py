@@ -1,8 +1,9 @@
 """Replicas that serve several micro-batches of a call.
 
 NOTE [replicas of a whole call]
-    A replica of every module for every micro-batch costs 20 us a module, as much as a small module's own work. All micro-batches
-    of a call are given the same tensors, so a replica that a pass has left as it was made serves the next micro-batch too:
+    A replica of every module for every micro-batch costs 20 us a module, as much as a small module's own work. All
+    micro-batches of a call are given the same tensors (NOTE [leaves of a whole call]), so a replica that a pass has left as it
+    was made serves the next micro-batch too:
 
     - a pass that wrote on a replica (an attribute, an item of a container, a hook, another tensor in the place of a parameter
       or buffer) leaves one that is not used again, and no other is kept in that call;
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
+from itertools import chain
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -26,19 +28,30 @@ from gradacc import _left, _replicas, _where
 from gradacc._replicas import ModuleTree, New
 
 
+class State(NamedTuple):
+    """What modules hold, and where one looks whether they still do."""
+
+    modules: list[nn.Module]
+    attributes: list[dict[str, Any]]
+    """Each module's ``__dict__``."""
+    registries: list[dict[str, Any]]
+    """Of parameters and submodules."""
+    buffers: list[dict[str, Any]]
+    hooks: list[dict[int, Any]]
+    containers: list[Any]
+    held: list[Any]
+    """Names and values of the attributes, of the registries, names of buffers, what the containers hold."""
+
+
 class Kept(NamedTuple):
-    """Replicas of all modules of a tree, and what was there when they were made."""
+    """Replicas of all modules of a tree."""
 
     new: New
     own: list[Tensor]
     given: list[Any]
     """Names and tensors that the caller gave."""
-    containers: list[tuple[Any, Any]]
-    """The modules' own, and the replicas'."""
-    module: list[Any]
-    """`_facts` of the modules,"""
-    replica: list[Any]
-    """and of the replicas."""
+    module: State
+    replica: State
     buffers: list[tuple[dict[str, Any], str, str | None]]
     """Where the replicas hold buffers, under which key, and each one's name in the tree; None where there is none."""
 
@@ -68,12 +81,10 @@ def replicas(
     given = [*params, *params.values()]
     if passes.kept:
         kept: Kept = passes.kept.pop()
-        if _same(kept.own, list(own.values())) and _same(kept.given, given):
-            modules = _facts(plan.modules, [container for container, _ in kept.containers])
-            if modules is not None and _same(kept.module, modules):
-                for held, key, name in kept.buffers:
-                    held[key] = None if name is None else tensors[name]
-                return Pass(kept.new, kept)
+        if _same(kept.own, list(own.values())) and _same(kept.given, given) and _is_as_it_was(kept.module):
+            for held, key, name in kept.buffers:
+                held[key] = None if name is None else tensors[name]
+            return Pass(kept.new, kept)
     new = _replicas.replicate(plan, own, tensors, replaced)
     # Of the first micro-batch nothing says whether there will be another one, with the same tensors.
     again, passes.given = _same(passes.given, given), given
@@ -85,9 +96,7 @@ def done(plan: ModuleTree, run: Pass) -> None:
     kept, passes = run.kept, _left.passes(plan)
     if kept is None or passes is None:
         return
-    replicas = [kept.new[id(module)] for module in plan.modules]
-    facts = _facts(replicas, [container for _, container in kept.containers])
-    if facts is not None and _same(kept.replica, facts):
+    if _is_as_it_was(kept.replica):
         _left.keep_until_the_loss_has_run(passes, kept)
     else:
         passes.written = True
@@ -108,30 +117,35 @@ def _keep(plan: ModuleTree, own: Mapping[str, Tensor], given: list[Any], new: Ne
         made.append(replica)
         held = module._buffers
         buffers += [(replica._buffers, key, names.get(id(held[key]))) for key in held]
-    pairs = list(containers.values())
-    before = _facts(plan.modules, [container for container, _ in pairs])
-    after = _facts(made, [container for _, container in pairs])
-    if before is None or after is None:
+    before = _state(plan.modules, [one for one, _ in containers.values()])
+    if any(before.hooks):
         return None
-    return Kept(new, list(own.values()), given, pairs, before, after, buffers)
+    after = _state(made, [copied for _, copied in containers.values()])
+    return Kept(new, list(own.values()), given, before, after, buffers)
 
 
-def _facts(modules: list[nn.Module], containers: list[Any]) -> list[Any] | None:
-    """What these modules hold, and these containers, one behind the other; None where there are hooks."""
-    found: list[Any] = []
-    for module in modules:
-        attributes = module.__dict__
-        if any(_replicas.hooks_of(attributes)):
-            return None
-        found += attributes
-        found += attributes.values()
-        found += attributes["_buffers"]
-        for registry in ("_parameters", "_modules"):
-            held = attributes[registry]
-            if held:
-                found += held
-                found += held.values()
-    for container in containers:
+def _state(modules: list[nn.Module], containers: list[Any]) -> State:
+    attributes = [module.__dict__ for module in modules]
+    registries = [held[key] for held in attributes for key in ("_parameters", "_modules")]
+    buffers = [held["_buffers"] for held in attributes]
+    hooks = [hooks for held in attributes for hooks in _replicas.hooks_of(held)]
+    state = State(modules, attributes, registries, buffers, hooks, containers, [])
+    state.held[:] = _held(state)
+    return state
+
+
+def _is_as_it_was(state: State) -> bool:
+    return (
+        all(map(operator.is_, map(vars, state.modules), state.attributes))
+        and not any(state.hooks)
+        and _same(state.held, _held(state))
+    )
+
+
+def _held(state: State) -> list[Any]:
+    found: list[Any] = [*chain.from_iterable(chain(state.attributes, state.registries, state.buffers))]
+    found += chain.from_iterable(map(dict.values, chain(state.attributes, state.registries)))
+    for container in state.containers:
         found += _replicas.items(container)
         found.append(_END)
     return found

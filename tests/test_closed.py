@@ -150,18 +150,50 @@ class Memo(nn.Module):
 
 
 def test_a_memo_that_outlives_its_micro_batch():
+    """All micro-batches of a call have the same leaves: the gradient that flows through the memo is right."""
     apply, params, _ = gradacc.functional(Memo())
     memo = {}
 
     losses = [
         lambda p, x: apply(p, x).square().mean(),
         lambda p, x: (x @ memo.setdefault("w", p["weight"].t())).square().mean(),
-        lambda p, x: (x @ memo.setdefault("itself", p["weight"])).square().mean(),
+        lambda p, x: (x @ memo.setdefault("itself", p["weight"].t().t()).t()).square().mean(),
     ]
+    plain = torch.func.grad(lambda p, x: (x @ p["weight"].t()).square().mean())(params, X)
     for loss in losses:
         Memo.held.clear()
+        memo.clear()
+        for steps in (1, 2, 4):
+            Memo.held.clear()
+            memo.clear()
+            assert_trees_close(gradacc.accumulate(loss, steps=steps)(params, X), plain)
+        # Of another call it is a mistake.
         with pytest.raises(ValueError, match=r"what was made of params before this micro-batch \(of shape \(3, 3\)"):
             gradacc.accumulate(loss, steps=2)(params, X)
+
+
+def test_a_memo_whose_graph_is_gone():
+    memo = {}
+
+    def loss(p, x):
+        return (x @ memo.setdefault("w", p["weight"] @ p["weight"].t())).square().mean()
+
+    with pytest.raises(ValueError, match=r"made of params before this micro-batch \(by MmBackward0\), and the graph"):
+        gradacc.accumulate(loss, steps=2)({"weight": torch.ones(3, 3, dtype=D)}, X)
+    with pytest.raises(RuntimeError, match="a mistake of its own"):
+        gradacc.accumulate(lambda w, x: Raises.apply(x @ w).sum(), steps=2)(torch.ones(3, dtype=D), X)
+
+
+class Raises(torch.autograd.Function):
+    """A backward pass with an error."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        raise RuntimeError("a mistake of its own")
 
 
 def test_a_memo_from_an_earlier_call_with_other_parameters():

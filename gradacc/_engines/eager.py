@@ -3,7 +3,7 @@
 .. code-block:: text
 
     for microbatch:
-        leaf = param.detach().requires_grad_()      # shares param's memory; new, so that nothing that the loss does to it stays
+        leaf = param.detach().requires_grad_()      # shares param's memory; nothing that the loss does to it stays
         total = loss(leaf, microbatch)
         leaf.grad = buffer                          # autograd adds into it, layer by layer
         backward(total, cotangent, inputs=leaf)
@@ -17,6 +17,12 @@ NOTE [buffers that nobody else holds]
     micro-batches). A custom ``Function`` that returns a view of something that the user holds has the same effect. So a
     gradient that has just become a buffer is copied if its storage has other owners, is not torch's own (a NumPy array),
     or is larger than the gradient (a slice would keep all of it alive).
+
+NOTE [leaves of a whole call]
+    All micro-batches of a call have the same leaves, unless the loss did something to them (a hook, an attribute, ``.data``):
+    what `functional` makes of them serves them all too, NOTE [replicas of a whole call]. So what a loss has memoised of them in
+    an earlier micro-batch leads to the same leaves, and its gradient is right; but where it is something whose graph is gone
+    after one backward pass, torch raises, and we say why.
 
 NOTE [reentrant checkpoints]
     ``checkpoint(..., use_reentrant=True)`` runs a second backward pass inside the first, which torch allows only if that one
@@ -56,6 +62,8 @@ class Tape(NamedTuple):
     edge: GradientEdge | None
     """None where the loss depends on nothing that requires grad."""
     seen: _closed.Seen
+    since: int
+    """The number of the first node of this micro-batch."""
     hooked: bool = False
     """Whether hooks were registered while the loss ran, maybe on nodes of the graph, which does not show them."""
 
@@ -107,6 +115,9 @@ def forward(buffer: Buffer, loss: Callable[[Sequence[Tensor]], Outcome]) -> tupl
     if not buffer.arrived:
         # Of later micro-batches of a call, the parameters' memory tells enough.
         _closed.mark(leaves)
+    with torch.enable_grad():
+        # Autograd numbers its nodes.
+        since = get_gradient_edge(leaves[0].view_as(leaves[0])).node._sequence_nr()
     # Torch counts the hooks that it has ever been given.
     hooks = RemovableHandle.next_id
     with torch.enable_grad(), _closed.seeing() as seen:
@@ -117,24 +128,32 @@ def forward(buffer: Buffer, loss: Callable[[Sequence[Tensor]], Outcome]) -> tupl
     edge = get_gradient_edge(root) if root.requires_grad else None
     # From here on the edge alone keeps the graph.
     outcome = outcome.map(_without_graph)
-    return Tape(leaves, outcome.target, edge, seen, RemovableHandle.next_id != hooks), outcome
+    return Tape(leaves, outcome.target, edge, seen, since, RemovableHandle.next_id != hooks), outcome
 
 
 def backward(buffer: Buffer, tape: Tape, counts: Contribution, deliver: Deliver | None = None) -> Buffer:
     """Run it backward, into the buffer: ``buffer.grads`` is changed in place."""
-    leaves, target, edge, seen, hooked = tape
     _grow(buffer.grads, counts.growth)
-    if edge is None:
+    if tape.edge is None:
         return buffer
+    try:
+        return _backward(buffer, tape, tape.edge, counts, deliver)
+    except RuntimeError as error:
+        _closed.check_age(_graph.nodes([tape.edge.node]), tape.since, error)
+        raise
+
+
+def _backward(buffer: Buffer, tape: Tape, edge: GradientEdge, counts: Contribution, deliver: Deliver | None) -> Buffer:
+    leaves = tape.leaves
     uses = _graph.nodes([edge.node])
     _check_checkpoints(uses)
-    _note_closed(buffer, leaves, uses, seen)
+    closes = _note_closed(buffer, leaves, uses, tape.seen)
     reached: set[int] = set()
     done = partial(_done, buffer.grads, reached, deliver)
     edges: list[GradientEdge] = []
     added: set[int] = set()
     # NOTE [reading the graph]
-    if not (counts.narrow or hooked):
+    if not (counts.narrow or tape.hooked):
         edges, added = fused.install(edge.node, uses, leaves, buffer.grads, counts.keeps, done)
     rest = [i for i in range(len(leaves)) if i not in added]
     hook: Callable[[int, Tensor], None] | None = None
@@ -148,15 +167,14 @@ def backward(buffer: Buffer, tape: Tape, counts: Contribution, deliver: Deliver 
     if hook is not None:
         for i, leaf in enumerate(leaves):
             leaf.register_post_accumulate_grad_hook(partial(hook, i))  # type: ignore[no-untyped-call]  # torch's
-    inputs: list[Any] = [*(leaves[i] for i in rest), *edges]
-    torch.autograd.backward(edge, _like(target, counts.cotangent), inputs=inputs)
+    # A pass that leads to our leaves alone need not be restricted to them, which costs as much as many small nodes.
+    inputs: list[Any] | None = [*(leaves[i] for i in rest), *edges] if closes or edges else None
+    torch.autograd.backward(edge, _like(tape.target, counts.cotangent), inputs=inputs)
     if hook is None:
-        for i, leaf in enumerate(leaves):
-            if leaf.grad is not None:
-                _take_leaf_grad(buffer.grads, done, i, leaf)
+        reached.update(_take_leaf_grads(buffer.grads, leaves))
     _forget_casts(leaves)
     # NOTE [leaves of a whole call]
-    kept = leaves if hook is None and not hooked else []
+    kept = leaves if hook is None and not tape.hooked else []
     return buffer._replace(arrived=buffer.arrived or bool(reached), leaves=kept)
 
 
@@ -190,9 +208,11 @@ def finalize(buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float | Tens
 
 def _are_as_made(leaves: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
     """Whether these are leaves of the parameters, to which nothing has been done: NOTE [leaves of a whole call]."""
-    return bool(leaves) and all(
-        leaf.requires_grad and type(leaf) is Tensor and len(leaf.__dict__) < 2 and leaf.is_set_to(param)
-        for leaf, param in zip(leaves, params, strict=True)
+    return (
+        {*map(type, leaves)} == {Tensor}
+        and all(leaf.requires_grad and not leaf._backward_hooks and (leaf.is_cpu or leaf.is_cuda) for leaf in leaves)
+        and {key for leaf in leaves for key in leaf.__dict__} <= {_closed.MARK}
+        and all(map(Tensor.is_set_to, leaves, params))
     )
 
 
@@ -205,7 +225,7 @@ def _forget_casts(leaves: Sequence[Tensor]) -> None:
 
 def _check_untouched(leaves: Sequence[Tensor]) -> None:
     """A loss that calls ``.backward()`` on the parameters would add to what is accumulated."""
-    if any(leaf.grad is not None for leaf in leaves):
+    if [leaf.grad for leaf in leaves].count(None) < len(leaves):
         raise ValueError(
             "gradacc: the loss called .backward() through the parameters that it was given. Use torch.autograd.grad or "
             "torch.func.grad for a gradient inside a loss, or detach() the parameters there"
@@ -221,8 +241,8 @@ def _check_checkpoints(uses: Mapping[Node, int]) -> None:
         )
 
 
-def _note_closed(buffer: Buffer, leaves: Sequence[Tensor], uses: Mapping[Node, int], seen: _closed.Seen) -> None:
-    """NOTE [leaves that are not parameters]"""
+def _note_closed(buffer: Buffer, leaves: Sequence[Tensor], uses: Mapping[Node, int], seen: _closed.Seen) -> bool:
+    """NOTE [leaves that are not parameters]; whether there are some."""
     own = set(map(id, leaves))
     nodes: list[Any] = [node for node in uses if type(node) is _LEAF]
     others = [leaf for leaf in (node.variable for node in nodes) if id(leaf) not in own]
@@ -233,6 +253,7 @@ def _note_closed(buffer: Buffer, leaves: Sequence[Tensor], uses: Mapping[Node, i
             [leaf for leaf in others if id(leaf) not in closed or closed[id(leaf)]() is not leaf], buffer.params, seen
         )
         closed.update((id(leaf), weakref.ref(leaf)) for leaf in others)
+    return bool(others)
 
 
 def _like(target: Tensor, number: float | Tensor) -> Tensor:
@@ -260,11 +281,19 @@ def _done(grads: list[Tensor | None], reached: set[int], deliver: Deliver | None
 
 def _take_leaf_grad(grads: list[Tensor | None], done: Callable[[int], None], index: int, leaf: Tensor) -> None:
     """A leaf's ``.grad`` is the buffer: the one that it was given, or a first gradient."""
-    grad, leaf.grad = leaf.grad, None
-    assert grad is not None
-    if grads[index] is None:
-        grads[index] = _as_buffer(grad)
-    done(index)
+    for _ in _take_leaf_grads(grads, [leaf], index):
+        done(index)
+
+
+def _take_leaf_grads(grads: list[Tensor | None], leaves: Sequence[Tensor], first: int = 0) -> list[int]:
+    """The same of all that have one, from the ``first`` on: which they are."""
+    found = [(i, leaf, leaf.grad) for i, leaf in enumerate(leaves, first) if leaf.grad is not None]
+    for i, leaf, grad in found:
+        leaf.grad = None
+        if grads[i] is None:
+            assert grad is not None
+            grads[i] = _as_buffer(grad)
+    return [i for i, _, _ in found]
 
 
 def _add_leaf_grad(buffer: Buffer, counts: Contribution, done: Callable[[int], None], index: int, leaf: Tensor) -> None:

@@ -47,7 +47,7 @@ from torch.autograd.graph import GradientEdge, Node
 Add = Callable[[int, Tensor, Tensor, Tensor], None]
 """``add(padding index, target, other operand, gradient of the result)``, the first two of which are bound when it is hooked."""
 
-_SMALLEST = 1 << 14
+_SMALLEST = 1 << 15
 """Elements from which a parameter is worth a hook in Python."""
 
 
