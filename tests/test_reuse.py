@@ -187,22 +187,29 @@ def test_a_module_that_changes_between_micro_batches(change, at):
     assert_trees_equal(run(), anew(run))
 
 
+class Checkpointed(nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=False)
+
+
 def test_two_passes_in_a_micro_batch_that_are_run_again():
     """A checkpoint runs the first pass once more after the second, with the buffers of the first."""
-    module = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh()).double().eval()
+    module = Checkpointed(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Tanh()).double().eval())
     apply, params, buffers = gradacc.functional(module)
     others = {name: buffer + 1 for name, buffer in buffers.items()}
 
     def loss(p, x):
-        first, second = (
-            checkpoint(lambda x, own=own: apply(p, x, buffers=own)[0], x, use_reentrant=False)
-            for own in (buffers, others)
-        )
+        first, second = (apply(p, x, buffers=own)[0] for own in (buffers, others))
         return (first * second).square().mean()
 
     grad_fn = gradacc.accumulate_and_value(loss, steps=6)
     actual, count = made(lambda: grad_fn(params, X))
-    assert count == 4
+    # The second pass of the first micro-batch is given the same as the first, so its replicas may serve again.
+    assert count == 3
     assert_trees_equal(actual, anew(lambda: grad_fn(params, X)))
 
 
