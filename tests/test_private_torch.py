@@ -73,6 +73,7 @@ ATTRIBUTES = {
     ),
     "_FrameAction": lambda: torch._C._dynamo.eval_frame._FrameAction,
     "_FrameExecStrategy": lambda: torch._C._dynamo.eval_frame._FrameExecStrategy,
+    "_get_object_coll_device": lambda: torch.distributed.distributed_c10d._get_object_coll_device,
     "_is_view": lambda: _WEIGHT._is_view(),
     "_is_zerotensor": lambda: _WEIGHT._is_zerotensor(),
     "_modules": lambda: nn.Linear(1, 1)._modules,
@@ -80,6 +81,7 @@ ATTRIBUTES = {
     "_post_accumulate_grad_hooks": lambda: _WEIGHT._post_accumulate_grad_hooks,
     "_replicate_for_data_parallel": lambda: nn.Linear(1, 1)._replicate_for_data_parallel,
     "_saved_scale_grad_by_freq": lambda: _OPERANDS["embedding"]._saved_scale_grad_by_freq,
+    "_sequence_nr": lambda: _OPERANDS["linear"]._sequence_nr(),
     "_storage_Use_Count": lambda: torch._C._storage_Use_Count,
     # By name only, at run time:
     "_raw_saved_self": lambda: _OPERANDS["linear"]._raw_saved_self,

@@ -1,15 +1,24 @@
-"""What the ranks of a group find alike at first use. NOTE [agreement]"""
+"""What the ranks of a group find alike at first use. NOTE [agreement]
+
+NOTE [fingerprints]
+    Descriptions of every rank on every rank would be bytes, and time to read them, in proportion to ranks times parameters. So
+    ranks first find out whether they are alike: one all-reduce (MAX) of a few hashes and of their complements, which are equal
+    exactly where all hashes are; and one of the weights. What only some know then comes from one of these: the layout, where a
+    rank has not seen a micro-batch, and the order of the gradients, where they overlap. Only where ranks differ do they
+    exchange the whole descriptions, to say in what.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import inspect
 import pickle
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -116,6 +125,21 @@ def describe(
     )
 
 
+class Alike(NamedTuple):
+    """What ranks find where nothing differs: NOTE [fingerprints]."""
+
+    known: tuple[int, tuple[Spec, ...], bytes] | None
+    """The first rank that has seen a micro-batch, its specs and its layout; None where there is none."""
+    weight: float
+    """Of all ranks."""
+    order: tuple[int, ...]
+    """Of a rank whose gradients had the longest one."""
+
+
+Answers: TypeAlias = list[tuple[int, str, Description | None]]
+"""Every rank's number, name of the call, and description; None of one whose call has raised."""
+
+
 class Found(NamedTuple):
     """What all ranks' descriptions say together."""
 
@@ -139,13 +163,63 @@ class Caller(NamedTuple):
     call_name: str
     """Of its ``grad_fn``, as ranks call it among themselves."""
 
-    def exchange(self, mine: Description | None) -> list[tuple[int, str, Description | None]]:
-        """Every rank's number, name of the call, and description; None of one whose call has raised."""
-        return groups.exchange(self.name, self.group, (self.number, self.call_name, mine))
+    def exchange(self, mine: Description | None) -> Alike | Answers:
+        """What all ranks have, where that is alike; else what each of them has, the same list on every rank."""
+        with groups.explaining_errors(self.name, self.group):
+            alike = self._compare(mine)
+        return groups.exchange(self.name, self.group, (self.number, self.call_name, mine)) if alike is None else alike
 
     def raise_for_calls(self) -> NoReturn:
         """Ranks make different calls: an error, the same on every rank, that names them all."""
-        raise problems.calls_differ(self.name, self.group, self.exchange(None))
+        answers = self.exchange(None)
+        assert not isinstance(answers, Alike), "a call that has raised is not alike"
+        raise problems.calls_differ(self.name, self.group, answers)
+
+    def _compare(self, mine: Description | None) -> Alike | None:
+        """None where ranks differ, or one has raised. NOTE [fingerprints]"""
+        group, rank, world = self.group, dist.get_rank(self.group), self.group.size()
+        facts = () if mine is None else (mine.params, mine.options)
+        known = mine is not None and mine.layout is not None
+        # A rank without a layout says nothing of it: the least that a MAX can be.
+        layout = _hash(mine.layout, mine.specs) if mine is not None and known else [-(2**63)] * _WORDS
+        hashes = [*_hash(self.number, self.call_name), *_hash(facts)]
+        counts = [
+            mine is None,
+            not known,
+            (world - rank) if known else 0,
+            0 if mine is None else len(mine.order) * world + world - 1 - rank,
+        ]
+        complements = [~word for word in hashes] + [~word if known else -(2**63) for word in layout]
+        device = groups.device(group)
+        words = torch.tensor([*hashes, *layout, *complements, *map(int, counts)], device=device)
+        dist.all_reduce(words, op=dist.ReduceOp.MAX, group=group)
+        weight = torch.tensor([0.0 if mine is None else mine.weight], dtype=torch.float64, device=device)
+        dist.all_reduce(weight, group=group)
+        found = words.tolist()
+        most, least, (raised, unknown, first, longest) = (
+            found[: 3 * _WORDS],
+            [~word for word in found[3 * _WORDS : 6 * _WORDS]],
+            found[6 * _WORDS :],
+        )
+        differ = most[: 2 * _WORDS] != least[: 2 * _WORDS] or (first and most[2 * _WORDS :] != least[2 * _WORDS :])
+        if raised or differ:
+            return None
+        assert mine is not None
+        told: tuple[tuple[Spec, ...], bytes] | None = (mine.specs, mine.layout) if mine.layout is not None else None
+        if first and unknown:
+            told = groups.tell(group, world - first, told)
+        order = mine.order if longest < world else groups.tell(group, world - 1 - longest % world, mine.order)
+        ranks = dist.get_process_group_ranks(group)
+        return Alike(None if told is None else (ranks[world - first], *told), weight.item(), order)
+
+
+_WORDS = 4
+
+
+def _hash(*facts: Any) -> list[int]:
+    """256 bits, as integers that an all-reduce takes; of what reads alike on every rank where it is alike."""
+    digest = hashlib.sha256(repr(facts).encode()).digest()
+    return [int.from_bytes(digest[8 * n : 8 * n + 8], "little", signed=True) for n in range(_WORDS)]
 
 
 def agree(
@@ -159,15 +233,21 @@ def agree(
     """Exchange descriptions. An error that is raised here is raised on every rank."""
     name, group, channel = options.name, caller.group, channels.of(caller.group)
     answers = caller.exchange(mine)
-    channel.number = max(channel.number, *(number for number, _, _ in answers))
-    everyone = [each for _, _, each in answers if each is not None]
-    if len(everyone) < len(answers):
-        raise problems.calls_raised(name, group, [each is None for _, _, each in answers])
-    if len({answer[:2] for answer in answers}) > 1:
-        raise problems.calls_differ(name, group, answers)
-    _check_alike(name, group, everyone)
-    ranks = dist.get_process_group_ranks(group)
-    known = [(rank, each) for rank, each in zip(ranks, everyone, strict=True) if each.layout is not None]
+    if isinstance(answers, Alike):
+        channel.number = max(channel.number, caller.number)
+        known, total, order = [] if answers.known is None else [answers.known], answers.weight, answers.order
+    else:
+        channel.number = max(channel.number, *(number for number, _, _ in answers))
+        everyone = [each for _, _, each in answers if each is not None]
+        if len(everyone) < len(answers):
+            raise problems.calls_raised(name, group, [each is None for _, _, each in answers])
+        if len({answer[:2] for answer in answers}) > 1:
+            raise problems.calls_differ(name, group, answers)
+        _check_alike(name, group, everyone)
+        ranks = dist.get_process_group_ranks(group)
+        pairs = zip(ranks, everyone, strict=True)
+        known = [(rank, each.specs, each.layout) for rank, each in pairs if each.layout is not None]
+        total, order = sum(each.weight for each in everyone), max((each.order for each in everyone), key=len)
     if not known:
         return Found(None)
     assert options.sync is not None
@@ -175,35 +255,33 @@ def agree(
         [p.shape for p in params],
         dtypes,
         [p.device for p in params],
-        known[0][1].specs,
+        known[0][1],
         options.sync.compress,
-        _whole(max((each.order for each in everyone), key=len), len(params)) if options.sync.overlap else None,
+        _whole(order, len(params)) if options.sync.overlap else None,
     )
     shape = wire.shape(plan, group.size(), channels.COLUMNS)
     try:
         layout = _common(name, group, known, layout)
     except Exception as error:  # ranks that differ; a class that cannot be imported here
         return Found(shape, problem=error)
-    total = sum(each.weight for each in everyone)
     agreement = Agreement(channel.agreements, layout, plan, shape, scales.scale(total))
     return Found(shape, agreement, bool(total) or options.reduction == "sum")
 
 
 def _common(
-    name: str, group: dist.ProcessGroup, known: Sequence[tuple[int, Description]], own: Layout | None
+    name: str, group: dist.ProcessGroup, known: Sequence[tuple[int, tuple[Spec, ...], bytes]], own: Layout | None
 ) -> Layout:
     """The layout that all ranks have that have seen a micro-batch."""
     found: list[Layout] = []
-    for rank, each in known:
+    for rank, _, layout in known:
         try:
-            assert each.layout is not None
-            found.append(own if rank == dist.get_rank() and own is not None else pickle.loads(each.layout))
+            found.append(own if rank == dist.get_rank() and own is not None else pickle.loads(layout))
         except Exception as error:  # whatever a class does that is not the same here
             raise TypeError(
                 f"{name}: with sync, ranks tell each other the structure of aux, and that of rank {rank} cannot be read on "
                 f"rank {dist.get_rank()}: {error}. Return it in containers of classes that every rank can import"
             ) from error
-    for (rank, _), other in zip(known[1:], found[1:], strict=True):
+    for (rank, _, _), other in zip(known[1:], found[1:], strict=True):
         problem = layouts.difference(found[0], other)
         if problem is not None:
             raise ValueError(f"{name}: ranks {known[0][0]} and {rank} differ: {problem}; {groups.named(group)}")

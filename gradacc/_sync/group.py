@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from gradacc._describe import describe
 
@@ -93,6 +94,19 @@ def exchange(name: str, group: dist.ProcessGroup, mine: Any) -> list[Any]:
     with explaining_errors(name, group):
         dist.all_gather_object(everyone, mine, group=group)
     return everyone
+
+
+def device(group: dist.ProcessGroup) -> torch.device:
+    """On which its collectives can have small tensors, as those that pickle have theirs."""
+    found: torch.device = distributed_c10d._get_object_coll_device(group)  # type: ignore[assignment]
+    return torch.device(found)
+
+
+def tell(group: dist.ProcessGroup, rank: int, value: Any) -> Any:
+    """What one rank has (by its place in the group), which can be pickled, on all."""
+    told = [value]
+    dist.broadcast_object_list(told, group=group, group_src=rank)
+    return told[0]
 
 
 @contextmanager

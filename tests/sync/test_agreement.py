@@ -1,0 +1,150 @@
+"""What ranks find alike at first use: 64 of them, which are threads, with real collectives between them."""
+
+import threading
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed import multi_threaded_pg
+
+from gradacc import _options, _tree, all_reduce
+from gradacc._mean import Mean
+from gradacc._parts import Average, Pieces, Total
+from gradacc._sums import Sums
+from gradacc._sync import agreement, layout
+from gradacc._sync import group as groups
+
+WORLD = 64
+PARAMS = {"w": torch.ones(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}
+
+
+def on_threads(rank_fn):
+    """What ``rank_fn(rank, group)`` returned or raised in each of 64 threads, and how often all descriptions were gathered."""
+    torch._C._distributed_c10d._set_thread_isolation_mode(True)
+    multi_threaded_pg._install_threaded_pg()
+    store, found, gathered = dist.HashStore(), [None] * WORLD, []
+    original = groups.exchange
+
+    def exchange(*args):
+        gathered.append(1)
+        return original(*args)
+
+    def run(rank):
+        dist.init_process_group("threaded", rank=rank, world_size=WORLD, store=store)
+        try:
+            found[rank] = rank_fn(rank, dist.group.WORLD)
+        except Exception as error:
+            found[rank] = error
+        finally:
+            dist.destroy_process_group()
+
+    groups.exchange = exchange
+    try:
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(WORLD)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(40)
+    finally:
+        groups.exchange = original
+        multi_threaded_pg._uninstall_threaded_pg()
+        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+    return found, len(gathered)
+
+
+def layout_of(kind):
+    value = Average(torch.ones(()), torch.float32)
+    aux = {
+        "plain": None,
+        "aux": {"hits": Total(Mean(torch.ones(()), 3), torch.float32), "each": Pieces([torch.ones(2)])},
+    }
+    return layout.of(Sums(value, aux[kind], 1.0, 1.0, True))
+
+
+def agreed(rank, group, *, params=PARAMS, kind="plain", options=None, number=1, raises=False, order=()):
+    own = _options.options("accumulate", sum, _options.Given(sync=all_reduce(overlap=bool(order)), **(options or {})))
+    leaves, treedef = _tree.flatten(params)
+    here = None if kind is None else layout_of(kind)
+    caller = agreement.Caller("accumulate", group, number, "accumulate(loss)")
+    if raises:
+        caller.exchange(None)
+        raise KeyError("its own")
+    mine = agreement.describe(own, leaves, treedef, here, float(rank), order)
+    return agreement.agree(own, caller, leaves, [p.dtype for p in leaves], mine, here)
+
+
+def same(founds, kind):
+    total = sum(range(WORLD))
+    for found in founds:
+        assert found.problem is None
+        assert found.lasting
+        assert found.shape == founds[0].shape
+        assert found.agreement.plan == founds[0].agreement.plan
+        assert layout.difference(found.agreement.layout, layout_of(kind)) is None
+        assert total / 2 <= found.agreement.scale <= total * 2
+
+
+@pytest.mark.parametrize("kind", ["plain", "aux"])
+@pytest.mark.parametrize("having", [range(WORLD), [5, 40], [63]])
+def test_ranks_that_are_alike(kind, having):
+    """Nobody gathers descriptions; who has not seen a micro-batch is told the layout by one who has."""
+    found, gathered = on_threads(lambda rank, group: agreed(rank, group, kind=kind if rank in having else None))
+    assert gathered == 0
+    same(found, kind)
+
+
+def test_no_rank_has_seen_a_micro_batch():
+    found, gathered = on_threads(lambda rank, group: agreed(rank, group, kind=None))
+    assert gathered == 0
+    assert all(each == agreement.Found(None) for each in found)
+
+
+def test_the_order_is_that_of_a_rank_which_has_the_longest():
+    def run(rank, group):
+        return agreed(rank, group, order=(1, 0) if rank in (7, 9) else (0,))
+
+    found, gathered = on_threads(run)
+    assert gathered == 0
+    same(found, "plain")
+
+
+CHANGES = {
+    "a shape": (
+        {"params": {**PARAMS, "w": torch.ones(3, 2)}},
+        "ValueError",
+        r"\['w'\] is .* of shape \(2, 3\) on rank 0",
+    ),
+    "a name": (
+        {"params": {"w": PARAMS["w"], "c": PARAMS["b"]}},
+        "ValueError",
+        r"is params\['b'\] on rank 0, params\['c'\] on",
+    ),
+    "an option": (
+        {"options": {"reduction": "sum"}},
+        "ValueError",
+        "reduction='mean' on rank 0, reduction='sum' on rank 33",
+    ),
+    "what the loss returned": ({"kind": "aux"}, "problem", "ranks 0 and 33 differ: aux has the structure"),
+    "the number of the call": (
+        {"number": 2},
+        "RuntimeError",
+        "made different calls.*rank 33: accumulate\\(loss\\), call 2",
+    ),
+    "an error": ({"raises": True}, "RuntimeError", "the call raised on rank 33 of"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_one_rank_that_differs(change):
+    """All of them say so, and in what."""
+    options, kind, message = CHANGES[change]
+    found, gathered = on_threads(lambda rank, group: agreed(rank, group, **(options if rank == 33 else {})))
+    assert gathered == WORLD
+    for rank, each in enumerate(found):
+        if change == "an error" and rank == 33:
+            assert isinstance(each, KeyError)
+            continue
+        error = each.problem if kind == "problem" else each
+        assert type(error).__name__ == ("ValueError" if kind == "problem" else kind)
+        with pytest.raises(type(error), match=message):
+            raise error
