@@ -10,7 +10,8 @@ Of ``y = x @ w`` autograd writes the gradient ``x.mH @ dy`` to new memory, and t
     buffer.index_add_(0, indices, dy)       # of an embedding's
 
 Against the same engine without it (medians, two cores): eight layers of 512x512 with 32 rows 0.84, of 256x256 0.96, of
-128x128 0.98, of 64x64 1.03 to 1.08 (hence `_SMALLEST`); the gradient of an embedding of 50257x256 for 512 tokens 0.0024.
+128x128 0.98, of 64x64 1.03 to 1.08, and of a GPT-2 of width 64, with 64x256, slower too (hence `_SMALLEST`); the gradient of
+an embedding of 50257x256 for 512 tokens 0.0024.
 
 NOTE [reading the graph]
     What is fused is found in the graph that the loss has left, after it ran: nodes of ``mm``, ``addmm`` (`F.linear`,

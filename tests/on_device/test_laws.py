@@ -107,13 +107,13 @@ def weighted(params, batch):
 
 def parameters(dtype=torch.float32):
     g = torch.Generator().manual_seed(0)
-    shapes = {"w": (128, 128), "b": (128,), "e": (130, 128), "s": ()}
+    shapes = {"w": (256, 256), "b": (256,), "e": (130, 256), "s": ()}
     return {name: torch.randn(shape, generator=g).to(dtype) for name, shape in shapes.items()}
 
 
 def microbatch(mask, dtype=torch.float32):
     g = torch.Generator().manual_seed(len(mask))
-    return torch.randn(len(mask), 128, generator=g).to(dtype), torch.arange(len(mask)), torch.tensor(mask)
+    return torch.randn(len(mask), 256, generator=g).to(dtype), torch.arange(len(mask)), torch.tensor(mask)
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])

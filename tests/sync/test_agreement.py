@@ -148,3 +148,9 @@ def test_one_rank_that_differs(change):
         assert type(error).__name__ == ("ValueError" if kind == "problem" else kind)
         with pytest.raises(type(error), match=message):
             raise error
+
+
+def test_all_ranks_have_raised():
+    found, gathered = on_threads(lambda rank, group: agreed(rank, group, raises=True))
+    assert gathered == WORLD
+    assert all(isinstance(each, KeyError) for each in found)
