@@ -1,4 +1,4 @@
-"""What the benchmarks compute gradients of: a GPT on real text, a parameter-heavy MLP, a GPT of almost nothing."""
+"""What the benchmarks compute gradients of: a GPT on real text, a parameter-heavy MLP, and models of almost no arithmetic."""
 
 from __future__ import annotations
 
@@ -23,6 +23,12 @@ class Workload(NamedTuple):
     inputs: Tensor
     targets: Tensor
     steps: int
+    memory: bool = True
+    """Whether its memory says anything."""
+    threads: int | None = None
+    """With how many threads its time is taken; None: with those of the run."""
+    repeats: int = 1
+    """How many times a timing runs it."""
 
     @property
     def parameter_bytes(self) -> int:
@@ -45,7 +51,46 @@ def gpt(device: torch.device) -> Workload:
 def tiny(device: torch.device) -> Workload:
     """The same GPT with 8 channels on 8 windows of 4 bytes, 8 steps: all the calls, none of the arithmetic."""
     config = GPTConfig(width=8, heads=1, context=4)
-    return _gpt("GPT of 8 channels, 8x4 tokens, 8 steps", config, examples=8, device=device)
+    work = _gpt("GPT of 8 channels, 8x4 tokens, 8 steps", config, examples=8, device=device)
+    return work._replace(memory=False, repeats=10)
+
+
+class _Logits(nn.Module):
+    """Of a transformers model, the logits."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=tokens, use_cache=False).logits
+        return logits
+
+
+def gpt2(device: torch.device) -> Workload:
+    """transformers' GPT-2 of 12 layers and width 64 (165 modules), 32 windows of 16 bytes, 16 steps, one thread."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # its own
+    config = transformers.GPT2Config(vocab_size=256, n_positions=16, n_embd=64, n_layer=12, n_head=4)
+    config.attn_pdrop = config.resid_pdrop = config.embd_pdrop = 0.0
+    torch.manual_seed(0)
+    module = _Logits(transformers.GPT2LMHeadModel(config)).to(device)
+    windows = _text(32 * 17).view(32, 17).to(device)
+    title = "transformers' GPT-2, 12 layers, width 64, 32x16 tokens, 16 steps"
+    return Workload(title, module, _cross_entropy, windows[:, :-1], windows[:, 1:].contiguous(), 16, False, 1, 2)
+
+
+def modules(device: torch.device) -> Workload:
+    """100 layers of 16 × 16 with an activation each (201 modules), 32 rows, 16 steps, one thread."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(100) for layer in (nn.Linear(16, 16), nn.Tanh())]
+    for weight in (layer.weight for layer in layers if isinstance(layer, nn.Linear)):
+        # So that something arrives at the first one.
+        nn.init.orthogonal_(weight, gain=1.1)
+    inputs, targets = torch.randn(2, 32, 16).to(device)
+    title = "201 modules, 32 rows, 16 steps"
+    return Workload(title, nn.Sequential(*layers).to(device), F.mse_loss, inputs, targets, 16, False, 1, 2)
 
 
 def _gpt(title: str, config: GPTConfig, *, examples: int, device: torch.device) -> Workload:
@@ -64,7 +109,13 @@ def mlp(device: torch.device) -> Workload:
     return Workload("MLP, 34 M parameters, 32 rows, 4 steps", module, F.mse_loss, inputs, targets, steps=4)
 
 
-WORKLOADS: dict[str, Callable[[torch.device], Workload]] = {"gpt": gpt, "mlp": mlp, "tiny": tiny}
+WORKLOADS: dict[str, Callable[[torch.device], Workload]] = {
+    "gpt": gpt,
+    "mlp": mlp,
+    "tiny": tiny,
+    "gpt2": gpt2,
+    "modules": modules,
+}
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:

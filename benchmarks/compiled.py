@@ -200,7 +200,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of PyTorch's CPU kernels and of JAX's (PyTorch's default)")
     results = Path(__file__).parent / "results"
     parser.add_argument("--out", type=Path, default=results, help="folder (benchmarks/results)")
-    works = [name for name in WORKLOADS if name != "tiny"]
+    works = ["gpt", "mlp"]
     parser.add_argument("--workloads", nargs="+", choices=works, default=works, help="which (all)")
     parser.add_argument("--quick", action="store_true", help="three rounds, fewer first calls: does it work?")
     for internal in ("task", "workload", "variant"):

@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "parameter_bytes": work.parameter_bytes,
             **_run("time", options, workload),
         }
-        if workload != "tiny":
+        if work.memory:
             results["workloads"][workload]["memory"] = _memory(options, workload)
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "eager.json").write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
@@ -83,8 +83,9 @@ def time_task(options: argparse.Namespace) -> dict[str, Any]:
     work = WORKLOADS[options.workload](device)
     errors = check(work)
     runs = {name: build(work, work.steps) for name, build in VARIANTS.items()}
-    repeats = 10 if options.workload == "tiny" else 1
-    seconds = interleaved(runs, rounds=options.rounds, warmup=options.warmup, device=device, repeats=repeats)
+    if work.threads is not None:
+        torch.set_num_threads(work.threads)
+    seconds = interleaved(runs, rounds=options.rounds, warmup=options.warmup, device=device, repeats=work.repeats)
     return {
         "time": {
             name: {
