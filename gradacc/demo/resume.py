@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from gradacc import checkpoint
+from gradacc import TrainState, checkpoint
 from gradacc.checkpoint._ranks import ElsewhereError
 from gradacc.demo.corpus import Corpus
 from gradacc.demo.proof import Measured, Proof, Row
 from gradacc.demo.ranks import EndedError, Ranks, exchange, find_device, together
 from gradacc.demo.record import Record
 from gradacc.demo.settings import DemoError, Settings
-from gradacc.demo.train import Metrics, State
+from gradacc.demo.train import Metrics
 
 
 class Progress(NamedTuple):
@@ -48,7 +48,7 @@ def keep(
     settings: Settings,
     ranks: Ranks,
     run: str,
-    state: State,
+    state: TrainState,
     record: Record | None = None,
     progress: Progress | None = None,
 ) -> None:
@@ -71,16 +71,18 @@ def keep(
         raise DemoError(f"{folder(settings)} cannot be written: {error}") from error
 
 
-def resume(settings: Settings, ranks: Ranks, run: str, state: State, record: Record) -> tuple[State, Progress | None]:
+def resume(
+    settings: Settings, ranks: Ranks, run: str, state: TrainState, record: Record
+) -> tuple[TrainState, Progress | None]:
     """The state to go on from: that of the checkpoint, or the given one and None where there is none.
 
-    Parameters, optimizer and random numbers are loaded in place; on rank 0, ``record`` too.
+    The random numbers go on where they were; on rank 0, ``record`` is filled.
 
     Raises:
         DemoError: the checkpoint is of another run, damaged, or not the same on all ranks.
     """
 
-    def load() -> tuple[State, Progress | None]:
+    def load() -> tuple[TrainState, Progress | None]:
         try:
             found = _load(settings, ranks, run, state, record)
         except FileNotFoundError:
@@ -90,7 +92,7 @@ def resume(settings: Settings, ranks: Ranks, run: str, state: State, record: Rec
         return found
 
     resumed, progress = together(ranks, load)
-    together(ranks, lambda: _check_same(settings, ranks, resumed.iteration))
+    together(ranks, lambda: _check_same(settings, ranks, int(resumed.step)))
     return resumed, progress
 
 
@@ -121,37 +123,24 @@ def folder(settings: Settings) -> Path:
     return settings.out / "checkpoint"
 
 
-def _load(settings: Settings, ranks: Ranks, run: str, state: State, record: Record) -> tuple[State, Progress | None]:
+def _load(
+    settings: Settings, ranks: Ranks, run: str, state: TrainState, record: Record
+) -> tuple[TrainState, Progress | None]:
     """On one rank."""
     place = folder(settings)
     _check_identity(place, checkpoint.load(place, {"run": "", "record": ..., "state": ...})["run"], run)
     like = _tree(state, ranks)
     like["ranks"] |= {rank: ... for rank in range(ranks.world) if rank != ranks.rank}
-    like["optimizer"]["state"] = {
-        index: {"step": torch.zeros(()), "exp_avg": torch.empty_like(p), "exp_avg_sq": torch.empty_like(p)}
-        for index, p in enumerate(state.params.values())
-    }  # AdamW's after a step
     found = checkpoint.load(place, {"run": ..., "record": "" if ranks.first else ..., "state": like})
-    saved = found["state"]
-    progress = _from_json(found["record"], settings, saved["iteration"], record) if ranks.first else None
-    with torch.no_grad():
-        for name, parameter in state.params.items():
-            parameter.copy_(saved["params"][name])
-    state.optimizer.load_state_dict(saved["optimizer"])
-    state.scheduler.load_state_dict(saved["scheduler"])
-    _set_random(saved["ranks"][ranks.rank])
-    return state._replace(iteration=saved["iteration"]), progress
+    saved: TrainState = found["state"]["train"]
+    progress = _from_json(found["record"], settings, int(saved.step), record) if ranks.first else None
+    _set_random(found["state"]["ranks"][ranks.rank])
+    return saved, progress
 
 
-def _tree(state: State, ranks: Ranks) -> dict[str, Any]:
+def _tree(state: TrainState, ranks: Ranks) -> dict[str, Any]:
     """What each rank saves: all but the random numbers are the same on all."""
-    return {
-        "params": state.params,
-        "optimizer": state.optimizer.state_dict(),
-        "scheduler": state.scheduler.state_dict(),
-        "iteration": state.iteration,
-        "ranks": {ranks.rank: _random(ranks)},
-    }
+    return {"train": state, "ranks": {ranks.rank: _random(ranks)}}
 
 
 def _random(ranks: Ranks) -> dict[str, Any]:

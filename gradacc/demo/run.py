@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from gradacc import TrainState
 from gradacc.demo.batch import batch_at
 from gradacc.demo.corpus import Corpus, describe, load
 from gradacc.demo.interrupt import Interrupted
@@ -27,7 +28,7 @@ from gradacc.demo.report import describe_model, render
 from gradacc.demo.resume import Progress, folder, forget, identity, keep, resume
 from gradacc.demo.sample import samples
 from gradacc.demo.settings import DemoError, Settings
-from gradacc.demo.train import Metrics, Model, State, build, held_out_bits_per_byte, train
+from gradacc.demo.train import Metrics, Model, build, held_out_bits_per_byte, train
 
 FINISHED, DIVERGED, INTERRUPTED = 0, 1, 130
 HELD_OUT_TIMES = 5
@@ -92,15 +93,16 @@ def _check_alike(settings: Settings, corpus: Corpus, ranks: Ranks) -> None:
             )
 
 
-def _follow(job: Job, state: State) -> int:
+def _follow(job: Job, state: TrainState) -> int:
     """A run of another rank than 0: its part of every gradient. Returns 0: the exit code of the run is that of rank 0."""
     try:
         hear(job.ranks)  # the files are there
         hear(job.ranks)  # the table has been drawn
-        for now, _ in train(job.settings, job.model.loss_fn, state, job.corpus.train, job.device, job.ranks):
+        training = train(job.settings, job.model.loss_fn, state, job.corpus.train, job.device, job.ranks)
+        for state, _ in training:
             ends, saves = listen(job.ranks)
             if saves:
-                keep(job.settings, job.ranks, job.identity, now)
+                keep(job.settings, job.ranks, job.identity, state)
             if ends:
                 raise EndedError
     except KeyboardInterrupt:
@@ -111,7 +113,7 @@ def _follow(job: Job, state: State) -> int:
     return FINISHED
 
 
-def _lead(job: Job, state: State, record: Record) -> int:
+def _lead(job: Job, state: TrainState, record: Record) -> int:
     """The run of rank 0."""
     settings = job.settings
     with ExitStack() as stack:
@@ -143,12 +145,12 @@ def _lead(job: Job, state: State, record: Record) -> int:
     return code
 
 
-def _prove_and_train(job: Job, state: State, record: Record, metrics: FileIO) -> int:
+def _prove_and_train(job: Job, state: TrainState, record: Record, metrics: FileIO) -> int:
     """The run itself: prints, and fills ``record`` as it goes; returns the exit code."""
     settings, corpus = job.settings, job.corpus
     code = decide(job.ranks, lambda: _prove(job, state, record))
     if code is None:
-        code = _train(job, state, record, metrics)
+        state, code = _train(job, state, record, metrics)
     if not record.history or code == DIVERGED:
         return code
     (_, before), *_, (iteration, after) = record.held_out
@@ -165,20 +167,20 @@ def _prove_and_train(job: Job, state: State, record: Record, metrics: FileIO) ->
     return code
 
 
-def _prove(job: Job, state: State, record: Record) -> int | None:
+def _prove(job: Job, state: TrainState, record: Record) -> int | None:
     """Prints the table, or where the run goes on from; returns the exit code where the run ends with it."""
     settings = job.settings
     print(f"Text: {record.corpus}.\nModel: {describe_model(record)}.\nMachine: {record.machine}.\n", flush=True)
     if job.resumed is not None:
         print(
-            f"Resumed after {state.iteration} of {settings.iterations} iterations, from {folder(settings)}.\n",
+            f"Resumed after {state.step} of {settings.iterations} iterations, from {folder(settings)}.\n",
             flush=True,
         )
-        if state.iteration < settings.iterations and _late(job):
-            if record.held_out[-1][0] != state.iteration:
+        if state.step < settings.iterations and _late(job):
+            if record.held_out[-1][0] != state.step:
                 _hold_out(job, state, record)
             record.note = (
-                f"Ended after {state.iteration} of {settings.iterations} iterations: the time limit of "
+                f"Ended after {state.step} of {settings.iterations} iterations: the time limit of "
                 f"{settings.seconds:.0f} s had been reached before; with --iterations there is none."
             )
             return FINISHED
@@ -198,12 +200,12 @@ def _prove(job: Job, state: State, record: Record) -> int | None:
     return None
 
 
-def _train(job: Job, state: State, record: Record, file: FileIO) -> int:
+def _train(job: Job, state: TrainState, record: Record, file: FileIO) -> tuple[TrainState, int]:
     """Trains until the end, the time limit, Ctrl-C or divergence, measuring held-out text now and then."""
     settings, code = job.settings, None
-    with tqdm(total=settings.iterations, initial=state.iteration, unit="it") as bar:
+    with tqdm(total=settings.iterations, initial=state.step, unit="it") as bar:
 
-        def observe(metrics: Metrics) -> int | None:
+        def observe(state: TrainState, metrics: Metrics) -> int | None:
             record.history.append(metrics)
             _write(file, _json_line(metrics))
             bar.set_postfix_str(f"loss {metrics.loss:.3f}, {metrics.tokens_per_second:,.0f} tokens/s", refresh=False)
@@ -219,19 +221,20 @@ def _train(job: Job, state: State, record: Record, file: FileIO) -> int:
                 return False
             return code is not None or done == settings.iterations or done % settings.checkpoint_every == 0
 
-        for now, metrics in train(settings, job.model.loss_fn, state, job.corpus.train, job.device, job.ranks):
-            code = decide(job.ranks, functools.partial(observe, metrics), saves)
+        training = train(settings, job.model.loss_fn, state, job.corpus.train, job.device, job.ranks)
+        for state, metrics in training:
+            code = decide(job.ranks, functools.partial(observe, state, metrics), saves)
             if saves(code):
                 progress = Progress(time.monotonic() - job.start, file.tell())
-                keep(settings, job.ranks, job.identity, now, record, progress)
+                keep(settings, job.ranks, job.identity, state, record, progress)
             if code is not None:
                 break
     if code != DIVERGED and record.held_out[-1][0] != len(record.history):
         _hold_out(job, state, record)
-    return FINISHED if code is None else code
+    return state, FINISHED if code is None else code
 
 
-def _verdict(job: Job, state: State, record: Record) -> int | None:
+def _verdict(job: Job, state: TrainState, record: Record) -> int | None:
     """After an iteration: the exit code where the run ends with it."""
     settings, metrics = job.settings, record.history[-1]
     if not math.isfinite(metrics.loss + metrics.grad_norm):
@@ -255,7 +258,7 @@ def _late(job: Job) -> bool:
     return job.settings.seconds is not None and time.monotonic() - job.start > job.settings.seconds
 
 
-def _hold_out(job: Job, state: State, record: Record) -> None:
+def _hold_out(job: Job, state: TrainState, record: Record) -> None:
     bits = held_out_bits_per_byte(job.model.loss_fn, state.params, job.corpus.held_out, job.device)
     record.held_out.append((len(record.history), bits))
 
@@ -308,7 +311,7 @@ def _flush(file: FileIO) -> None:
         raise DemoError(f"{file.name} cannot be written: {error.strerror}") from error
 
 
-def _record(job: Job, state: State) -> Record:
+def _record(job: Job, state: TrainState) -> Record:
     """Of nothing yet."""
     parameters = sum(parameter.numel() for parameter in state.params.values())
     return Record(job.settings, describe(job.corpus), _machine(job), parameters)

@@ -1,4 +1,4 @@
-"""The training loop: one exact gradient an iteration, handed to an ordinary `torch.optim` optimizer."""
+"""The training loop: `gradacc.train_step` with an optimizer of `gradacc.optim`, one exact gradient an iteration."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 import gradacc
 from gradacc.demo.batch import batch_at, draw, pad
@@ -24,15 +22,6 @@ from gradacc.demo.settings import Settings
 MAX_GRADIENT_NORM = 1.0
 HELD_OUT_PIECES = 256
 HELD_OUT_SEED = 2**40
-
-
-class State(NamedTuple):
-    """All that training carries from one iteration to the next; batches follow from the seed and the iteration."""
-
-    params: Params
-    optimizer: Optimizer
-    scheduler: LRScheduler
-    iteration: int = 0
 
 
 class Model(NamedTuple):
@@ -59,17 +48,25 @@ class Metrics(NamedTuple):
     tokens_per_second: float
 
 
-def build(settings: Settings, device: torch.device) -> tuple[Model, State]:
-    """A fresh model, and the state to train it from."""
+def build(settings: Settings, device: torch.device) -> tuple[Model, gradacc.TrainState]:
+    """A fresh model, and the state to train it from: batches follow from the seed and the iteration."""
     torch.manual_seed(settings.seed)
     apply, params, _ = gradacc.functional(GPT(settings.model).to(device))
 
     def loss_fn(params: Params, tokens: Tensor) -> gradacc.Mean:
         return gradacc.Mean(*next_byte_loss(apply(params, tokens), tokens))
 
-    optimizer = torch.optim.AdamW(params.values(), lr=settings.lr, betas=(0.9, 0.98), weight_decay=0.01)
-    scheduler = LambdaLR(optimizer, lambda iteration: lr_share(iteration, settings.iterations))
-    return Model(apply, loss_fn), State(params, optimizer, scheduler)
+    return Model(apply, loss_fn), gradacc.TrainState(params, optimizer(settings).init(params))
+
+
+def optimizer(settings: Settings) -> gradacc.optim.Optimizer:
+    """AdamW whose learning rate is a function of the step, after clipping."""
+
+    def lr(iteration: int) -> float:
+        return settings.lr * lr_share(iteration, settings.iterations)
+
+    adamw = gradacc.optim.adamw(lr, betas=(0.9, 0.98), weight_decay=0.01)
+    return gradacc.optim.clip_by_global_norm(adamw, MAX_GRADIENT_NORM)
 
 
 def lr_share(iteration: int, iterations: int) -> float:
@@ -81,31 +78,26 @@ def lr_share(iteration: int, iterations: int) -> float:
 def train(
     settings: Settings,
     loss_fn: LossFn,
-    state: State,
+    state: gradacc.TrainState,
     pieces: Sequence[bytes],
     device: torch.device,
     ranks: Ranks = ALONE,
-) -> Iterator[tuple[State, Metrics]]:
-    """Yields after every iteration, up to ``settings.iterations``; the parameters are updated in place.
+) -> Iterator[tuple[gradacc.TrainState, Metrics]]:
+    """Yields the state and the metrics after every iteration, up to ``settings.iterations``.
 
     On every rank the same: the batch is all ranks' together.
     """
     grad_fn = gradacc.accumulate_and_value(loss_fn, steps=settings.steps, sync=gradacc.all_reduce())
-    while state.iteration < settings.iterations:
+    step = gradacc.train_step(grad_fn, optimizer(settings))
+    for iteration in range(int(state.step), settings.iterations):
         start = time.perf_counter()
-        batch = batch_at(pieces, settings.batch_size, settings.seed, state.iteration, device, ranks)
-        grads, mean = grad_fn(state.params, batch)
-        for name, parameter in state.params.items():
-            parameter.grad = grads[name]
-        norm = torch.nn.utils.clip_grad_norm_(state.params.values(), MAX_GRADIENT_NORM)
-        lr = float(state.scheduler.get_last_lr()[0])
-        state.optimizer.step()
-        state.scheduler.step()
-        loss, tokens = mean.value.item(), int(mean.weight)
+        batch = batch_at(pieces, settings.batch_size, settings.seed, iteration, device, ranks)
+        state, metrics = step(state, batch)
+        loss, tokens = metrics["loss"].item(), int(metrics["weight"])
+        lr, norm = metrics["lr"].item(), metrics["grad_norm"].item()
         seconds = time.perf_counter() - start
-        state = state._replace(iteration=state.iteration + 1)
         bits = loss / math.log(2)
-        yield state, Metrics(state.iteration, loss, bits, tokens, lr, norm.item(), seconds, tokens / seconds)
+        yield state, Metrics(iteration + 1, loss, bits, tokens, lr, norm, seconds, tokens / seconds)
 
 
 def held_out_bits_per_byte(

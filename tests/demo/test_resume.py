@@ -20,6 +20,7 @@ import gradacc
 from gradacc import checkpoint
 from gradacc.demo import cli, sample
 from gradacc.demo import run as running
+from gradacc.demo import train as training
 from gradacc.demo.corpus import load
 from gradacc.demo.proof import Params
 from gradacc.demo.ranks import Ranks
@@ -27,13 +28,13 @@ from gradacc.demo.record import Record
 from gradacc.demo.resume import identity, keep
 from gradacc.demo.run import run
 from gradacc.demo.settings import DemoError, Settings
-from gradacc.demo.train import Model, State, build
+from gradacc.demo.train import Model, build
 from tests.demo import killed
 from tests.workers import SIZE, Pool
 
 from .conftest import TINY
 from .test_cli import check_one_line
-from .test_run import never, read
+from .test_run import exploding, never, read
 
 CPU = torch.device("cpu")
 MEASURED = {"seconds", "tokens_per_second"}
@@ -49,20 +50,16 @@ def reached(settings: Settings, world: int = 1) -> dict[str, Any]:
     """All tensors and numbers of the run's checkpoint."""
     _, state = build(settings, CPU)
     tree = {
-        "params": state.params,
-        "optimizer": state.optimizer.state_dict(),
-        "scheduler": state.scheduler.state_dict(),
-        "iteration": 0,
+        "train": state,
         "ranks": {rank: {"cpu": torch.get_rng_state(), "gpu": None} for rank in range(world)},
     }
-    tree["optimizer"]["state"] = {
-        index: {"step": torch.tensor(0.0), "exp_avg": p, "exp_avg_sq": p}
-        for index, p in enumerate(state.params.values())
-    }
-    found: dict[str, Any] = checkpoint.load(settings.out / "checkpoint", {"run": ..., "record": ..., "state": tree})[
-        "state"
-    ]
+    like = {"run": ..., "record": ..., "state": tree}
+    found: dict[str, Any] = checkpoint.load(settings.out / "checkpoint", like)["state"]
     return found
+
+
+def reached_iteration(settings: Settings, world: int = 1) -> int:
+    return int(reached(settings, world)["train"].step)
 
 
 def check_same(settings: Settings, other: Settings, world: int = 1) -> None:
@@ -122,20 +119,20 @@ def test_resumed_is_as_if_nothing_had_happened(
     saving: Settings, undisturbed: Settings, capsys: pytest.CaptureFixture[str]
 ) -> None:
     begun(saving, 3)
-    assert len(read(saving)[1]) == reached(saving)["iteration"] == 3
+    assert len(read(saving)[1]) == reached_iteration(saving) == 3
     capsys.readouterr()
     assert run(saving._replace(resume=True), never) == 0
     output = capsys.readouterr().out
     assert f"Resumed after 3 of 6 iterations, from {saving.out / 'checkpoint'}.\n" in output
     assert "The large batch:" not in output
     check_same(saving, undisturbed)
-    assert reached(saving)["iteration"] == 6
+    assert reached_iteration(saving) == 6
 
 
 def test_random_numbers_go_on(saving: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a model that draws some."""
 
-    def build_with_dropout(settings: Settings, device: torch.device) -> tuple[Model, State]:
+    def build_with_dropout(settings: Settings, device: torch.device) -> tuple[Model, gradacc.TrainState]:
         model, state = build(settings, device)
 
         def loss_fn(params: Params, tokens: torch.Tensor) -> gradacc.Mean:
@@ -200,25 +197,19 @@ def test_without_checkpoints_there_are_none(settings: Settings) -> None:
 
 def test_divergence_is_not_kept(saving: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint before it is."""
-    clip, calls = torch.nn.utils.clip_grad_norm_, []
-
-    def explode(*arguments: Any) -> torch.Tensor:
-        calls.append(1)
-        return clip(*arguments) * (float("inf") if len(calls) == 4 else 1)
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", explode)
+    monkeypatch.setattr(training, "lr_share", exploding)
     assert run(saving, never) == running.DIVERGED
-    assert reached(saving)["iteration"] == 2
+    assert reached_iteration(saving) == 2
 
 
 def test_the_time_before_counts(saving: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     limited = saving._replace(seconds=0.0)
     assert run(limited, never) == 0
-    assert reached(saving)["iteration"] == 1
+    assert reached_iteration(saving) == 1
     assert run(limited._replace(resume=True), never) == 0
     output = capsys.readouterr().out
     assert "Ended after 1 of 6 iterations: the time limit of 0 s had been reached before; with --iterations" in output
-    assert reached(saving)["iteration"] == 1
+    assert reached_iteration(saving) == 1
     assert run(saving._replace(resume=True), never) == 0  # --iterations 6
     assert len(read(saving)[1]) == 6
 
@@ -413,7 +404,7 @@ def test_ranks_go_on_together(pool: Pool, saving: Settings) -> None:
     other = saving._replace(out=saving.out.parent / "other")
     assert pool.run(SIZE, run_on_ranks, other, 0) == [0] * SIZE
     assert pool.run(SIZE, run_on_ranks, saving, 3) == [running.INTERRUPTED] + [0] * (SIZE - 1)
-    assert reached(saving, SIZE)["iteration"] == 3
+    assert reached_iteration(saving, SIZE) == 3
     resuming = saving._replace(resume=True)
     code, *others = pool.run(SIZE, run_on_ranks, resuming._replace(seed=1), 0)
     assert "is of a run with --seed 0, and this one has 1" in str(code)

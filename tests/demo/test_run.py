@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import signal
@@ -13,13 +14,23 @@ import torch
 
 from gradacc.demo import cli, interrupt
 from gradacc.demo import run as running
+from gradacc.demo import train as training
+from gradacc.demo.corpus import load
 from gradacc.demo.interrupt import interrupts
+from gradacc.demo.record import Record
 from gradacc.demo.run import run
+from gradacc.demo.sample import samples
 from gradacc.demo.settings import DemoError, Settings
+from gradacc.demo.train import build, held_out_bits_per_byte, train
 
 
 def never() -> bool:
     return False
+
+
+def exploding(iteration: int, iterations: int) -> float:
+    """In the place of `lr_share`: the third update throws the parameters to where the loss overflows."""
+    return 1e30 if iteration == 2 else 1.0
 
 
 def read(settings: Settings) -> tuple[str, list[dict[str, float]]]:
@@ -100,6 +111,24 @@ def test_a_run_leaves_its_report_and_metrics(settings: Settings, capsys: pytest.
     assert len(given) == 3
     assert html.count("<pre>") == 3
     assert "<b>" not in re.sub(r"<pre><b>|<div class=\"fact\"><b>", "", html)  # text that looks like HTML is escaped
+
+
+def test_what_is_shown_is_of_the_trained_parameters(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    records: list[Record] = []
+
+    def keep(record: Record) -> str:
+        records.append(record)
+        return ""
+
+    monkeypatch.setattr(running, "render", keep)
+    assert run(settings, never) == 0
+    cpu, corpus = torch.device("cpu"), load(settings.data, settings.model.context)
+    model, state = build(settings, cpu)
+    *_, (trained, _) = train(settings, model.loss_fn, state, corpus.train, cpu)
+    found = [held_out_bits_per_byte(model.loss_fn, at.params, corpus.held_out, cpu) for at in (state, trained)]
+    assert [records[0].held_out[0], records[0].held_out[-1]] == [(0, found[0]), (6, found[1])]
+    logits = functools.partial(model.apply, trained.params)
+    assert records[0].samples == samples(logits, corpus.held_out, settings.model.context, settings.seed, cpu)
 
 
 def test_a_second_run_replaces_the_first(settings: Settings) -> None:
@@ -194,19 +223,11 @@ def test_the_time_limit(settings: Settings) -> None:
 
 
 def test_divergence_ends_the_run(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    clip = torch.nn.utils.clip_grad_norm_
-    calls: list[int] = []
-
-    def explode(*arguments: object) -> torch.Tensor:
-        calls.append(1)
-        norm = clip(*arguments)  # type: ignore[arg-type]
-        return norm if len(calls) < 3 else norm * float("inf")
-
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", explode)
+    monkeypatch.setattr(training, "lr_share", exploding)
     assert run(settings, never) == running.DIVERGED
     html, metrics = read(settings)
-    assert "Training diverged at iteration 3" in check_is_complete_by_itself(html).text
-    assert [line["grad_norm"] is None for line in metrics] == [False, False, True]
+    assert "Training diverged at iteration 4" in check_is_complete_by_itself(html).text
+    assert [line["grad_norm"] is None for line in metrics] == [False, False, False, True]
 
 
 def test_what_was_asked_for_is_in_the_report(settings: Settings) -> None:

@@ -7,10 +7,11 @@ import math
 import pytest
 import torch
 
+import gradacc
 from gradacc.demo.corpus import Corpus, load
 from gradacc.demo.sample import SAMPLE_BYTES, generate, samples
 from gradacc.demo.settings import Settings
-from gradacc.demo.train import Metrics, State, build, held_out_bits_per_byte, lr_share, train
+from gradacc.demo.train import Metrics, build, held_out_bits_per_byte, lr_share, train
 
 
 @pytest.fixture
@@ -18,19 +19,21 @@ def corpus(settings: Settings) -> Corpus:
     return load(settings.data, settings.model.context)
 
 
-def trained(settings: Settings, corpus: Corpus, cpu: torch.device) -> tuple[State, list[Metrics], tuple[float, float]]:
+def trained(
+    settings: Settings, corpus: Corpus, cpu: torch.device
+) -> tuple[gradacc.TrainState, list[Metrics], tuple[float, float]]:
     model, state = build(settings, cpu)
     before = held_out_bits_per_byte(model.loss_fn, state.params, corpus.held_out, cpu)
-    found = list(train(settings, model.loss_fn, state, corpus.train, cpu))
-    after = held_out_bits_per_byte(model.loss_fn, state.params, corpus.held_out, cpu)
-    return found[-1][0], [metrics for _, metrics in found], (before, after)
+    states, history = zip(*train(settings, model.loss_fn, state, corpus.train, cpu), strict=True)
+    after = held_out_bits_per_byte(model.loss_fn, states[-1].params, corpus.held_out, cpu)
+    return states[-1], list(history), (before, after)
 
 
 def test_it_learns(settings: Settings, corpus: Corpus, cpu: torch.device) -> None:
     state, history, (before, after) = trained(settings._replace(iterations=60), corpus, cpu)
     assert before == pytest.approx(8, abs=0.1)  # a uniform guess over 257 tokens
     assert after < before - 3
-    assert state.iteration == len(history) == 60
+    assert state.step == len(history) == 60
     assert [metrics.iteration for metrics in history] == list(range(1, 61))
     assert [metrics.lr for metrics in history] == pytest.approx([3e-3 * lr_share(at, 60) for at in range(60)])
     assert all(metrics.bits_per_byte == pytest.approx(metrics.loss / math.log(2)) for metrics in history)
