@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gradacc.demo import sample
 from gradacc.demo.model import GPTConfig
 from gradacc.demo.settings import Settings
+
+from .quick import hasten
 
 TINY = GPTConfig(layers=2, heads=2, width=32, context=48)
 
@@ -52,5 +53,5 @@ def data(tmp_path: Path, text: bytes) -> Path:
 
 @pytest.fixture
 def settings(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
-    monkeypatch.setattr(sample, "SAMPLE_BYTES", 40)
+    hasten(monkeypatch.setattr)
     return Settings(batch_size=8, iterations=6, data=data, out=tmp_path / "out", seconds=None, model=TINY)

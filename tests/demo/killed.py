@@ -1,8 +1,9 @@
 """One process of a run that is killed again and again: started by torchrun, for ``test_resume.py``.
 
-``torchrun ... -m tests.demo.killed DATA OUT KILLS``: in each of its first ``KILLS`` lives the run loses one of its processes by
-SIGKILL, at a moment drawn anew, wherever it is then: in its first second, or some milliseconds after some iterations. Before
-that, "killed in life ...;" comes on stderr.
+``torchrun ... -m tests.demo.killed DATA FOLDER KILLS``: in each of its first ``KILLS`` lives the run in ``FOLDER/killed`` loses
+one of its processes by SIGKILL, at a moment drawn anew, wherever it is then: in its first second, or some milliseconds after
+some iterations. Before that, "killed in life ...;" comes on stderr. The processes of the last life, which end it, then do the
+run in ``FOLDER/undisturbed``, which nobody kills.
 """
 
 from __future__ import annotations
@@ -17,19 +18,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gradacc.demo import cli, run, sample
+from gradacc.demo import cli, run
 from gradacc.demo.model import GPTConfig
 from gradacc.demo.settings import Settings
+from tests.demo.quick import facts, hasten
 
 MODEL = GPTConfig(layers=1, heads=2, width=16, context=48)
-ITERATIONS = 40
 
 
-def settings(data: Path, out: Path) -> Settings:
-    """Of a run that saves after every iteration."""
+def settings(data: Path, out: Path, kills: int) -> Settings:
+    """Of a run that saves after every iteration, of which a life may need four."""
     return Settings(
         batch_size=6,
-        iterations=ITERATIONS,
+        iterations=4 * kills,
         data=data,
         out=out,
         seconds=None,
@@ -67,9 +68,12 @@ def doomed(life: int) -> None:
 
 
 if __name__ == "__main__":
-    data, out, kills = sys.argv[1:]
-    sample.SAMPLE_BYTES = 40
+    data, folder, kills = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    hasten(setattr)
+    run.render = facts
     life = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
-    if life < int(kills):
+    if life < kills:
         doomed(life)
-    cli.leave(cli.conduct(settings(Path(data), Path(out))))
+    code = cli.conduct(settings(data, folder / "killed", kills))
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "undisturbed"  # the ranks of another life, to the store
+    cli.leave(code or cli.conduct(settings(data, folder / "undisturbed", kills)))

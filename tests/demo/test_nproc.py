@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
 import torch
 import torch.distributed as dist
 
-from gradacc.demo import cli, run
+from gradacc.demo import cli, launch, run
 from gradacc.demo.batch import batch_at
 from gradacc.demo.corpus import load
 from gradacc.demo.model import PAD
@@ -23,6 +25,7 @@ from gradacc.demo.settings import DemoError, Settings
 from gradacc.demo.train import build, train
 from tests.workers import SIZE, Failed, Pool
 
+from .quick import hasten
 from .test_cli import check_one_line
 from .test_process import ROOT, start
 from .test_run import Page, check_is_complete_by_itself, read
@@ -37,11 +40,12 @@ def this_rank() -> Ranks:
 # On ranks that are there already
 
 
-def trained(settings: Settings, ranks: Ranks) -> list[tuple[float, float, int]]:
+def trained(settings: Settings, ranks: Ranks, iterations: int | None = None) -> list[tuple[float, float, int]]:
+    """Loss, norm and tokens of the first ``iterations``, or of all."""
     model, state = build(settings, CPU)
     pieces = load(settings.data, settings.model.context).train
-    found = [metrics for _, metrics in train(settings, model.loss_fn, state, pieces, CPU, ranks)]
-    return [(metrics.loss, metrics.grad_norm, metrics.tokens) for metrics in found]
+    found = itertools.islice(train(settings, model.loss_fn, state, pieces, CPU, ranks), iterations)
+    return [(metrics.loss, metrics.grad_norm, metrics.tokens) for _, metrics in found]
 
 
 def trained_on_ranks(group: dist.ProcessGroup, settings: Settings) -> list[tuple[float, float, int]]:
@@ -139,21 +143,23 @@ def run_on_ranks(group: dist.ProcessGroup, settings: Settings, ending: str) -> i
 
     def interrupted() -> bool:
         asked[0] += 1
-        if ending == "again" and asked[0] == 8:
+        if ending == "again" and asked[0] == 4:
             raise KeyboardInterrupt
-        return asked[0] >= {"table": 3, "training": 8}.get(ending, 99)  # in the table six times, then after iterations
+        return asked[0] >= {"table": 2, "training": 4}.get(ending, 99)  # in the table twice, then after iterations
 
     if ending == "full" and ranks.first:
         (settings.out / "metrics.jsonl").symlink_to("/dev/full")
     corpus = load(settings.data, settings.model.context)
     model, state = build(settings, CPU)
     job = run.Job(settings, corpus, CPU, model, ranks, time.monotonic(), interrupted)
-    try:
-        return run._lead(job, state, run._record(job, state)) if ranks.first else run._follow(job, state)
-    except EndedError:
-        return "ended"
-    except DemoError as error:
-        return str(error)
+    with pytest.MonkeyPatch.context() as patch:
+        hasten(patch.setattr)
+        try:
+            return run._lead(job, state, run._record(job, state)) if ranks.first else run._follow(job, state)
+        except EndedError:
+            return "ended"
+        except DemoError as error:
+            return str(error)
 
 
 @pytest.mark.parametrize(
@@ -189,16 +195,56 @@ def test_every_end_is_rank_0s(
 # Started as a user does
 
 
-def test_nproc_trains_as_one_process_does(data: Path, settings: Settings) -> None:
+class Ended(NamedTuple):
+    """A run of real processes that is over."""
+
+    settings: Settings
+    code: int
+    output: str
+    errors: str
+
+
+@pytest.fixture(scope="module")
+def interrupted_run(tmp_path_factory: pytest.TempPathFactory, text: bytes) -> Ended:
+    """``gradacc demo --nproc 2``, with Ctrl-C in the midst of its training."""
+    data = tmp_path_factory.mktemp("interrupted") / "text.txt"
+    data.write_bytes(text)
+    settings = Settings(steps=2, batch_size=5, iterations=200, data=data, out=data.parent / "out")
+    process = start_two(settings)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=100)
+    return Ended(settings, process.returncode, output, errors)
+
+
+def start_two(settings: Settings) -> subprocess.Popen[str]:
+    """A run in two processes, after some iterations."""
+    options = ("steps", "batch_size", "iterations", "data", "out")
+    told = [(f"--{name.replace('_', '-')}", str(getattr(settings, name))) for name in options]
+    process = start(*itertools.chain.from_iterable(told), "--nproc", "2")
+    metrics, deadline = settings.out / "metrics.jsonl", time.monotonic() + 200
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 3):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return process
+
+
+def test_nproc_trains_as_one_process_does(interrupted_run: Ended) -> None:
     """Through ``gradacc demo --nproc``, with the one bar, table and report of rank 0."""
-    settings = settings._replace(iterations=3, batch_size=5, steps=2, model=Settings().model)
-    options = ["--data", str(data), "--iterations", "3", "--batch-size", "5", "--steps", "2"]
-    process = start(*options, "--out", str(settings.out), "--nproc", "2")
-    output, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
-    check_one_run(settings, output, errors)
+    assert check_one_run(interrupted_run) >= 3
 
 
+def test_ctrl_c_ends_all_with_the_report(interrupted_run: Ended) -> None:
+    settings, code, output, errors = interrupted_run
+    assert code == 130, errors
+    assert "Traceback" not in errors
+    html, metrics = read(settings)
+    note = f"Ended by Ctrl-C after {len(metrics)} of 200 iterations."
+    assert note in output
+    assert note in Page(html).text
+
+
+@pytest.mark.slow
 def test_torchrun_is_the_same(data: Path, settings: Settings) -> None:
     """With a batch of one, so that a rank has nothing to do, and without the launcher of ours."""
     settings = settings._replace(iterations=2, batch_size=1, model=Settings().model)
@@ -207,47 +253,24 @@ def test_torchrun_is_the_same(data: Path, settings: Settings) -> None:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     found = subprocess.run([*command, "demo", *options], env=environment, capture_output=True, text=True, timeout=200)
     assert found.returncode == 0, found.stderr
-    check_one_run(settings, found.stdout, found.stderr)
+    assert check_one_run(Ended(settings, found.returncode, found.stdout, found.stderr)) == 2
 
 
-def check_one_run(settings: Settings, output: str, errors: str) -> None:
-    html, metrics = read(settings)
-    expected = trained(settings, Ranks())
-    assert len(metrics) == len(expected)
-    for line, theirs in zip(metrics, expected, strict=True):
+def check_one_run(ended: Ended) -> int:
+    """Returns the number of its iterations, which (the first eight are compared) are those of one process."""
+    html, metrics = read(ended.settings)
+    expected = trained(ended.settings, Ranks(), min(len(metrics), 8))
+    for line, theirs in zip(metrics[:8], expected, strict=True):
         assert (line["loss"], line["grad_norm"], line["tokens"]) == pytest.approx(theirs, rel=2e-4)
     assert "2 processes, each with" in check_is_complete_by_itself(html).text
-    assert output.count("report:") == output.count("The large batch:") == errors.count(" 0/") == 1
-    assert "Warning" not in errors
+    assert ended.output.count("report:") == ended.output.count("The large batch:") == ended.errors.count(" 0/") == 1
+    assert "Warning" not in ended.errors
+    return len(metrics)
 
 
-def start_two(data: Path, out: Path) -> subprocess.Popen[str]:
-    """A run without end in two processes, in the midst of its training."""
-    process = start(
-        "--data", str(data), "--out", str(out), "--iterations", "100000", "--batch-size", "4", "--nproc", "2"
-    )
-    metrics, deadline = out / "metrics.jsonl", time.monotonic() + 200
-    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 2):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return process
-
-
-def test_ctrl_c_ends_all_with_the_report(data: Path, tmp_path: Path) -> None:
-    process = start_two(data, tmp_path / "out")
-    process.send_signal(signal.SIGINT)
-    output, errors = process.communicate(timeout=100)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    reached = len((tmp_path / "out" / "metrics.jsonl").read_text().splitlines())
-    note = f"Ended by Ctrl-C after {reached} of 100000 iterations."
-    assert note in output
-    assert note in Page((tmp_path / "out" / "report.html").read_text("utf-8")).text
-
-
+@pytest.mark.slow
 def test_a_killed_process_ends_the_run(data: Path, tmp_path: Path) -> None:
-    process = start_two(data, tmp_path / "out")
+    process = start_two(Settings(batch_size=1, steps=1, iterations=100000, data=data, out=tmp_path / "out"))
     ranks = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
     assert len(ranks) == 2
     max(ranks, key=lambda child: child.pid).kill()
@@ -257,12 +280,18 @@ def test_a_killed_process_ends_the_run(data: Path, tmp_path: Path) -> None:
     assert not any(child.is_running() for child in ranks)
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_from_all_processes(tmp_path: Path) -> None:
     process = start("--data", str(tmp_path / "missing"), "--nproc", "2")
     output, errors = process.communicate(timeout=100)
     assert process.returncode == 2
     assert output == ""
     assert errors == f"gradacc demo: error: --data {tmp_path / 'missing'}: no such file or folder\n"
+
+
+def test_the_exit_code_is_rank_0s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "elastic_launch", lambda *_: lambda _: {1: 0, 0: 7})
+    assert launch.launch(Settings(nproc=2), cli.conduct) == 7
 
 
 # Mistakes

@@ -37,6 +37,7 @@ def test_a_run_from_the_command_line(data: Path, tmp_path: Path) -> None:
     assert "before and after 3 iterations" in check_is_complete_by_itself((out / "report.html").read_text("utf-8")).text
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_training(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start("--data", str(data), "--out", str(out), "--iterations", "100000", "--batch-size", "4")

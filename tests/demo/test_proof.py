@@ -29,9 +29,9 @@ from .conftest import TINY
 LENGTHS = (48, 3, 7, 40, 2, 2, 48, 11, 5, 33, 2, 20, 48, 48, 9, 2)
 
 
-@pytest.fixture
-def problem(cpu: torch.device) -> tuple[LossFn, Params]:
-    model, state = build(Settings(model=TINY), cpu)
+@pytest.fixture(scope="module")
+def problem() -> tuple[LossFn, Params]:
+    model, state = build(Settings(model=TINY), torch.device("cpu"))
     return model.loss_fn, state.params
 
 
@@ -40,7 +40,7 @@ def batch(lengths: tuple[int, ...] = LENGTHS) -> torch.Tensor:
     return pad([bytes(rng.randrange(256) for _ in range(length)) for length in lengths], torch.device("cpu"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def proof(problem: tuple[LossFn, Params]) -> Proof:
     return list(prove(*problem, batch()))[-1]
 

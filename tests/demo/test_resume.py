@@ -18,13 +18,12 @@ import torch.distributed as dist
 
 import gradacc
 from gradacc import checkpoint
-from gradacc.demo import cli, sample
+from gradacc.demo import cli
 from gradacc.demo import run as running
 from gradacc.demo import train as training
 from gradacc.demo.corpus import load
 from gradacc.demo.proof import Params
 from gradacc.demo.ranks import Ranks
-from gradacc.demo.record import Record
 from gradacc.demo.resume import identity, keep
 from gradacc.demo.run import run
 from gradacc.demo.settings import DemoError, Settings
@@ -33,6 +32,7 @@ from tests.demo import killed
 from tests.workers import SIZE, Pool
 
 from .conftest import TINY
+from .quick import facts, hasten
 from .test_cli import check_one_line
 from .test_run import exploding, never, read
 
@@ -75,11 +75,6 @@ def check_same(settings: Settings, other: Settings, world: int = 1) -> None:
     assert facts[0] == facts[1]
 
 
-def facts(record: Record) -> str:
-    """In the place of the report, whose pictures take a second to draw."""
-    return f">{record.proof} → \n>{[metrics.loss for metrics in record.history]} → {record.held_out}<"
-
-
 @pytest.fixture(autouse=True)
 def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "render", facts)
@@ -95,18 +90,18 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, text: bytes) -> Settin
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(running, "render", facts)
-        patch.setattr(sample, "SAMPLE_BYTES", 40)
+        hasten(patch.setattr)
         assert run(settings, never) == 0
     return settings
 
 
 def after(iterations: int) -> Callable[[], bool]:
-    """Ctrl-C after so many iterations of this process: it is asked six times in the table, then after each of them."""
+    """Ctrl-C after so many iterations of this process: it is asked twice in the table, then after each of them."""
     asked: list[int] = []
 
     def interrupted() -> bool:
         asked.append(1)
-        return len(asked) >= 6 + iterations
+        return len(asked) >= 2 + iterations
 
     return interrupted
 
@@ -392,7 +387,7 @@ def run_on_ranks(group: dist.ProcessGroup, settings: Settings, iterations: int) 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(running, "here", lambda: ranks)
         patch.setattr(running, "joined", lambda *_: contextlib.nullcontext())
-        patch.setattr(sample, "SAMPLE_BYTES", 40)
+        hasten(patch.setattr)
         patch.setattr(running, "render", facts)
         try:
             return run(settings, after(iterations) if ranks.first and iterations else never)
@@ -433,7 +428,7 @@ def test_ranks_that_do_not_save_into_the_same_folder(pool: Pool, saving: Setting
 # Death
 
 
-def torchrun(data: Path, out: Path, kills: int) -> subprocess.Popen[str]:
+def torchrun(data: Path, folder: Path, kills: int) -> subprocess.Popen[str]:
     command = [
         sys.executable,
         "-m",
@@ -445,7 +440,7 @@ def torchrun(data: Path, out: Path, kills: int) -> subprocess.Popen[str]:
         "10",
     ]
     return subprocess.Popen(
-        [*command, "-m", "tests.demo.killed", str(data), str(out), str(kills)],
+        [*command, "-m", "tests.demo.killed", str(data), str(folder), str(kills)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -465,21 +460,21 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_ten_times_killed_under_torchrun(data: Path, tmp_path: Path) -> None:
-    """SIGKILL of one of two ranks at ten random moments: what comes out is the undisturbed run, bit for bit.
+@pytest.mark.parametrize(("kills", "places"), [(2, 1), pytest.param(10, 4, marks=pytest.mark.slow)])
+def test_killed_under_torchrun(data: Path, tmp_path: Path, kills: int, places: int) -> None:
+    """SIGKILL of one of two ranks at random moments: what comes out is the undisturbed run, bit for bit.
 
-    Some come while it starts or resumes; the others in a gradient, in an update, in a save.
+    Some come while it starts or resumes; the others in a gradient, in an update, in a save. It goes on from ``places`` or more.
     """
-    runs = {kills: killed.settings(data, tmp_path / str(kills)) for kills in (0, 10)}
-    for kills, settings in runs.items():
-        process = torchrun(data, settings.out, kills)
-        try:
-            output, errors = process.communicate(timeout=400 if kills else 100)
-        finally:
-            end(process)
-        assert process.returncode == 0, errors
-        assert re.findall(r"killed in life (\d+);", errors) == [str(life) for life in range(kills)], errors
-        began = [int(number) for number in re.findall(r"^Resumed after (\d+) of", output, re.M)]
-        assert began == sorted(began)
-        assert len(set(began)) > 3 or not kills
-    check_same(runs[0], runs[10], world=2)
+    process = torchrun(data, tmp_path, kills)
+    try:
+        output, errors = process.communicate(timeout=400)
+    finally:
+        end(process)
+    assert process.returncode == 0, errors
+    assert re.findall(r"killed in life (\d+);", errors) == [str(life) for life in range(kills)], errors
+    began = [int(number) for number in re.findall(r"^Resumed after (\d+) of", output, re.M)]
+    assert began == sorted(began)
+    assert len(set(began)) >= places
+    runs = (killed.settings(data, tmp_path / name, kills) for name in ("killed", "undisturbed"))
+    check_same(*runs, world=2)
