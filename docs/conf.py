@@ -1,6 +1,9 @@
 """Sphinx: pages in Markdown (MyST), the API from the docstrings; every warning is an error (`make docs`)."""
 
 import re
+import sys
+
+from sphinx.pycode import ModuleAnalyzer
 
 import gradacc
 
@@ -27,6 +30,14 @@ napoleon_use_param = False
 napoleon_custom_sections = [("Source", "notes"), ("Edge cases", "notes"), ("Raises (when called)", "notes")]
 
 
+def describe_aliases(app, what, name, obj, options, lines):
+    """An alias of a type has its words in the module that defines it, where autodoc does not look."""
+    if what == "data":
+        alias = "", name.rpartition(".")[2]
+        rooms = [ModuleAnalyzer.for_module(module) for module in sys.modules if module.split(".")[0] == "gradacc"]
+        lines[:] = next(docs[alias] for docs in (room.find_attr_docs() for room in rooms) if alias in docs)
+
+
 def link_pages(app, what, name, obj, options, lines):
     """Docstrings name pages by their files, which reads well anywhere; on the site they are links."""
     lines[:] = [re.sub(r"``docs/(\w+)\.md``", r":doc:`docs/\1.md <\1>`", line) for line in lines]
@@ -34,4 +45,5 @@ def link_pages(app, what, name, obj, options, lines):
 
 def setup(app):
     """Called by Sphinx."""
+    app.connect("autodoc-process-docstring", describe_aliases, priority=400)  # before napoleon's and ours
     app.connect("autodoc-process-docstring", link_pages)

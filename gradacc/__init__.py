@@ -4,16 +4,55 @@
 micro-batch.
 """
 
-from gradacc import checkpoint as checkpoint
-from gradacc import data as data
-from gradacc import optim as optim
-from gradacc._accumulate import accumulate as accumulate
-from gradacc._accumulate import accumulate_and_value as accumulate_and_value
-from gradacc._accumulator import Accumulator as Accumulator
-from gradacc._accumulator import accumulator as accumulator
-from gradacc._all_reduce import all_reduce as all_reduce
-from gradacc._mean import Mean as Mean
-from gradacc._module import functional as functional
-from gradacc._train import TrainState as TrainState
-from gradacc._train import train_step as train_step
-from gradacc._version import __version__ as __version__
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from gradacc import checkpoint, data, optim
+from gradacc._accumulate import accumulate, accumulate_and_value
+from gradacc._accumulator import Accumulator, accumulator
+from gradacc._all_reduce import AllReduce, all_reduce
+from gradacc._mean import Mean
+from gradacc._module import Apply, functional
+from gradacc._options import AccumulateOptions, AccumulatorOptions, Reduction
+from gradacc._state import AccumulatorState
+from gradacc._train import TrainState, train_step
+from gradacc._tree import TensorTree
+from gradacc._version import __version__
+
+if TYPE_CHECKING:
+    from gradacc import testing
+
+__all__ = [
+    "AccumulateOptions",
+    "Accumulator",
+    "AccumulatorOptions",
+    "AccumulatorState",
+    "AllReduce",
+    "Apply",
+    "Mean",
+    "Reduction",
+    "TensorTree",
+    "TrainState",
+    "__version__",
+    "accumulate",
+    "accumulate_and_value",
+    "accumulator",
+    "all_reduce",
+    "checkpoint",
+    "data",
+    "functional",
+    "optim",
+    "testing",
+    "train_step",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """`gradacc.testing` is imported when it is first used."""
+    if name != "testing":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return importlib.import_module("gradacc.testing")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

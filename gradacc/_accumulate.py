@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -12,9 +12,15 @@ from torch import Tensor
 from gradacc import _call, _connect, _loop, _options, _split, _sync, _tree
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
-from gradacc._options import Options
+from gradacc._options import AccumulateOptions, Options, Reduction
 
 
+@overload
+def accumulate(loss_fn: Callable[..., Any], **options: Unpack[AccumulateOptions]) -> Callable[..., Any]: ...
+@overload
+def accumulate(
+    loss_fn: None = None, **options: Unpack[AccumulateOptions]
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]: ...
 def accumulate(
     loss_fn: Callable[..., Any] | None = None,
     *,
@@ -24,7 +30,7 @@ def accumulate(
     in_dims: tuple[Any, ...] | None = None,
     argnums: int | tuple[int, ...] = 0,
     has_aux: bool = False,
-    reduction: _options.Reduction = "mean",
+    reduction: Reduction = "mean",
     dtype: torch.dtype | None = None,
     sync: AllReduce | None = None,
 ) -> Callable[..., Any]:
@@ -53,6 +59,14 @@ def accumulate(
     return _without_value(_grad_and_value("accumulate", loss_fn, given), has_aux)
 
 
+@overload
+def accumulate_and_value(
+    loss_fn: Callable[..., Any], **options: Unpack[AccumulateOptions]
+) -> Callable[..., tuple[Any, Any]]: ...
+@overload
+def accumulate_and_value(
+    loss_fn: None = None, **options: Unpack[AccumulateOptions]
+) -> Callable[[Callable[..., Any]], Callable[..., tuple[Any, Any]]]: ...
 def accumulate_and_value(
     loss_fn: Callable[..., Any] | None = None,
     *,
@@ -62,7 +76,7 @@ def accumulate_and_value(
     in_dims: tuple[Any, ...] | None = None,
     argnums: int | tuple[int, ...] = 0,
     has_aux: bool = False,
-    reduction: _options.Reduction = "mean",
+    reduction: Reduction = "mean",
     dtype: torch.dtype | None = None,
     sync: AllReduce | None = None,
 ) -> Callable[..., Any]:

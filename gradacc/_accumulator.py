@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from gradacc import _call, _connect, _donated, _loop, _options, _split, _state, 
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
 from gradacc._engines import eager
-from gradacc._options import Options
-from gradacc._state import State
+from gradacc._options import AccumulatorOptions, Options, Reduction
+from gradacc._state import AccumulatorState
 
 _UPDATE = "update(state, params, microbatch)"
 
@@ -30,30 +30,36 @@ class Accumulator(NamedTuple):
         (tensor(3.3333), tensor(1.6667))
     """
 
-    init: Callable[[Any], State]
+    init: Callable[[Any], AccumulatorState]
     """``init(params) -> state``: nothing accumulated, and no memory for it."""
 
-    update: Callable[..., State]
+    update: Callable[..., AccumulatorState]
     """``update(state, params, microbatch, *args, **kwargs) -> state``: with one more micro-batch."""
 
-    merge: Callable[[State, State], State]
+    merge: Callable[[AccumulatorState, AccumulatorState], AccumulatorState]
     """``merge(a, b) -> state``: what is in either."""
 
-    finalize: Callable[[State], Any]
+    finalize: Callable[[AccumulatorState], tuple[Any, Any]]
     """``finalize(state) -> (grads, value)``, or ``(grads, (value, aux))``: divided."""
 
 
+@overload
+def accumulator(loss_fn: Callable[..., Any], **options: Unpack[AccumulatorOptions]) -> Accumulator: ...
+@overload
+def accumulator(
+    loss_fn: None = None, **options: Unpack[AccumulatorOptions]
+) -> Callable[[Callable[..., Any]], Accumulator]: ...
 def accumulator(
     loss_fn: Callable[..., Any] | None = None,
     *,
     in_dims: tuple[Any, ...] | None = None,
     argnums: int | tuple[int, ...] = 0,
     has_aux: bool = False,
-    reduction: _options.Reduction = "mean",
+    reduction: Reduction = "mean",
     dtype: torch.dtype | None = None,
     sync: AllReduce | None = None,
     donate: bool = False,
-) -> Any:
+) -> Accumulator | Callable[[Callable[..., Any]], Accumulator]:
     """The gradient and the value of one large batch, from micro-batches that arrive one at a time.
 
     .. code-block:: text
@@ -143,13 +149,13 @@ def accumulator(
         options = options._replace(sync=AllReduce(options.sync.group, options.sync.compress, overlap=False))
     agreed = None if options.sync is None else _sync.Agreed(options.name, loss_fn, options.sync.group)
 
-    def init(params: Any) -> State:
+    def init(params: Any) -> AccumulatorState:
         """Nothing accumulated."""
         if agreed is not None and not torch.compiler.is_compiling():
             agreed.begun.begin()
         return _init(options, params)
 
-    def update(state: State, *args: Any, **kwargs: Any) -> State:
+    def update(state: AccumulatorState, *args: Any, **kwargs: Any) -> AccumulatorState:
         """One more micro-batch: ``args`` and ``kwargs`` are what ``loss_fn`` takes."""
         if agreed is None or torch.compiler.is_compiling():
             return _update(options, loss_fn, donate, state, args, kwargs)
@@ -159,11 +165,11 @@ def accumulator(
             agreed.begun.raised = True
             raise
 
-    def merge(a: State, b: State) -> State:
+    def merge(a: AccumulatorState, b: AccumulatorState) -> AccumulatorState:
         """What is in either state."""
         return _merge(options, donate, a, b)
 
-    def finalize(state: State) -> Any:
+    def finalize(state: AccumulatorState) -> tuple[Any, Any]:
         """``(grads, value)``, or ``(grads, (value, aux))``."""
         return _finalize(options, agreed, donate, state)
 
@@ -177,7 +183,7 @@ _NO_GRAPH = (
 )
 
 
-def _init(options: Options, params: Any) -> State:
+def _init(options: Options, params: Any) -> AccumulatorState:
     leaves, treedef = _tree.flatten(params)
     return _state.nothing(options, _call.check_parameters(options.name, leaves, treedef, "params"), treedef)
 
@@ -189,7 +195,7 @@ def _update(
     state: Any,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-) -> State:
+) -> AccumulatorState:
     before = _state.check(options, state, _UPDATE)
     differentiated, batch = _call.positions(options, args, _UPDATE)
     params, treedef = _call.parameters(options, args, differentiated)
@@ -216,7 +222,7 @@ def _update(
             return _state.pack(nothing, treedef, [None] * len(params), sums, readable)
     closed: list[Tensor] = []
 
-    def more() -> State:
+    def more() -> AccumulatorState:
         grads, _, sums = _state.unpack(before, readable)
         known, sums = (facts._replace(plain=(), empty=False), _sums.NOTHING) if facts.empty else (facts, sums)
         buffer = engine.resume(params, fold.accumulated, grads, facts.arrived, donate)
@@ -241,7 +247,7 @@ def _tried(loss_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         raise _RaisedError from error
 
 
-def _merge(options: Options, donate: bool, one: Any, other: Any) -> State:
+def _merge(options: Options, donate: bool, one: Any, other: Any) -> AccumulatorState:
     a, b = _state.check(options, one, "merge(a, b)", "a"), _state.check(options, other, "merge(a, b)", "b")
     call = _connect.call_to_connect((a, b), (), (a, b))
     engine = _loop.engine()
@@ -258,7 +264,7 @@ def _merge(options: Options, donate: bool, one: Any, other: Any) -> State:
                 f"{options.name}: the losses of a and b are {losses[0]} and {losses[1]}; merge takes states of the same loss"
             )
 
-        def both() -> State:
+        def both() -> AccumulatorState:
             merged, shares = _sums.merge(options, sums, more)
             total = engine.merge(grads, others, shares, donate)
             plain = tuple(x and y for x, y in zip(a.facts.plain, b.facts.plain, strict=True))
@@ -269,12 +275,12 @@ def _merge(options: Options, donate: bool, one: Any, other: Any) -> State:
     return after if call is None else _connect.connect(options.name, call, after, (), _NO_GRAPH)
 
 
-def _counts(state: State) -> bool:
+def _counts(state: AccumulatorState) -> bool:
     """Whether it has seen more than an empty micro-batch."""
     return state.sums.value is not None and not state.facts.empty
 
 
-def _finalize(options: Options, agreed: _sync.Agreed | None, donate: bool, state: Any) -> Any:
+def _finalize(options: Options, agreed: _sync.Agreed | None, donate: bool, state: Any) -> tuple[Any, Any]:
     boundary = _sync.connect(options, agreed)
     try:
         state = _state.check(options, state, "finalize(state)")
@@ -297,11 +303,13 @@ def _finalize(options: Options, agreed: _sync.Agreed | None, donate: bool, state
         boundary.fail(error)
         raise
 
-    def end() -> Any:
+    def end() -> tuple[Any, Any]:
         return _loop.finish(fold, buffer, sums, boundary, lambda sums: typed if sums.value is None else sums)
 
-    results = _donated.written_by("accumulator.finalize", state, end) if donate and engine is eager else end()
+    results: tuple[Any, Any] = (
+        _donated.written_by("accumulator.finalize", state, end) if donate and engine is eager else end()
+    )
     return results if call is None else _connect.connect(options.name, call, results, (), _NO_GRAPH)
 
 
-_tree.register_text(State, _state_text.to_text, _state_text.from_text)
+_tree.register_text(AccumulatorState, _state_text.to_text, _state_text.from_text)

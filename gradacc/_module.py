@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,16 @@ from torch.nn.utils import parametrize
 from gradacc import _closed, _left, _own_tensors, _replicas, _reuse, _traced
 from gradacc._describe import describe
 
-Tensors = dict[str, Tensor]
+
+class Apply(Protocol):
+    """The first of what `functional` returns: the module as a pure function of its parameters."""
+
+    def __call__(
+        self, params: Mapping[str, Tensor], *inputs: Any, buffers: Mapping[str, Tensor] | None = None, **kwargs: Any
+    ) -> Any: ...
 
 
-def functional(module: nn.Module, *, method: str = "forward") -> tuple[Callable[..., Any], Tensors, Tensors]:
+def functional(module: nn.Module, *, method: str = "forward") -> tuple[Apply, dict[str, Tensor], dict[str, Tensor]]:
     """A module as ``(apply, params, buffers)``: ``apply(params, *inputs)`` is ``module(*inputs)`` with these parameters.
 
     ``apply(params, *inputs, buffers=None, **kwargs)`` is pure: neither the module nor ``params`` nor ``buffers`` are changed,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import nn
@@ -13,6 +13,30 @@ from gradacc._describe import describe
 from gradacc._values import positive_int
 
 Reduction = Literal["mean", "sum"]
+"""What a loss that is a plain tensor is over its examples."""
+
+
+class _LossOptions(TypedDict, total=False):
+    in_dims: tuple[Any, ...] | None
+    argnums: int | tuple[int, ...]
+    has_aux: bool
+    reduction: Reduction
+    dtype: torch.dtype | None
+    sync: AllReduce | None
+
+
+class AccumulateOptions(_LossOptions, total=False):
+    """The options of `accumulate` and `accumulate_and_value`, for ``**options`` of a function around one of them."""
+
+    steps: int | None
+    microbatch_size: int | None
+    split: Callable[[Any], Any] | None
+
+
+class AccumulatorOptions(_LossOptions, total=False):
+    """The options of `accumulator`."""
+
+    donate: bool
 
 
 class Given(NamedTuple):

@@ -54,7 +54,7 @@ class Missing:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class State:
+class AccumulatorState:
     """What `gradacc.accumulator` has summed; see there. Its leaves are dense tensors."""
 
     grads: Any
@@ -65,7 +65,7 @@ class State:
 
 
 _tree.register(Missing, lambda _: (), ())
-_tree.register_with_facts(State, ("grads", "sums"), "facts")
+_tree.register_with_facts(AccumulatorState, ("grads", "sums"), "facts")
 
 
 def is_missing(leaf: Any) -> bool:
@@ -73,12 +73,12 @@ def is_missing(leaf: Any) -> bool:
     return isinstance(leaf, Missing)
 
 
-def nothing(options: Options, params: Sequence[Tensor], treedef: _tree.TreeDef) -> State:
+def nothing(options: Options, params: Sequence[Tensor], treedef: _tree.TreeDef) -> AccumulatorState:
     """Before the first micro-batch."""
     facts = Facts(options.reduction, options.dtype, options.has_aux, of_params(params))
     weight = torch.zeros((), dtype=torch.float64, device="cpu")
     sums = Sums(None, None, weight, None, False)
-    return State(_tree.unflatten(treedef, [Missing() for _ in params]), sums, facts)
+    return AccumulatorState(_tree.unflatten(treedef, [Missing() for _ in params]), sums, facts)
 
 
 def of_params(params: Sequence[Tensor]) -> tuple[Param, ...]:
@@ -86,7 +86,7 @@ def of_params(params: Sequence[Tensor]) -> tuple[Param, ...]:
     return tuple(Param(tuple(param.shape), param.dtype, param.device) for param in params)
 
 
-def like_params(state: State) -> tuple[list[Tensor], _tree.TreeDef]:
+def like_params(state: AccumulatorState) -> tuple[list[Tensor], _tree.TreeDef]:
     """Tensors with the shapes, dtypes and devices of the parameters, and the memory of one number each; their structure."""
     slots, treedef = _tree.flatten(state.grads, is_missing)
     numbers = [
@@ -101,7 +101,9 @@ def _expanded(number: Tensor, shape: tuple[int, ...]) -> Tensor:
     return number.reshape(shape) if math.prod(shape) == 1 else number.expand(shape)
 
 
-def pack(facts: Facts, treedef: _tree.TreeDef, grads: Sequence[Tensor | None], sums: Sums, readable: bool) -> State:
+def pack(
+    facts: Facts, treedef: _tree.TreeDef, grads: Sequence[Tensor | None], sums: Sums, readable: bool
+) -> AccumulatorState:
     """A fold as a state of these facts, but that `Facts.plain` is what was said of the numbers before.
 
     Where values are read, numbers are on the CPU; else on the parameters' device, so that they can be batched.
@@ -117,14 +119,14 @@ def pack(facts: Facts, treedef: _tree.TreeDef, grads: Sequence[Tensor | None], s
         None if number is None else _tensor(number, device).to(torch.float64) for number in (sums.weight, sums.unit)
     )
     numbers, joined = [_tensor(number, device) for number in found], [[_parts.joined(piece)] for piece in pieces]
-    return State(
+    return AccumulatorState(
         _tree.unflatten(treedef, [Missing() if grad is None else grad for grad in grads]),
         _sums.with_numbers(rest, numbers, joined, weight, unit),
         facts._replace(plain=plain),
     )
 
 
-def unpack(state: State, readable: bool) -> tuple[list[Tensor | None], _tree.TreeDef, Sums]:
+def unpack(state: AccumulatorState, readable: bool) -> tuple[list[Tensor | None], _tree.TreeDef, Sums]:
     """The inverse: gradients, structure of the parameters, sums, with Python numbers where they are readable."""
     if readable and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in _tree.flatten(state)[0]):
         state = _tree.map_tensors(lambda leaf: leaf.detach() if leaf.requires_grad else leaf, state)
@@ -160,10 +162,10 @@ def other_options(theirs: Facts, ours: Facts | Options) -> list[tuple[str, Any, 
     return [(option, one, other) for option, one, other in pairs if one != other]
 
 
-def check(options: Options, state: Any, call: str, what: str = "state") -> State:
+def check(options: Options, state: Any, call: str, what: str = "state") -> AccumulatorState:
     """A state of an accumulator with these options."""
     name = options.name
-    if not isinstance(state, State):
+    if not isinstance(state, AccumulatorState):
         raise TypeError(
             f"{name}: {what} must be a state that init, update or merge returned, got {describe(state)}; call {call}"
         )
@@ -192,7 +194,7 @@ def check(options: Options, state: Any, call: str, what: str = "state") -> State
 
 def check_alike(
     options: Options,
-    state: State,
+    state: AccumulatorState,
     params: Sequence[Param],
     treedef: _tree.TreeDef,
     tensors: Sequence[Tensor | None],

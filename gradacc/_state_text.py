@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from gradacc import _structure, _tree
-from gradacc._state import Facts, Missing, Param, State, is_missing, other_options
+from gradacc._state import AccumulatorState, Facts, Missing, Param, is_missing, other_options
 
 
-def to_text(state: State) -> str:
+def to_text(state: AccumulatorState) -> str:
     """Everything about a state but its numbers, as JSON. NOTE [a state as text]"""
     facts, device = state.facts, state.facts.params[0].device
     slots, treedef = _tree.flatten(state.grads, is_missing)
@@ -34,7 +34,7 @@ def to_text(state: State) -> str:
     )
 
 
-def from_text(like: State, text: str) -> State:
+def from_text(like: AccumulatorState, text: str) -> AccumulatorState:
     """A state of the structure that was told, whose tensors hold anything, with the parameters and on the devices of ``like``.
 
     Raises:
@@ -70,7 +70,7 @@ def from_text(like: State, text: str) -> State:
         sums = _structure.from_json(sums, like.sums, device)
     except Exception as error:  # of whatever somebody has written, or of a class of the user's
         raise ValueError(f"{error}; pass a state after one update where it is init's") from error
-    return State(_tree.unflatten(treedef, found), sums, facts)
+    return AccumulatorState(_tree.unflatten(treedef, found), sums, facts)
 
 
 def _kind(of: Param | Tensor) -> list[Any]:

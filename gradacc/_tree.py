@@ -22,7 +22,7 @@ from gradacc import _records
 NAMESPACE = "gradacc"
 
 TensorTree: TypeAlias = Any
-"""A tensor, or a pytree of tensors: nested dicts, lists, tuples, ``NamedTuple``s, registered classes; ``None`` is empty."""
+"""A tensor or a pytree of tensors (nested dicts, lists, tuples, named tuples, registered classes). ``None`` is an empty one."""
 
 TreeDef: TypeAlias = optree.PyTreeSpec
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 import gradacc
 from gradacc import Mean
-from gradacc._state import State
 from tests.helpers import ENGINES, NAMESPACE, assert_trees_close, assert_trees_equal, fingerprint, value_of
 from tests.laws.losses import CASES
 
@@ -224,7 +223,7 @@ def test_donated_memory_that_is_shared_is_copied():
     for grads in (expanded, whole[:3]):
         before = grads.clone()
         state = acc.update(acc.init(w), w, x)
-        other = acc.update(State(grads, state.sums, state.facts), w, x)
+        other = acc.update(gradacc.AccumulatorState(grads, state.sums, state.facts), w, x)
         assert_trees_close(other.grads, before + 0.5)
     assert whole.eq(1).all()
 
@@ -636,7 +635,7 @@ class TestBadInput:
     def test_states_that_were_tampered_with(self):
         state = self.acc.update(self.acc.init(self.params), self.params, self.x)
         grads = {**state.grads, "w": torch.ones(2)}
-        bad = State(grads, state.sums, state.facts)
+        bad = gradacc.AccumulatorState(grads, state.sums, state.facts)
         with pytest.raises(
             ValueError, match=r"^accumulator: state.grads\['w'\] is a tensor of shape \(2,\), of a parameter"
         ):

@@ -6,7 +6,6 @@ from torch import Tensor
 
 import gradacc
 from gradacc import Mean
-from gradacc._state import State
 from tests.helpers import ENGINES, assert_trees_close, assert_trees_equal, fingerprint
 from tests.optim.cases import compiled, leaves_of
 
@@ -125,7 +124,7 @@ def test_gradients_of_a_state_that_overlap_in_part_are_added_to_once():
     def made():
         whole = torch.arange(3.0, dtype=D)
         held = pure.update(pure.init(params), params, x)
-        return State({"w": whole[:2], "b": whole[1:]}, held.sums, held.facts)
+        return gradacc.AccumulatorState({"w": whole[:2], "b": whole[1:]}, held.sums, held.facts)
 
     assert_trees_equal(acc.finalize(acc.update(made(), params, x)), pure.finalize(pure.update(made(), params, x)))
     assert_trees_equal(acc.finalize(acc.merge(made(), made())), pure.finalize(pure.merge(made(), made())))

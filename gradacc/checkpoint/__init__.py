@@ -10,5 +10,7 @@
 whatever the number of ranks. See NOTE [atomic] in ``_folder.py`` for why a crash cannot spoil it.
 """
 
-from gradacc.checkpoint._load import load as load
-from gradacc.checkpoint._save import save as save
+from gradacc.checkpoint._load import load
+from gradacc.checkpoint._save import save
+
+__all__ = ["load", "save"]

@@ -12,7 +12,7 @@ from gradacc import _donated, _overlap, _tree
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _lr, _memory
 from gradacc.optim._arithmetic import Arithmetic, Tensors, donating, in_place, pure
-from gradacc.optim._optimizer import LearningRate, Optimizer, Report
+from gradacc.optim._optimizer import LearningRate, Optimizer, OptimizerReport
 
 Update: TypeAlias = Callable[[Arithmetic, Tensors, Tensors, list[Tensors], Any, Any], tuple[Tensors, list[Tensors]]]
 """``update(ops, params, grads, slots, lr, step) -> (params, slots)``, of lists of leaves.
@@ -88,7 +88,7 @@ def elementwise(name: str, kind: type, slots: Sequence[bool], lr: LearningRate, 
         init,
         step,
         check=lambda params, state: checked(*_check.params(name, params), state),
-        report=Report(rate=lambda state: _lr.at(name, lr, updates(state)), updates=updates),
+        report=OptimizerReport(rate=lambda state: _lr.at(name, lr, updates(state)), updates=updates),
     )
 
 

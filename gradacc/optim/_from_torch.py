@@ -13,7 +13,7 @@ from gradacc import _donated, _overlap, _tree, _where
 from gradacc._describe import describe
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _lr, _memory, _slots
-from gradacc.optim._optimizer import Optimizer, Report
+from gradacc.optim._optimizer import Optimizer, OptimizerReport
 from gradacc.optim._take_step import take_step
 
 
@@ -137,7 +137,7 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
         init,
         step,
         check=lambda params, state: checked(state, *_check.params(name, params)),
-        report=Report(rate if known else None, updates),
+        report=OptimizerReport(rate if known else None, updates),
     )
 
 

@@ -25,13 +25,13 @@ makes a step wait for it.
 """
 
 
-class Init(Protocol):
+class InitFunction(Protocol):
     """``init(params) -> state``."""
 
     def __call__(self, params: TensorTree) -> TensorTree: ...
 
 
-class Step(Protocol):
+class StepFunction(Protocol):
     """``step(params, grads, state, *, donate=False) -> (params, state)``."""
 
     def __call__(
@@ -39,24 +39,24 @@ class Step(Protocol):
     ) -> tuple[TensorTree, TensorTree]: ...
 
 
-class Check(Protocol):
+class CheckFunction(Protocol):
     """``check(params, state)``: raises what ``step`` would."""
 
     def __call__(self, params: TensorTree, state: TensorTree) -> object: ...
 
 
-Question: TypeAlias = Callable[[Any], Any]
-"""A function of a state: a number, a 0-dim tensor, or a tuple of them."""
+ReportFunction: TypeAlias = Callable[[Any], Any]
+"""A function of a state that returns a number, a 0-dim tensor, or a tuple of them."""
 
 
-class Report(NamedTuple):
+class OptimizerReport(NamedTuple):
     """Functions of a state; None where there is nothing to say."""
 
-    rate: Question | None = None
+    rate: ReportFunction | None = None
     """The learning rate of the update that follows this state."""
-    updates: Question | None = None
+    updates: ReportFunction | None = None
     """Updates so far, without those that were skipped."""
-    skipped: Question | None = None
+    skipped: ReportFunction | None = None
     """Updates skipped so far; None where none can be."""
 
 
@@ -111,8 +111,8 @@ class Optimizer(NamedTuple):
         (tensor([0.9000, 1.1000]), ())
     """
 
-    init: Init
-    step: Step
-    check: Check | None = None
-    report: Report = Report()
+    init: InitFunction
+    step: StepFunction
+    check: CheckFunction | None = None
+    report: OptimizerReport = OptimizerReport()
     loss_scale: Callable[[Any], Tensor] | None = None

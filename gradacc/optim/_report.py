@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from gradacc.optim import _check
-from gradacc.optim._optimizer import Question, Report
+from gradacc.optim._optimizer import OptimizerReport, ReportFunction
 
 
-def of_wrapper(name: str, kind: type, inner: Report) -> Report:
+def of_wrapper(name: str, kind: type, inner: OptimizerReport) -> OptimizerReport:
     """Of a wrapper that skips updates: its state has ``skipped`` and ``inner``."""
 
-    def inside(question: Question, state: Any) -> Any:
+    def inside(question: ReportFunction, state: Any) -> Any:
         _check.state(name, state, kind)
         return question(state.inner)
 
@@ -27,24 +27,24 @@ def of_wrapper(name: str, kind: type, inner: Report) -> Report:
     rate, updates = (
         None if question is None else functools.partial(inside, question) for question in (inner.rate, inner.updates)
     )
-    return Report(rate, updates, skipped)
+    return OptimizerReport(rate, updates, skipped)
 
 
-def of_groups(name: str, kind: type, parts: Sequence[Report]) -> Report:
+def of_groups(name: str, kind: type, parts: Sequence[OptimizerReport]) -> OptimizerReport:
     """Of one optimizer a group; a group without parameters has the state ``()``.
 
     Answers are tuples, in the order of the groups; a learning rate that is not known is NaN, a count 0.
     """
 
-    def each(questions: Sequence[Question | None], otherwise: Any, state: Any) -> tuple[Any, ...]:
+    def each(questions: Sequence[ReportFunction | None], otherwise: Any, state: Any) -> tuple[Any, ...]:
         _check.state(name, state, kind)
         return tuple(
             otherwise if question is None or inner == () else question(inner)
             for question, inner in zip(questions, state.inner, strict=True)
         )
 
-    rates, updates, skipped = ([getattr(part, field) for part in parts] for field in Report._fields)
-    return Report(
+    rates, updates, skipped = ([getattr(part, field) for part in parts] for field in OptimizerReport._fields)
+    return OptimizerReport(
         functools.partial(each, rates, math.nan) if any(rates) else None,
         functools.partial(each, updates, 0) if any(updates) else None,
         functools.partial(each, skipped, 0) if any(skipped) else None,

@@ -9,16 +9,22 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gradacc.testing._check import check_accumulation as check_accumulation
-from gradacc.testing._report import Cause as Cause
-from gradacc.testing._report import Report as Report
-from gradacc.testing._report import Split as Split
+from gradacc.testing._check import check_accumulation
+from gradacc.testing._report import Cause, Report, Split
 
 if TYPE_CHECKING:
-    from gradacc.testing._strategies import batches as batches
-    from gradacc.testing._strategies import microbatch_sizes as microbatch_sizes
-    from gradacc.testing._strategies import parameter_trees as parameter_trees
-    from gradacc.testing._strategies import splits as splits
+    from gradacc.testing._strategies import batches, microbatch_sizes, parameter_trees, splits
+
+__all__ = [
+    "Cause",
+    "Report",
+    "Split",
+    "batches",
+    "check_accumulation",
+    "microbatch_sizes",
+    "parameter_trees",
+    "splits",
+]
 
 _STRATEGIES = ("batches", "microbatch_sizes", "parameter_trees", "splits")
 

@@ -549,12 +549,14 @@ def test_a_report_is_a_frozen_value() -> None:
         report.cause = "weights"  # type: ignore[misc]
 
 
-def test_hypothesis_is_optional_and_gradacc_imports_neither() -> None:
+def test_gradacc_imports_testing_when_it_is_used_and_hypothesis_is_optional() -> None:
     program = """
 import sys
 import torch, gradacc
+assert "testing" in dir(gradacc)
 assert not {"hypothesis", "gradacc.testing"} & set(sys.modules)
-import gradacc.testing
+assert not hasattr(gradacc, "tests")
+gradacc.testing                                                   # imports it
 assert "hypothesis" not in sys.modules
 sys.modules["hypothesis"] = None                                  # as if it were not installed
 assert gradacc.testing.check_accumulation(lambda w, x: (w * x).mean(), torch.ones(()), torch.arange(4.0)).exact
