@@ -9,7 +9,7 @@ The weight is the number of targets of a micro-batch, counted where they are. Th
 - *weight read*: ``Mean(total, count.item())``, which waits for every micro-batch's forward pass before its backward pass is
   queued: what the second one saves.
 
-Reported are medians over the rounds of the ratio to the loop's time in the same round, with the quartiles, the peak of
+The table has medians over the rounds of the ratio to the loop's time in the same round, with the quartiles, the peak of
 allocated memory over module and batch, and how often a call waited (`torch.cuda.set_sync_debug_mode`; "-" on a CPU, where the
 figures say only that the code runs). Before anything is timed, gradients are checked against the large batch's. Prints a
 Markdown table and, with ``--out FILE``, writes all numbers as JSON.

@@ -91,8 +91,8 @@ def accumulator(
             exchange at first use), which empty states take part in; every rank gets the same bits. There is no backward
             pass to overlap it with, so ``overlap`` is left out. An ``update`` that raises tells no other rank: a rank that
             catches the error calls ``finalize`` all the same, with the state before it. If it begins another state by ``init``
-            instead, and not all ranks do so, the next ``finalize`` is an error on all of them, and so are later ones of this
-            accumulator; if it ends, the others wait for the group's timeout.
+            instead, and not all ranks do so, the next ``finalize`` and all later ones of this accumulator are errors on all
+            of them; if it ends, the others wait for the group's timeout.
         donate: the memory of a state given to ``update``, ``merge`` or ``finalize`` may be reused; using the state, or a
             tensor of it, afterwards is an error. Without ``donate`` nothing that the caller holds changes, which costs a copy
             of all gradients an update.

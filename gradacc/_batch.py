@@ -4,8 +4,8 @@ NOTE [lists in a batch]
     A list of numbers is a pytree of numbers, and numbers pass through a split. But ``"length": [4, 1, 2]`` beside tensors of
     three examples is one number an example: passed whole, every micro-batch would see the numbers of all, and a mean over
     them would come out divided by the number of micro-batches. So a list or tuple without tensors that is as long as the batch
-    is refused, at any depth, whatever it nests (``[[4, 1], [2]]`` is two ragged examples). One of another length passes whole;
-    so does a record (a dict, a ``NamedTuple``), which has fields and not items. Strings have no other use in a list than one
+    is refused, at any depth, whatever it nests (``[[4, 1], [2]]`` is two ragged examples). One of another length passes whole,
+    and a record too (a dict, a ``NamedTuple``), which has fields and not items. Strings have no other use in a list than one
     an example, and are refused there in any number; a lone one beside tensors passes whole.
 
 NOTE [one batch or micro-batches]
@@ -13,14 +13,14 @@ NOTE [one batch or micro-batches]
     would get ``x``, and then ``y``; where it takes its batch apart, ``x[0]`` and ``x[1]`` are the first two examples, and
     nothing need raise. What a list of bare tensors is can mostly be told:
 
-    - tensors of different sizes along the batch dimension are micro-batches, as are the pieces of one tensor, in order
-      (``x.split(8)``), and what `gradacc.data.windows` yields;
+    - tensors of different sizes along the batch dimension, the pieces of one tensor in order (``x.split(8)``), and what
+      `gradacc.data.windows` yields are micro-batches;
     - tensors of different dtypes or numbers of dimensions, or tensors beside something else, are the parts of one batch.
 
     What is left is two or more tensors that look alike, or one alone: both readings are possible, and a warning names them.
-    So it is of a deque and of a dict's ``values()``. A list of *lists* is what a loader of pairs makes of several batches, and
-    taken for micro-batches. ``split=iter`` says that a batch is an iterable of micro-batches, and an iterator can be nothing
-    else: neither is asked.
+    The same holds for a deque and for a dict's ``values()``. A list of *lists* is what a loader of pairs makes of several
+    batches, and taken for micro-batches. ``split=iter`` says that a batch is an iterable of micro-batches, and an iterator can
+    be nothing else: of these two the call does not warn.
 """
 
 from __future__ import annotations

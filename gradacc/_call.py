@@ -193,8 +193,8 @@ def note_unsplit(
         if options.name == "accumulator":
             if type(args[batch]) in (list, tuple):
                 error.add_note(
-                    f"update: args[{batch}] is {describe(args[batch])}, and was given to loss_fn as one micro-batch; of "
-                    "several, call update for each"
+                    f"update: args[{batch}] is {describe(args[batch])}, and was given to loss_fn as one micro-batch; "
+                    "call update for each of several"
                 )
         elif options.split is None and _batch.may_be_one(args[batch]):
             error.add_note(_batch.note_parts(options.name, args[batch]))

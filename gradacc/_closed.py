@@ -13,8 +13,8 @@ NOTE [leaves that are not parameters]
     What is meant as a constant has no graph (``weight.detach()``), or is an argument of the call.
 
     This is read from the graph that the eager engine differentiates. Under torch.func's transforms and while Dynamo traces
-    there is none, and a constant is a constant, as it is for `torch.func.grad`; nor does a graph show what was computed
-    without one.
+    there is none, and a constant is a constant, as it is for `torch.func.grad`; and a graph does not show what was
+    computed without one.
 """
 
 from __future__ import annotations

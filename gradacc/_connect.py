@@ -9,7 +9,7 @@ inside a loss.
         return torch.autograd.grad(again, arguments, cotangents)
 
 NOTE [connected results]
-    `torch.func.grad`'s results are connected to whatever requires grad, where grad mode is enabled; so are ours, or they would
+    `torch.func.grad`'s results are connected to whatever requires grad, where grad mode is enabled. Ours are too, or they would
     be constants without a word. The graph is made when a backward pass gets there, by running the call once more: until
     then a result costs nothing but the arguments, which it holds. (Where that is not wanted, in training, parameters do not
     require grad, as those of `gradacc.functional`, or grad mode is disabled.) What a second run cannot do is an error of that

@@ -38,7 +38,7 @@ class Donated(Tensor):
         call = next(kind.call for kind in types if issubclass(kind, Donated))
         raise ValueError(
             f"this tensor was given away to {call} (donate=True), and its memory has been written to. Use what that call "
-            "returned; what is needed afterwards (an average of the parameters), clone() beforehand"
+            "returned; clone() beforehand what is needed afterwards (an average of the parameters)"
         )
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch's takes contents
@@ -82,7 +82,7 @@ def _version(leaf: Any) -> int | None:
 def hand_over(call: str, given: Sequence[Any], results: T) -> T:
     """``results``, as objects none of which is in the list ``given``; and `retire` of what is.
 
-    Not where results have a graph, which needs what it was made of (and nothing was written in place).
+    Where results have a graph it retires nothing: the graph needs what it was made of (and nothing was written in place).
     """
     donated = [leaf for leaf in given if type(leaf) is Tensor]
     if not donated:

@@ -50,8 +50,8 @@ class Mean:
 
     Raises:
         TypeError: arithmetic other than the sum of two `Mean`s, comparisons, ``float(mean)``, a format: a result's ``value`` is
-            a tensor, of which there are these. In a loss, a factor goes into the total, ``Mean(5.0 * total, weight)``, and
-            so does a penalty, ``Mean(total + weight * penalty, weight)``.
+            a tensor, of which there are these. In a loss, a factor and a penalty go into the total:
+            ``Mean(5.0 * total, weight)``, ``Mean(total + weight * penalty, weight)``.
 
     Example:
         >>> import torch, gradacc

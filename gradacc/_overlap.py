@@ -5,7 +5,7 @@ NOTE [memory that is shared]
     one tensor may begin at different places (``f[:2]`` and ``f[1:]``), and arrays from elsewhere may be one memory in two
     storages. Columns of one matrix have overlapping ranges, and not one element in common; they are taken for shared all the
     same: then one is updated where it is, and the others in copies. A tensor whose own elements share memory (an expanded
-    one, a sliding window) is copied too, and so is one that is the negative or the conjugate of what its memory holds.
+    one, a sliding window) is copied too, and one that is the negative or the conjugate of what its memory holds.
 """
 
 from __future__ import annotations

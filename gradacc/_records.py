@@ -50,7 +50,7 @@ def _mapping(cls: type[Any], names: tuple[Any, ...], values: Sequence[Any]) -> A
             raise ValueError(f"it has the keys {list(made)}, not {list(items)}")
     except Exception as error:  # whatever a constructor does with it
         raise TypeError(
-            f"gradacc: of a {cls.__qualname__}, a mapping, a part is made as {cls.__qualname__}(items): {error}. Pass "
+            f"gradacc: a part of a {cls.__qualname__}, a mapping, is made as {cls.__qualname__}(items): {error}. Pass "
             "dict(batch), or register the class as a pytree node (torch.utils._pytree.register_pytree_node)"
         ) from error
     return made

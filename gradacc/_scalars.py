@@ -2,8 +2,8 @@
 
 NOTE [what waits for a device]
     An accelerator computes behind the program, which runs ahead and queues work. Reading a value (``item``, ``bool``, a copy to
-    the CPU) stops the program until everything queued before has been computed, and so does a copy from the CPU's ordinary
-    memory, of one number too. Neither happens here but where the documentation says so: eagerly, `skip_nonfinite` and
+    the CPU) and a copy from the CPU's ordinary memory, of one number too, stop the program until everything queued before
+    has been computed. Neither happens here but where the documentation says so: eagerly, `skip_nonfinite` and
     `dynamic_loss_scale` read one value a step, a call with ``sync`` one record. What is on the CPU stays there: an operation
     on the device takes a 0-dim CPU tensor as a number.
 """

@@ -28,8 +28,8 @@ def splittable(name: str, leaf: Any, dim: Any, path: str) -> int | None:
         fix = "An iterable of micro-batches is passed without steps or microbatch_size. Otherwise convert it to tensors"
     else:
         fix = (
-            "Convert it to tensors (or a dict of them), or register its class as a pytree node; of what cannot be split by "
-            "views (a batch of graphs), pass several, as an iterable of micro-batches or from split=, and return "
+            "Convert it to tensors (or a dict of them), or register its class as a pytree node; pass several of what cannot "
+            "be split by views (a batch of graphs), as an iterable of micro-batches or from split=, and return "
             "gradacc.Mean(loss_sum, number), since nothing counts its examples"
         )
     raise TypeError(
@@ -65,8 +65,8 @@ def batch_size(name: str, sizes: Sequence[int | None], paths: Sequence[str]) -> 
     known = [(size, path) for size, path in zip(sizes, paths, strict=True) if size is not None]
     if not known:
         raise TypeError(
-            f"{name}: there is no tensor to split in the batch; by default that is the argument after params. What is split "
-            "are tensors: lists of numbers or strings are converted first (torch.tensor)"
+            f"{name}: there is no tensor to split in the batch; by default that is the argument after params. Only "
+            "tensors are split: convert lists of numbers or strings first (torch.tensor)"
         )
     size, path = known[0]
     others = [(other, where) for other, where in known if other != size]
@@ -79,7 +79,7 @@ def batch_size(name: str, sizes: Sequence[int | None], paths: Sequence[str]) -> 
                 f"({len(others)} of {len(known)} tensors differ from the first)"
             )
         raise ValueError(
-            f"{name}: the split dimensions differ: {listing}. Give what is not per example None in in_dims, "
+            f"{name}: the split dimensions differ: {listing}. Give None in in_dims to what is not per example, "
             f"or pass it as another argument of loss_fn{_hint_for_lists(path, others[0][1])}"
         )
     return size

@@ -110,7 +110,7 @@ def _from_json(told: Any, tensors: Sequence[Tensor]) -> Any:
         case "class":
             module, qualname, fields = inside
             return _class(module, qualname)(**{name: _from_json(child, tensors) for name, child in fields.items()})
-    raise ValueError(f"holds a {inside}, which only a tree of the same structure tells how to make")
+    raise ValueError(f"holds a {inside}, and only a tree of the same structure tells how to make one")
 
 
 def _fields(node: Any) -> dict[str, Any] | None:

@@ -88,8 +88,8 @@ def windows(loader: Iterable[T], steps: Steps, *, group: dist.ProcessGroup | Dev
     Ranks must begin the same loops in the same order, and leave them after the same window.
 
     Arguments:
-        loader: an iterable of micro-batches, a `torch.utils.data.DataLoader` for instance. If it can be iterated again, so
-            can the windows; an iterator (a generator) ends, and its windows with it. It is read ``steps`` micro-batches at
+        loader: an iterable of micro-batches, a `torch.utils.data.DataLoader` for instance. If it can be iterated again, the
+            windows can too; an iterator (a generator) ends, and its windows with it. It is read ``steps`` micro-batches at
             a time.
         steps: micro-batches in a window: an int, or ``steps(update)`` that returns one, for ``update`` = 0, 1, …
         group: the ranks to keep up with: a ProcessGroup, a one-dimensional DeviceMesh or one dimension of a mesh, as for

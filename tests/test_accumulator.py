@@ -668,4 +668,4 @@ def test_several_micro_batches_in_one_update(batch):
         acc.update(acc.init(w), w, batch)
     (note,) = caught.value.__notes__
     assert f"args[1] is a {type(batch).__name__}" in note
-    assert "one micro-batch; of several, call update for each" in note
+    assert "one micro-batch; call update for each of several" in note

@@ -205,7 +205,7 @@ CALL = {
         dict(steps=2),
         (PARAMS, {"x": ["a", "b"]}),
         TypeError,
-        "no tensor to split in the batch.* lists .* are converted first",
+        "no tensor to split in the batch.* convert lists .* first",
     ),
     "class": (dict(steps=2), (PARAMS, Unregistered()), TypeError, r"args\[1\] is a .*Unregistered.*register its class"),
     "no tensor": (dict(steps=2), (PARAMS, {"x": 3, "y": None}), TypeError, "no tensor to split"),

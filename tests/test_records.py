@@ -170,7 +170,9 @@ class Renames(dict):
     ids=["constructor", "keys"],
 )
 def test_a_mapping_that_cannot_be_made_of_its_items(batch, why):
-    with pytest.raises(TypeError, match=f"a part is made as {type(batch).__name__}.*{why}.* Pass dict"):
+    with pytest.raises(
+        TypeError, match=f"a part of a .*, a mapping, is made as {type(batch).__name__}.*{why}.* Pass dict"
+    ):
         gradacc.accumulate(lambda w, b: (next(iter(b.values())) @ w).mean(), steps=2)(W, batch)
 
 

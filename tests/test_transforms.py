@@ -350,12 +350,12 @@ class TestRandomness:
         assert not torch.equal(self.grads("different", 1), grads)
 
     def test_different_draws_for_each_micro_batch(self):
-        """Each of 40 micro-batches is the same example, and so would be its draw."""
+        """Each of 40 micro-batches is the same example, and its draw would be the same too."""
         x = torch.ones(40, 1, dtype=D)
         grads = vmap(gradacc.accumulate(dropped, steps=40), (0, None), randomness="different")(
             torch.ones(3, 1, dtype=D), x
         )
-        # a draw is 0 or 2, its gradient 0 or 8; were they the same for all micro-batches, so would be the mean
+        # a draw is 0 or 2, its gradient 0 or 8; if they were the same for all micro-batches, the mean would be one of these
         assert ((grads > 0) & (grads < 8)).all()
 
     def test_the_same_draws_for_each_member(self):

@@ -4,8 +4,8 @@ NOTE [windows that are dropped]
     An ``update`` that raises tells nobody. A rank that then begins another state and finalizes that one has left out a call,
     and its next window meets the others' last one. It may also have begun the same window again, or all ranks may have agreed
     to leave it out: which of these it is shows in how many states each rank has begun since its last ``finalize``. So that
-    number is in the records, and where ranks differ in it after such an update, the call is an error on all of them, and so is
-    every later one of this accumulator: no rank can know which of its windows the others are in.
+    number is in the records, and where ranks differ in it after such an update, the call and
+    every later one of this accumulator are errors on all of them: no rank can know which of its windows the others are in.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def plan(tensors: dict[str, Tensor], rank: int) -> Planned:
 
 
 def write(folder: Path, planned: Planned, plans: Sequence[SavePlan], rank: int) -> Written:
-    """The second step, on each rank: its share of what all have planned. What several have, one of them writes.
+    """The second step, on each rank: its share of what all have planned. One rank writes what several have.
 
     Raises:
         OSError: the disk is full, for instance.

@@ -115,8 +115,8 @@ def check(name: str, path: str, leaf: Any) -> Leaf:
         )
     if type(leaf) not in _TENSORS:
         raise TypeError(
-            f"{name}: {path} is a {type(leaf).__name__}; pass a plain tensor: of a DTensor, its full_tensor(); of one that was "
-            "donated, what that call returned"
+            f"{name}: {path} is a {type(leaf).__name__}; pass a plain tensor: the full_tensor() of a DTensor; what "
+            "the call returned that a tensor was donated to"
         )
     if leaf.layout is not torch.strided or leaf.is_nested or leaf.is_quantized or leaf.device.type == "meta":
         kind = "meta" if leaf.device.type == "meta" else "sparse, nested or quantized"

@@ -65,7 +65,7 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
             the same in every process. ``None`` is structure. Tensors come back without a graph; one at two paths, as two.
 
     Raises:
-        TypeError: another leaf or key, or a path that is none; before anything is written, as is ``ValueError``.
+        TypeError: another leaf or key, or a path that is none. This error and ``ValueError`` come before anything is written.
         ValueError: ``path`` holds other things, or is not the same folder for all ranks; ranks differ in what they have
             under one path, or in what that is; two leaves have one path; an int has more digits than Python reads.
         RuntimeError: another rank has raised, or has ended; or ``WORLD_SIZE`` says that there are other ranks, but no

@@ -23,8 +23,8 @@ def option(name: str, lr: LearningRate) -> LearningRate:
     if isinstance(lr, (type, LRScheduler)):
         made = lr.__name__ if isinstance(lr, type) else type(lr).__name__
         raise TypeError(
-            f"{name}: lr must be a number, or a function of the step, got {describe(lr)}. Of a scheduler of torch's such a "
-            f"function is gradacc.optim.schedule({made}, lr, **options)"
+            f"{name}: lr must be a number, or a function of the step, got {describe(lr)}. "
+            f"gradacc.optim.schedule({made}, lr, **options) makes such a function of a scheduler of torch"
         )
     return lr if callable(lr) else _check.learning_rate(name, lr)
 

@@ -79,7 +79,7 @@ class Optimizer(NamedTuple):
         init: ``init(params) -> state``. ``params`` is a pytree of dense floating or complex tensors.
         step: ``step(params, grads, state, *, donate=False) -> (params, state)``. ``grads`` is a pytree like ``params``, with
             the same shapes, dtypes and devices. With ``donate=True`` all three are given away: the update may be made in
-            their memory, and only what is returned may be used afterwards (JAX's ``donate_argnums``). To use one of the
+            their memory, and only what is returned may be used afterwards (JAX's ``donate_argnums``). Using one of the
             tensors that were given is then an error, so what is needed later (an average of the parameters) is cloned
             beforehand; views of them and tensors of ``detach()`` are others, which see what is written. A module's own
             parameters stay what they are, and are trained in place where their memory is given. Tensors whose ranges of

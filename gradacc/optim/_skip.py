@@ -32,8 +32,8 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
         all gradients finite:  params, inner = optimizer.step(params, grads, inner)
         otherwise:             skipped += 1
 
-    A skipped update changes neither the parameters nor the inner state, nor does it count as a step of an ``lr`` that is a
-    function of the step. Eagerly the test is read, one value a step (on an accelerator that waits for the gradients), and of
+    A skipped update changes neither the parameters nor the inner state, and is no step of an ``lr`` that is a function
+    of the step. Eagerly the test is read, one value a step (on an accelerator that waits for the gradients), and of
     a skipped update nothing is computed; under a transform, both outcomes are computed and ``torch.where`` takes one, per
     member of an ensemble. `gradacc.train_step` reports how many were ``skipped``, and how many ``updates`` were made.
 

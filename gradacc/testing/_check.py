@@ -51,7 +51,7 @@ def check_accumulation(
     behind it: fix one, check again). `Cause` lists the causes; ``docs/batches.md`` has the experiment behind each.
 
     Arguments:
-        loss_fn: as for `gradacc.accumulate`, as are ``params``, ``batch`` and ``args``: its positional arguments.
+        loss_fn: as for `gradacc.accumulate`; ``params``, ``batch`` and ``args`` are its positional arguments.
         params: a pytree of floating or complex tensors. Values matter: where the gradient is zero, any error is large.
         batch: one whole batch, not micro-batches; at least two examples, of different content: with equal weights (the
             same number of tokens in each example, say) a wrong mean is exact by chance.

@@ -213,7 +213,7 @@ def test_aux_of_a_class_that_cannot_be_told(tmp_path):
     for make, message in (
         (
             lambda n: {"x": Secret(n, "?")},
-            r"holds a tests.checkpoint.test_states.Secret, which only a tree of the same",
+            r"holds a tests.checkpoint.test_states.Secret, and only a tree of the same",
         ),
         (
             Local,
