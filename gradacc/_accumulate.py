@@ -207,11 +207,11 @@ def _run(
     results = _loop.finish(fold, buffer, sums, boundary, lambda sums: _loop.typed(fold, sums, empty))
     if call is None:
         return results
-    again = _only_once(boundary.crosses, args[batch]) or functools.partial(_run, options, None, loss_fn)
+    again = _why_not_again(boundary.crosses, args[batch]) or functools.partial(_run, options, None, loss_fn)
     return _connect.connect(options.name, call, results, buffer.closed_over(), again)
 
 
-def _only_once(crosses: bool, batch: Any) -> str | None:
+def _why_not_again(crosses: bool, batch: Any) -> str | None:
     """Why a call cannot be made again, where it cannot, and what to do."""
     if crosses:
         return (

@@ -185,7 +185,7 @@ _NO_GRAPH = (
 
 def _init(options: Options, params: Any) -> AccumulatorState:
     leaves, treedef = _tree.flatten(params)
-    return _state.nothing(options, _call.check_parameters(options.name, leaves, treedef, "params"), treedef)
+    return _state.initial(options, _call.check_parameters(options.name, leaves, treedef, "params"), treedef)
 
 
 def _update(
@@ -201,7 +201,7 @@ def _update(
     params, treedef = _call.parameters(options, args, differentiated)
     like = _state.of_params(params)
     _state.check_alike(options, before, like, treedef, params, "params")
-    microbatch = _split.one(options, args, differentiated, batch)
+    microbatch = _split.undivided(options, args, differentiated, batch)
     # On the devices where they are now.
     facts = before.facts._replace(params=like)
     rest = [state, *(arg for n, arg in enumerate(args) if n not in differentiated), kwargs]

@@ -199,7 +199,7 @@ def _again(
     def again(tensors: Sequence[Tensor]) -> Sequence[Any]:
         left = iter(tensors)
         leaves = [next(left) if moved else _without_inference(leaf) for leaf, moved in zip(kept, moves, strict=True)]
-        with _as_in(surroundings), inside_a_loss():
+        with _restored(surroundings), inside_a_loss():
             results = _tree.flatten(run(*_tree.unflatten(treedef, leaves)))[0]
         for i, number in before.items():
             what = "value" if i == value else f"number behind it ({i - value}, of the weight and aux)"
@@ -266,7 +266,7 @@ def _surroundings(tensors: Sequence[Tensor]) -> Surroundings:
 
 
 @contextmanager
-def _as_in(surroundings: Surroundings) -> Iterator[None]:
+def _restored(surroundings: Surroundings) -> Iterator[None]:
     """With the random numbers and the autocast of then; afterwards those of now."""
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(surroundings.devices, device_type=surroundings.device))

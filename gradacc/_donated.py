@@ -38,7 +38,7 @@ class Donated(Tensor):
         call = next(kind.call for kind in types if issubclass(kind, Donated))
         raise ValueError(
             f"this tensor was given away to {call} (donate=True), and its memory has been written to. Use what that call "
-            "returned; clone() beforehand what is needed afterwards (an average of the parameters)"
+            "returned; keep what is needed afterwards (an average of the parameters) by a clone() beforehand"
         )
 
     def __repr__(self) -> str:  # type: ignore[override]  # torch's takes contents

@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 
-def apart(lists: Sequence[Sequence[Any]], besides: Iterable[Any] = ()) -> list[list[Any]]:
+def in_separate_memory(lists: Sequence[Sequence[Any]], besides: Iterable[Any] = ()) -> list[list[Any]]:
     """Lists of donated leaves, no two tensors of which share memory, nor one with a tensor of ``besides``; without a graph.
 
     The first to have some memory keeps it, the others are copied: see NOTE [memory that is shared].

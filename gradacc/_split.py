@@ -70,8 +70,8 @@ def microbatches(options: Options, args: Sequence[Any], differentiated: Sequence
     return _slice(options, args, dims)
 
 
-def one(options: Options, args: Sequence[Any], differentiated: Sequence[int], batch: int) -> Microbatch:
-    """Undivided: a call's arguments as one micro-batch."""
+def undivided(options: Options, args: Sequence[Any], differentiated: Sequence[int], batch: int) -> Microbatch:
+    """A call's arguments as one micro-batch."""
     return _counted(options, tuple(args), _call.in_dims(options, args, differentiated, batch))
 
 

@@ -73,7 +73,7 @@ def is_missing(leaf: Any) -> bool:
     return isinstance(leaf, Missing)
 
 
-def nothing(options: Options, params: Sequence[Tensor], treedef: _tree.TreeDef) -> AccumulatorState:
+def initial(options: Options, params: Sequence[Tensor], treedef: _tree.TreeDef) -> AccumulatorState:
     """Before the first micro-batch."""
     facts = Facts(options.reduction, options.dtype, options.has_aux, of_params(params))
     weight = torch.zeros((), dtype=torch.float64, device="cpu")

@@ -94,7 +94,7 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
             )
         )
 
-    def look(leaves: Sequence[Tensor], parts: Sequence[dict[str, int]], states: Sequence[TensorTree]) -> None:
+    def check_states(leaves: Sequence[Tensor], parts: Sequence[dict[str, int]], states: Sequence[TensorTree]) -> None:
         """See NOTE [Before anything is changed]."""
         for check, part, inner in zip(checks, parts, states, strict=True):
             if part and check is not None:
@@ -103,21 +103,21 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
-        leaves, slopes, treedef = _check.inputs(_NAME, params, grads)
+        leaves, grad_leaves, treedef = _check.inputs(_NAME, params, grads)
         states = _states(state, len(optimizers))
         parts = route(leaves, treedef)
         given: list[Any] = []
-        if donate and not _memory.differentiable(None, slopes):
-            look(leaves, parts, states)
-            given = [*leaves, *slopes, *_tree.flatten(states)[0]]
-            slopes, leaves, states = _in_separate_memory(slopes, leaves, states)
+        if donate and not _memory.differentiable(None, grad_leaves):
+            check_states(leaves, parts, states)
+            given = [*leaves, *grad_leaves, *_tree.flatten(states)[0]]
+            grad_leaves, leaves, states = _in_separate_memory(grad_leaves, leaves, states)
         new: list[Any] = list(leaves)
         for turn in turns:
             part = parts[turn]
             if part:
                 moved, states[turn] = optimizers[turn].step(
                     _leaves_of(leaves, part),
-                    _leaves_of(slopes, part),
+                    _leaves_of(grad_leaves, part),
                     states[turn],
                     donate=donate and checks[turn] is not None,
                 )
@@ -129,7 +129,7 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
     def check(params: TensorTree, state: TensorTree) -> None:
         leaves, treedef = _check.params(_NAME, params)
         states = _states(state, len(optimizers))
-        look(leaves, route(leaves, treedef), states)
+        check_states(leaves, route(leaves, treedef), states)
 
     report = _report.of_groups(_NAME, ByPathState, [optimizer.report for optimizer in optimizers])
     return Optimizer(init, step, None if None in checks else check, report)
@@ -151,12 +151,12 @@ def _leaves_of(leaves: Sequence[Tensor], part: dict[str, int]) -> dict[str, Tens
 
 
 def _in_separate_memory(
-    slopes: list[Tensor], leaves: list[Tensor], states: list[TensorTree]
+    grad_leaves: list[Tensor], leaves: list[Tensor], states: list[TensorTree]
 ) -> tuple[list[Tensor], list[Tensor], list[TensorTree]]:
     """What is donated, without memory that two optimizers would share."""
     held, treedef = _tree.flatten(states)
-    leaves, slopes, held = _overlap.apart([leaves, slopes, held])
-    return slopes, leaves, _tree.unflatten(treedef, held)
+    leaves, grad_leaves, held = _overlap.in_separate_memory([leaves, grad_leaves, held])
+    return grad_leaves, leaves, _tree.unflatten(treedef, held)
 
 
 def _router(

@@ -56,36 +56,36 @@ def clip_by_global_norm(optimizer: Optimizer, max_norm: float | Tensor) -> Optim
         _check.number(name, "max_norm", max_norm, finite=False)
     check = optimizer.check
 
-    def clipped(slopes: list[Tensor], used: list[Any] | None) -> list[Tensor]:
+    def clipped(grad_leaves: list[Tensor], used: list[Any] | None) -> list[Tensor]:
         """In new memory, or in their own, except what is in that of ``used``."""
-        factor = _factor(torch.nn.utils.get_total_norm(slopes), max_norm)
+        factor = _factor(torch.nn.utils.get_total_norm(grad_leaves), max_norm)
         if factor.is_cpu and factor.item() == 1:
-            return slopes
+            return grad_leaves
         if used is None:
-            return _times(slopes, factor, ours=False)
-        (own,) = _overlap.apart([slopes], used)
+            return _times(grad_leaves, factor, ours=False)
+        (own,) = _overlap.in_separate_memory([grad_leaves], used)
         return _times(own, factor, ours=True)
 
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
-        leaves, slopes, treedef = _check.inputs(name, params, grads)
+        leaves, grad_leaves, treedef = _check.inputs(name, params, grads)
         given: list[Any] = []
-        if _memory.differentiable(max_norm, slopes):
-            norm = _dtypes.global_norm(slopes, wide=False)  # of which torch's has no derivative
+        if _memory.differentiable(max_norm, grad_leaves):
+            norm = _dtypes.global_norm(grad_leaves, wide=False)  # of which torch's has no derivative
             factor = _factor(norm, max_norm)
-            slopes = [(slope * factor.to(slope.device)).to(slope.dtype) for slope in slopes]
+            grad_leaves = [(grad_leaf * factor.to(grad_leaf.device)).to(grad_leaf.dtype) for grad_leaf in grad_leaves]
         else:
             used = None
             if donate:
                 held = [*leaves, *_tree.flatten(state)[0]]
-                given = [*slopes, *held]
+                given = [*grad_leaves, *held]
                 if check is not None:  # see NOTE [Before anything is changed]
                     check(params, state)
                     used = held
             with torch.no_grad():
-                slopes = clipped(slopes, used)
-        after = optimizer.step(params, _tree.unflatten(treedef, slopes), state, donate=donate)
+                grad_leaves = clipped(grad_leaves, used)
+        after = optimizer.step(params, _tree.unflatten(treedef, grad_leaves), state, donate=donate)
         return _donated.hand_over(f"{name}.step", given, after)
 
     return Optimizer(optimizer.init, step, check, optimizer.report)
@@ -97,15 +97,15 @@ def _factor(norm: Tensor, max_norm: float | Tensor) -> Tensor:
     return torch.clamp(max_norm / (norm + 1e-6), max=1.0)
 
 
-def _times(slopes: list[Tensor], factor: Tensor, *, ours: bool) -> list[Tensor]:
+def _times(grad_leaves: list[Tensor], factor: Tensor, *, ours: bool) -> list[Tensor]:
     """Times the factor, in their own memory where that is ours."""
-    scaled = list(slopes)
-    for chunk in _memory.chunks(slopes):
-        some = [slopes[i] for i in chunk]
+    scaled = list(grad_leaves)
+    for chunk in _memory.chunks(grad_leaves):
+        some = [grad_leaves[i] for i in chunk]
         factor = factor.to(some[0].device)
         if ours:
             torch._foreach_mul_(some, factor)
             continue
-        for i, slope in zip(chunk, torch._foreach_mul(some, factor), strict=True):
-            scaled[i] = slope.to(slopes[i].dtype)  # of two 0-dim tensors the wider dtype wins
+        for i, grad_leaf in zip(chunk, torch._foreach_mul(some, factor), strict=True):
+            scaled[i] = grad_leaf.to(grad_leaves[i].dtype)  # of two 0-dim tensors the wider dtype wins
     return scaled

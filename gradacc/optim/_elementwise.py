@@ -32,7 +32,7 @@ def elementwise(name: str, kind: type, slots: Sequence[bool], lr: LearningRate, 
         lr: as the factory was given it.
         update: the rule.
     """
-    lr = _lr.option(name, lr)
+    lr = _lr.check_option(name, lr)
     fields = kind._fields[1:]  # type: ignore[attr-defined]
 
     def init(params: TensorTree) -> TensorTree:
@@ -53,30 +53,30 @@ def elementwise(name: str, kind: type, slots: Sequence[bool], lr: LearningRate, 
             _check.slot(name, f"state.{field}", tree, leaves if used else [], treedef if used else empty)
             for field, tree, used in zip(fields, state[1:], slots, strict=True)
         ]
-        return count, held, _lr.at(name, lr, count)
+        return count, held, _lr.at_step(name, lr, count)
 
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
-        leaves, slopes, treedef = _check.inputs(name, params, grads)
+        leaves, grad_leaves, treedef = _check.inputs(name, params, grads)
         count, held, rate = checked(leaves, treedef, state)
-        if _memory.differentiable(rate, slopes):
-            new, moved = update(pure, leaves, slopes, held, _tensor(rate), count)
+        if _memory.differentiable(rate, grad_leaves):
+            new, moved = update(pure, leaves, grad_leaves, held, _tensor(rate), count)
             following = count + 1
         else:
             number = int(count)
             with torch.no_grad():
                 ops = donating if donate else in_place
                 new, moved = _apply(
-                    lambda some, slopes, slots: update(ops, some, slopes, slots, rate, number),
+                    lambda some, grad_leaves, slots: update(ops, some, grad_leaves, slots, rate, number),
                     leaves,
-                    slopes,
+                    grad_leaves,
                     held,
                     donate,
                 )
                 following = count + 1
                 if donate:
-                    _donated.retire(f"{name}.step", [count], leaves, slopes, *held)
+                    _donated.retire(f"{name}.step", [count], leaves, grad_leaves, *held)
         trees = (_tree.unflatten(treedef, slot) if used else () for slot, used in zip(moved, slots, strict=True))
         return _tree.unflatten(treedef, new), kind(following, *trees)
 
@@ -88,21 +88,21 @@ def elementwise(name: str, kind: type, slots: Sequence[bool], lr: LearningRate, 
         init,
         step,
         check=lambda params, state: checked(*_check.params(name, params), state),
-        report=OptimizerReport(rate=lambda state: _lr.at(name, lr, updates(state)), updates=updates),
+        report=OptimizerReport(rate=lambda state: _lr.at_step(name, lr, updates(state)), updates=updates),
     )
 
 
 def _apply(
     rule: Callable[[Tensors, Tensors, list[Tensors]], object],
     leaves: list[Tensor],
-    slopes: list[Tensor],
+    grad_leaves: list[Tensor],
     held: list[list[Tensor]],
     donate: bool,
 ) -> tuple[list[Tensor], list[list[Tensor]]]:
     """The rule in place, a chunk at a time, on what is donated or on copies."""
     new, moved = list(leaves), [list(slot) for slot in held]
     if donate:
-        leaves, slopes, *held = _overlap.apart([leaves, slopes, *held])
+        leaves, grad_leaves, *held = _overlap.in_separate_memory([leaves, grad_leaves, *held])
         new, *moved = ([leaf.detach() for leaf in each] for each in (leaves, *held))  # see NOTE [use after donation]
     for chunk in _memory.chunks(leaves):
         if not donate:  # here, where the cache still has them afterwards
@@ -111,7 +111,7 @@ def _apply(
                     for i in chunk:
                         each[i] = each[i].detach().clone()
         slots = [[slot[i] for i in chunk] if slot else [] for slot in moved]
-        rule([new[i] for i in chunk], [slopes[i] for i in chunk], slots)
+        rule([new[i] for i in chunk], [grad_leaves[i] for i in chunk], slots)
     return new, moved
 
 

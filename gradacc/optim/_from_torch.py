@@ -77,7 +77,7 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
     _accepted(name, cls, options)
     lr = options.get("lr")
     if lr is not None:
-        _lr.option(name, lr)
+        _lr.check_option(name, lr)
 
     def checked(state: Any, leaves: list[Tensor], treedef: _tree.TreeDef) -> dict[str, Any]:
         """Of a state of such parameters: the options now."""
@@ -87,7 +87,7 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
         return current(count)
 
     def current(count: Tensor) -> dict[str, Any]:
-        return options if lr is None else {**options, "lr": _lr.at(name, lr, count)}
+        return options if lr is None else {**options, "lr": _lr.at_step(name, lr, count)}
 
     def first(leaves: list[Tensor]) -> list[dict[str, Any]]:
         """What is kept after a step on memory that is ours, of gradients that are zero."""
@@ -110,17 +110,17 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
         _eagerly(name, cls)
-        leaves, slopes, treedef = _check.inputs(name, params, grads)
+        leaves, grad_leaves, treedef = _check.inputs(name, params, grads)
         given = checked(state, leaves, treedef)
         with torch.no_grad():
             held, structure = _tree.flatten(state.slots)
             read_only = cls in _LEAVE_GRADIENTS and not options.get("nesterov")
-            new, used, slots = _own(leaves, slopes, held, donate, read_only)
+            new, used, slots = _own(leaves, grad_leaves, held, donate, read_only)
             each: Any = treedef.flatten_up_to(_tree.unflatten(structure, slots)) if int(state.step) > 0 else None
             kept = take_step(cls, given, new, used, each)
             after = TorchState(state.step + 1, _tree.unflatten(treedef, _slots.written(name, cls.__name__, kept)))
             if donate:
-                _donated.retire(f"{name}.step", [state.step], leaves, slopes, held)
+                _donated.retire(f"{name}.step", [state.step], leaves, grad_leaves, held)
         return _tree.unflatten(treedef, new), after
 
     def updates(state: Any) -> Tensor:
@@ -142,15 +142,25 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
 
 
 def _own(
-    leaves: list[Tensor], slopes: list[Tensor], held: list[Any], donate: bool, read_only: bool
+    leaves: list[Tensor], grad_leaves: list[Tensor], held: list[Any], donate: bool, read_only: bool
 ) -> tuple[list[Tensor], list[Tensor], list[Any]]:
     """What a step writes to: the given memory, or copies; gradients themselves where they are ``read_only``."""
     if donate:
-        new, changed, slots = _overlap.apart([leaves, [] if read_only else slopes, held], slopes if read_only else ())
+        new, changed, slots = _overlap.in_separate_memory(
+            [leaves, [] if read_only else grad_leaves, held], grad_leaves if read_only else ()
+        )
         new, slots = [leaf.detach() for leaf in new], [leaf.detach() for leaf in slots]
     else:
-        new, changed, slots = _memory.copies(leaves), [] if read_only else _memory.copies(slopes), _memory.copies(held)
-    return new, [slope.detach() if slope.requires_grad else slope for slope in changed or slopes], slots
+        new, changed, slots = (
+            _memory.copies(leaves),
+            [] if read_only else _memory.copies(grad_leaves),
+            _memory.copies(held),
+        )
+    return (
+        new,
+        [grad_leaf.detach() if grad_leaf.requires_grad else grad_leaf for grad_leaf in changed or grad_leaves],
+        slots,
+    )
 
 
 _LEAVE_GRADIENTS = {

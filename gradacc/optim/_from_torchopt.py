@@ -93,8 +93,8 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
-        leaves, slopes, treedef = _check.inputs(name, params, grads)
-        pure = _memory.differentiable(None, slopes)
+        leaves, grad_leaves, treedef = _check.inputs(name, params, grads)
+        pure = _memory.differentiable(None, grad_leaves)
         in_place = donate and not pure
         given: list[Any] = []
         if not pure:
@@ -102,14 +102,14 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
         with contextlib.nullcontext() if pure else torch.no_grad():
             if in_place:
                 held, structure = _tree.flatten(state)
-                given = [*leaves, *slopes, *held]
-                leaves, slopes, held = _overlap.apart([leaves, slopes, held])
-                params, grads = _tree.unflatten(treedef, leaves), _tree.unflatten(treedef, slopes)
+                given = [*leaves, *grad_leaves, *held]
+                leaves, grad_leaves, held = _overlap.in_separate_memory([leaves, grad_leaves, held])
+                params, grads = _tree.unflatten(treedef, leaves), _tree.unflatten(treedef, grad_leaves)
                 state = _tree.unflatten(structure, held)
             updates, new = transformation.update(grads, state, params=params, inplace=in_place)
             changes = _updates(name, updates, leaves, treedef)
             if not in_place:
-                new = _in_separate_memory(new, (*leaves, *slopes, *_tree.flatten(state)[0]))
+                new = _in_separate_memory(new, (*leaves, *grad_leaves, *_tree.flatten(state)[0]))
                 moved = [p.clone() if u is None else (p + u).to(p.dtype) for p, u in zip(leaves, changes, strict=True)]
             else:
                 new = _in_separate_memory(new, leaves)

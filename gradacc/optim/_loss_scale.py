@@ -126,23 +126,23 @@ def dynamic_loss_scale(
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
-        leaves, slopes, treedef = _check.inputs(_NAME, params, grads)
+        leaves, grad_leaves, treedef = _check.inputs(_NAME, params, grads)
         _wide_enough(leaves, treedef)
         scale, tracker, skipped = checked(state)
         look = None if inner_check is None else functools.partial(inner_check, params, state.inner)
 
-        held = [*leaves, *_tree.flatten(state)[0]] if donate and not _memory.differentiable(None, slopes) else []
-        given = [*slopes, *held] if held else []
+        held = [*leaves, *_tree.flatten(state)[0]] if donate and not _memory.differentiable(None, grad_leaves) else []
+        given = [*grad_leaves, *held] if held else []
 
         def take(donate: bool) -> tuple[TensorTree, TensorTree]:
             used = None
             if donate and look is not None:  # see NOTE [Before anything is changed]
                 look()
                 used = held
-            unscaled = _unscaled(slopes, scale, used)
+            unscaled = _unscaled(grad_leaves, scale, used)
             return optimizer.step(params, _tree.unflatten(treedef, unscaled), state.inner, donate=donate)
 
-        new, inner, finite = if_finite(take, look, slopes, params, state.inner, donate)
+        new, inner, finite = if_finite(take, look, grad_leaves, params, state.inner, donate)
         scale, tracker = _moved(scale, tracker, finite.to(scale.device), growth_factor, backoff_factor, interval)
         after = new, LossScaleState(scale, tracker, count_skipped(skipped, finite), inner)
         return _donated.hand_over(f"{_NAME}.step", given, after)
@@ -255,16 +255,18 @@ def _wide_enough(leaves: list[Tensor], treedef: _tree.TreeDef) -> None:
         )
 
 
-def _unscaled(slopes: list[Tensor], scale: Tensor, used: list[Any] | None) -> list[Tensor]:
+def _unscaled(grad_leaves: list[Tensor], scale: Tensor, used: list[Any] | None) -> list[Tensor]:
     """The gradients times the reciprocal of the scale: in new memory, or in their own, except what is in that of ``used``."""
     inverse = scale.double().reciprocal().float()  # as GradScaler rounds it
-    if _memory.differentiable(None, slopes):
-        return [(_dtypes.widened(slope) * inverse.to(slope.device)).to(slope.dtype) for slope in slopes]
+    if _memory.differentiable(None, grad_leaves):
+        return [
+            (_dtypes.widened(grad_leaf) * inverse.to(grad_leaf.device)).to(grad_leaf.dtype) for grad_leaf in grad_leaves
+        ]
     with torch.no_grad():
         number = inverse.item()  # a number promotes no 0-dim gradient
         if used is None:
-            return [slope.detach() * number for slope in slopes]
-        (ours,) = _overlap.apart([slopes], used)
+            return [grad_leaf.detach() * number for grad_leaf in grad_leaves]
+        (ours,) = _overlap.in_separate_memory([grad_leaves], used)
         for chunk in _memory.chunks(ours):
             in_place.mul([ours[index] for index in chunk], number)
         return ours

@@ -18,7 +18,7 @@ from gradacc.optim import _check
 from gradacc.optim._optimizer import LearningRate
 
 
-def option(name: str, lr: LearningRate) -> LearningRate:
+def check_option(name: str, lr: LearningRate) -> LearningRate:
     """``lr`` as a factory was given it, checked as far as it is known."""
     if isinstance(lr, (type, LRScheduler)):
         made = lr.__name__ if isinstance(lr, type) else type(lr).__name__
@@ -29,7 +29,7 @@ def option(name: str, lr: LearningRate) -> LearningRate:
     return lr if callable(lr) else _check.learning_rate(name, lr)
 
 
-def at(name: str, lr: LearningRate, count: Tensor) -> float | Tensor:
+def at_step(name: str, lr: LearningRate, count: Tensor) -> float | Tensor:
     """The learning rate of the update that follows ``count`` others.
 
     A function gets an int, or under a transform, where none can be read, the 0-dim tensor.

@@ -67,7 +67,7 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
-        leaves, slopes, _ = _check.inputs(name, params, grads)
+        leaves, grad_leaves, _ = _check.inputs(name, params, grads)
         skipped = checked(state)
         look = None if inner_check is None else functools.partial(inner_check, params, state.inner)
 
@@ -75,9 +75,11 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
             return optimizer.step(params, grads, state.inner, donate=donate)
 
         given = (
-            [*leaves, *slopes, *_tree.flatten(state)[0]] if donate and not _memory.differentiable(None, slopes) else []
+            [*leaves, *grad_leaves, *_tree.flatten(state)[0]]
+            if donate and not _memory.differentiable(None, grad_leaves)
+            else []
         )
-        new, inner, finite = if_finite(take, look, slopes, params, state.inner, donate)
+        new, inner, finite = if_finite(take, look, grad_leaves, params, state.inner, donate)
         after = new, SkipState(count_skipped(skipped, finite), inner)
         return _donated.hand_over(f"{name}.step", given, after)
 
@@ -93,21 +95,21 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
 def if_finite(
     take: Callable[[bool], tuple[TensorTree, TensorTree]],
     look: Callable[[], object] | None,
-    slopes: list[Tensor],
+    grad_leaves: list[Tensor],
     params: TensorTree,
     inner: TensorTree,
     donate: bool,
 ) -> tuple[TensorTree, TensorTree, Tensor]:
-    """``take(donate)``, the parameters and state after a step, if all of ``slopes`` is finite; otherwise those before it.
+    """``take(donate)``, the parameters and state after a step, if all of ``grad_leaves`` is finite; otherwise those before it.
 
     Third, whether it was: 0-dim, bool. Eagerly the step is taken or not (then ``look()`` raises what it would have raised,
     where it can be asked); under a transform ``torch.where`` chooses.
     """
-    if _memory.differentiable(None, slopes):
-        finite = _finite(slopes, True)
+    if _memory.differentiable(None, grad_leaves):
+        finite = _finite(grad_leaves, True)
         new, moved = take(False)
         return _where(finite, new, params), _where(finite, moved, inner), finite
-    finite = _finite(slopes, False).cpu()  # what is read; all else of it is on the CPU
+    finite = _finite(grad_leaves, False).cpu()  # what is read; all else of it is on the CPU
     if bool(finite):
         return *take(donate), finite
     if look is not None:
@@ -124,9 +126,9 @@ def count_skipped(skipped: Tensor, finite: Tensor) -> Tensor:
     return skipped + (~finite).to(skipped.device, skipped.dtype)
 
 
-def _finite(slopes: list[Tensor], traced: bool) -> Tensor:
+def _finite(grad_leaves: list[Tensor], traced: bool) -> Tensor:
     """Whether every element is. Eagerly by the extremes, which NaN passes through: one pass, and no temporary."""
-    parts = [_dtypes.as_real(slope) for slope in slopes if slope.numel()]
+    parts = [_dtypes.as_real(grad_leaf) for grad_leaf in grad_leaves if grad_leaf.numel()]
     if not parts:
         return torch.tensor(True)
     device = parts[0].device

@@ -19,7 +19,7 @@ def take_step(
     cls: type[torch.optim.Optimizer],
     options: dict[str, Any],
     leaves: list[Tensor],
-    slopes: Sequence[Tensor],
+    grad_leaves: Sequence[Tensor],
     slots: Sequence[dict[str, Any]] | None,
 ) -> list[dict[str, Any]]:
     """Update ``leaves``; what the optimizer then keeps for each. ``slots``: what it kept before, None in its first step."""
@@ -38,8 +38,8 @@ def take_step(
         for leaf, slot in zip(leaves, slots, strict=True):
             kept = _slots.restored(slot)
             made.state[leaf] = {k: _slots.with_strides_of(leaf, v) for k, v in kept.items()} if fused else kept
-    for leaf, slope in zip(leaves, slopes, strict=True):
-        leaf.grad = _slots.with_strides_of(leaf, slope) if fused else slope
+    for leaf, grad_leaf in zip(leaves, grad_leaves, strict=True):
+        leaf.grad = _slots.with_strides_of(leaf, grad_leaf) if fused else grad_leaf
     elsewhere = [] if plain else _elsewhere.attributes(made)
     try:
         made.step()
