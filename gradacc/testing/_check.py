@@ -30,6 +30,7 @@ def check_accumulation(
     *args: Any,
     steps: int | Iterable[int] = (2, 3, 4),
     rtol: float | None = None,
+    double: bool = False,
     **accumulate_options: Any,
 ) -> Report:
     """Whether accumulation is exact for this loss on this batch and, where it is not, why not.
@@ -60,6 +61,8 @@ def check_accumulation(
             (float64: 1.5e-8, float32: 3.5e-4): half of the digits. Rounding errors are ``eps`` times how ill-conditioned
             the loss is, and mistakes are rarely below 1e-3. In 16 bits half of the digits would be 9 %, so there it is
             ``4 eps`` (bfloat16: 3.1e-2, float16: 3.9e-3): smaller mistakes are found with float32 parameters only.
+        double: compare in float64 (what is passed is converted, what the loss closes over is not), whose tolerance sees a term
+            of 1e-7 of the loss that float32 takes for rounding.
         accumulate_options: ``in_dims``, ``argnums``, ``has_aux``, ``reduction``, ``dtype``: as in `gradacc.accumulate`.
 
     Returns:
@@ -112,9 +115,20 @@ def check_accumulation(
     try:
         with torch.inference_mode(False):
             probe, large = _probe(loss_fn, (params, batch, *args), options, accumulate_options, before)
+            if double:
+                probe, large = _in_double(probe)
             return _check(probe, large, counts, rtol)
     finally:
         _sandbox.restore(before)
+
+
+def _in_double(probe: Probe) -> tuple[Probe, Result]:
+    probe = probe.double()
+    try:
+        return probe, probe.evaluate()
+    except Exception as error:
+        error.add_note(f"{_NAME}: with double=True; as it was given, the large batch went through")
+        raise
 
 
 def _check(probe: Probe, large: Result, counts: list[int], rtol: float | None) -> Report:

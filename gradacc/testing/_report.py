@@ -109,6 +109,8 @@ class Report:
             f"Errors are relative to the large batch (gradient: the worst leaf, relative to that leaf); tolerance "
             f"{self.rtol:.1e} ({self.dtype}).",
         ]
+        if self.exact and self.dtype != "float64":
+            parts.append(f"What is smaller than that is not seen in {self.dtype}: double=True compares in float64.")
         for title, text in (("Why", self.why), ("Fix", self.fix)):
             if text:
                 parts.append(textwrap.fill(f"{title}: {text}", width=100, subsequent_indent="     "))

@@ -7,6 +7,7 @@ import itertools
 import random
 import sys
 import types
+from collections import deque
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -29,6 +30,8 @@ class _ModuleState(NamedTuple):
     attributes: dict[str, Any]
     buffers: dict[str, Tensor | None]
     contents: dict[str, Tensor]
+    containers: list[tuple[Any, Any]]
+    """Lists, dicts, sets and deques that attributes lead to (hooks and submodules too), and what they hold."""
 
 
 def snapshot(modules: Iterable[nn.Module]) -> Snapshot:
@@ -45,6 +48,7 @@ def snapshot(modules: Iterable[nn.Module]) -> Snapshot:
                 dict(vars(module)),
                 dict(module._buffers),
                 {name: buffer.detach().clone() for name, buffer in module._buffers.items() if buffer is not None},
+                _containers(vars(module)),
             )
             for module in modules
         ],
@@ -96,6 +100,8 @@ def _restore(state: _ModuleState) -> None:
     for name in attributes.keys() - state.attributes.keys():
         del attributes[name]
     attributes.update(state.attributes)
+    for container, held in state.containers:
+        _refill(container, held)
     state.module._buffers.clear()
     state.module._buffers.update(state.buffers)
     with torch.no_grad():
@@ -103,6 +109,36 @@ def _restore(state: _ModuleState) -> None:
             buffer = state.buffers[name]
             if buffer is not None and not torch.equal(buffer, content):
                 buffer.copy_(content)
+
+
+def _containers(attributes: dict[str, Any]) -> list[tuple[Any, Any]]:
+    found: dict[int, tuple[Any, Any]] = {}
+    stack = list(attributes.values())
+    while stack:
+        value = stack.pop()
+        if isinstance(value, (list, dict, set, deque)) and id(value) not in found:
+            found[id(value)] = value, (dict(value) if isinstance(value, dict) else list(value))
+            stack.extend(itertools.islice(value.values() if isinstance(value, dict) else value, 1024))
+        elif isinstance(value, tuple):
+            stack.extend(value)
+    return list(found.values())
+
+
+def _refill(container: Any, held: Any) -> None:
+    """What it held, in its order; nothing is done where it does."""
+    now = dict(container) if isinstance(container, dict) else list(container)
+    pairs = zip(_flat(now), _flat(held), strict=False)
+    if len(now) == len(held) and all(one is other for one, other in pairs):
+        return
+    container.clear()
+    if isinstance(container, (dict, set)):
+        container.update(held)
+    else:
+        container.extend(held)
+
+
+def _flat(held: Any) -> Iterable[Any]:
+    return itertools.chain(held, held.values()) if isinstance(held, dict) else held
 
 
 def _reached(value: Any) -> Iterable[Any]:
