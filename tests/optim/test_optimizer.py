@@ -35,6 +35,9 @@ WRAPPERS = {
     "clip": lambda own: optim.clip_by_global_norm(own, 1.0),
     "by_path": optim.by_path,
     "skip of clip": lambda own: optim.skip_nonfinite(optim.clip_by_global_norm(own, 1.0)),
+    "clip of clip": lambda own: optim.clip_by_global_norm(optim.clip_by_global_norm(own, 1.0), 1.0),
+    "clip of skip": lambda own: optim.clip_by_global_norm(optim.skip_nonfinite(own), 1.0),
+    "clip of by_path": lambda own: optim.clip_by_global_norm(optim.by_path(own), 1.0),
     "scale": lambda own: optim.dynamic_loss_scale(own, init_scale=4.0),
 }
 
@@ -55,10 +58,13 @@ def test_only_what_can_be_asked_updates_in_the_memory_that_is_given_away(wrap, a
         assert (new["w"].data_ptr() == there[0]) == asked
 
 
+@pytest.mark.parametrize("value", [30.0, torch.inf], ids=["taken", "not finite"])  # NaN equals nothing
 @pytest.mark.parametrize("wrap", WRAPPERS.values(), ids=WRAPPERS)
-def test_a_check_that_raises_does_so_before_anything_is_changed(wrap):
+def test_a_check_that_raises_does_so_before_anything_is_changed(wrap, value):
+    """For an update that is skipped, too."""
     optimizer = wrap(_shrinking(check=_refuse))
     params, grads = _given()
+    grads["w"][0] = value
     state = optimizer.init(params)
     before = fingerprint((params, grads, state))
     with pytest.raises(Refusal):
