@@ -8,7 +8,7 @@ from typing import Any
 
 from benchmarks._measure import paired, spread
 from benchmarks._model import Network, early, fitted, ring, saved, tree
-from benchmarks._report import describe
+from benchmarks._report import describe, save
 from benchmarks._synced import (
     ACCELERATE,
     AGAIN,
@@ -181,9 +181,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         _draw_link(axes, link)
     lines, names = panels[0][0].get_legend_handles_labels()
     figure.legend(lines, names, loc="outside upper center", ncols=4, frameon=False, fontsize=9)
-    figure.supxlabel(describe(results["machine"]), fontsize=8, color="#5f6368", x=0.01, ha="left")
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    save(figure, results["machine"], path)
 
 
 def _draw_link(axes: Any, link: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks._compiled_variants import AROUND, COMPILED, EAGER, LOOP_COMPILED, ONE_GRAPH, OPTAX
 from benchmarks._measure import spread
-from benchmarks._report import MB, describe
+from benchmarks._report import MB, describe, draw_ratios, save
 from benchmarks._variants import AGAIN, LOOP
 
 COLOURS = {
@@ -94,7 +94,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         len(works), 3, figsize=size, squeeze=False, layout="constrained", width_ratios=(1.6, 1, 1)
     )
     for work, (time, first, memory) in zip(works, rows, strict=True):
-        _draw_time(time, work)
+        draw_ratios(time, work, COLOURS, bold=ONE_GRAPH, margin=0.22, label="median and quartiles")
         names = [name for name in COMPILED if name in work["cold"]]
         _bars(first, names, [work["cold"][name]["first_call"] for name in names], "{:.1f} s")
         first.set_title("first call", fontsize=10, loc="left")
@@ -104,27 +104,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         _bars(memory, names, peaks, "{:.2f}")
         memory.set_title("peak resident memory", fontsize=10, loc="left")
         memory.set_xlabel("over the parameters")
-    figure.supxlabel(describe(results["machine"]), fontsize=8, color="#5f6368", x=0.01, ha="left")
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
-
-
-def _draw_time(axes: Any, work: dict[str, Any]) -> None:
-    names = list(work["time"])
-    for place, name in enumerate(names):
-        ratio = work["time"][name]["vs_loop"]
-        axes.plot([ratio["low"], ratio["high"]], [place, place], color=COLOURS[name], linewidth=6, alpha=0.3)
-        axes.plot(ratio["median"], place, "o", color=COLOURS[name], markersize=7)
-        label = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "fontsize": 9, "color": COLOURS[name]}
-        axes.annotate(f"{ratio['median']:.3f}", (ratio["high"], place), **label)
-    axes.axvline(1.0, color="#202124", linewidth=0.8, zorder=0)
-    axes.set_yticks(range(len(names)), names)
-    axes.get_yticklabels()[names.index(ONE_GRAPH)].set_fontweight("bold")
-    axes.invert_yaxis()
-    axes.margins(x=0.22)
-    axes.grid(axis="x", alpha=0.25)
-    axes.set_title(work["title"], fontsize=10, loc="left", fontweight="bold")
-    axes.set_xlabel("time / the hand-written loop's: median and quartiles")
+    save(figure, results["machine"], path)
 
 
 def _bars(axes: Any, names: list[str], values: list[float], label: str) -> None:

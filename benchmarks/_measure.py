@@ -5,6 +5,7 @@ Nothing here knows what is measured: a run is any function without arguments, an
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import gc
 import importlib.metadata
@@ -17,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,6 +27,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], object]
+Task = Callable[[argparse.Namespace], object]
 PROC = Path("/proc/self")
 
 
@@ -163,6 +166,17 @@ def _proc_status(field: str) -> int:
 def _maximum_resident() -> int:
     maximum = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return maximum if sys.platform == "darwin" else maximum * 1024
+
+
+def ran_task(options: argparse.Namespace, tasks: Mapping[str, Task]) -> bool:
+    """Whether this process is one that `fresh` started for a task: then the task has run, and its result is printed."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    if options.task is None:
+        return False
+    warnings.simplefilter("ignore")
+    print(json.dumps(tasks[options.task](options)))
+    return True
 
 
 def fresh(module: str, arguments: Sequence[str]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -81,34 +82,44 @@ def draw(results: dict[str, Any], path: Path) -> None:
     figure, rows = pyplot.subplots(
         len(works), 3, figsize=size, squeeze=False, layout="constrained", width_ratios=(1.5, 1, 1)
     )
+    colours = {name: colour for name, (colour, _, _) in STYLES.items()}
     for work, (time, fixed, grown) in zip(works, rows, strict=True):
-        _draw_time(time, work)
+        draw_ratios(time, work, colours, bold=OURS, margin=0.16, label="median and quartiles of paired rounds")
         _draw_memory(fixed, work, "allocated", "the batch is fixed")
         _draw_memory(grown, work, "allocated_fixed_microbatch", "the micro-batch is fixed")
     lines, names = rows[0][1].get_legend_handles_labels()
     figure.legend(lines, names, loc="outside upper right", ncols=6, frameon=False, fontsize=9)
-    figure.supxlabel(describe(results["machine"]), fontsize=8, color="#5f6368", x=0.01, ha="left")
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+    save(figure, results["machine"], path)
 
 
-def _draw_time(axes: Any, work: dict[str, Any]) -> None:
+def draw_ratios(
+    axes: Any, work: dict[str, Any], colours: Mapping[str, str], *, bold: str, margin: float, label: str
+) -> None:
+    """A line a contestant: the median of its ratio to the hand-written loop's time, over the quartiles."""
     names = list(work["time"])
     for place, name in enumerate(names):
         ratio = work["time"][name]["vs_loop"]
-        colour, _, _ = STYLES[name]
-        axes.plot([ratio["low"], ratio["high"]], [place, place], color=colour, linewidth=6, alpha=0.3)
-        axes.plot(ratio["median"], place, "o", color=colour, markersize=7)
-        label = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "fontsize": 9, "color": colour}
-        axes.annotate(f"{ratio['median']:.3f}", (ratio["high"], place), **label)
+        axes.plot([ratio["low"], ratio["high"]], [place, place], color=colours[name], linewidth=6, alpha=0.3)
+        axes.plot(ratio["median"], place, "o", color=colours[name], markersize=7)
+        text = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "fontsize": 9, "color": colours[name]}
+        axes.annotate(f"{ratio['median']:.3f}", (ratio["high"], place), **text)
     axes.axvline(1.0, color="#202124", linewidth=0.8, zorder=0)
     axes.set_yticks(range(len(names)), names)
-    axes.get_yticklabels()[names.index(OURS)].set_fontweight("bold")
+    axes.get_yticklabels()[names.index(bold)].set_fontweight("bold")
     axes.invert_yaxis()
-    axes.margins(x=0.16)
+    axes.margins(x=margin)
     axes.grid(axis="x", alpha=0.25)
     axes.set_title(work["title"], fontsize=10, loc="left", fontweight="bold")
-    axes.set_xlabel("time / the hand-written loop's: median and quartiles of paired rounds")
+    axes.set_xlabel(f"time / the hand-written loop's: {label}")
+
+
+def save(figure: Any, machine: dict[str, Any], path: Path) -> None:
+    """With a line on the machine below it."""
+    from matplotlib import pyplot
+
+    figure.supxlabel(describe(machine), fontsize=8, color="#5f6368", x=0.01, ha="left")
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
 
 
 def _draw_memory(axes: Any, work: dict[str, Any], kind: str, what: str) -> None:

@@ -31,7 +31,6 @@ import os
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ import torch
 
 from benchmarks._compiled_report import draw, tables
 from benchmarks._compiled_variants import CONTESTANTS, EAGER, ONE_GRAPH, OPTAX, check, graph_nodes
-from benchmarks._measure import allocated_peak, fresh, interleaved, machine, paired, resident_peak, spread
+from benchmarks._measure import allocated_peak, fresh, interleaved, machine, paired, ran_task, resident_peak, spread
 from benchmarks._variants import AGAIN, LOOP
 from benchmarks._workloads import WORKLOADS, Workload
 
@@ -52,11 +51,7 @@ NODE_STEPS = (8, 64)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure every workload, each task in a fresh process, and write and print the results."""
     options = _parse(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    if options.task is not None:
-        warnings.simplefilter("ignore")
-        print(json.dumps(TASKS[options.task](options)))
+    if ran_task(options, TASKS):
         return 0
     results: dict[str, Any] = {
         "machine": machine(CPU, ("jax", "jaxlib", "optax")),

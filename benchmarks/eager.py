@@ -21,14 +21,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks._measure import allocated_peak, fresh, interleaved, machine, paired, resident_peak, spread
+from benchmarks._measure import allocated_peak, fresh, interleaved, machine, paired, ran_task, resident_peak, spread
 from benchmarks._report import draw, tables
 from benchmarks._variants import AGAIN, FLOOR, LOOP, VARIANTS, check
 from benchmarks._workloads import WORKLOADS
@@ -39,11 +38,7 @@ STEPS = (1, 2, 4, 8)
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure every workload, each task in a fresh process, and write and print the results."""
     options = _parse(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    if options.task is not None:
-        warnings.simplefilter("ignore")
-        print(json.dumps(TASKS[options.task](options)))
+    if ran_task(options, TASKS):
         return 0
     results: dict[str, Any] = {
         "machine": machine(torch.device(options.device), ("accelerate", "lightning-fabric")),

@@ -507,23 +507,6 @@ def test_bad_gradients_and_states(grads, state, error, message, donate):
     assert fingerprint((params, grads, state)) == before
 
 
-@pytest.mark.parametrize("donate", [False, True])
-@pytest.mark.parametrize(
-    "wrong",
-    [(), optim.sgd(0.1).init(torch.ones(2)), optim.adam().init(torch.ones(3))],
-    ids=["nothing", "another rule's", "of other shapes"],
-)
-def test_the_inner_state_of_a_step_that_is_skipped(wrong, donate):
-    """Seen now, not when the first step is taken."""
-    optimizer = optim.dynamic_loss_scale(optim.adam(0.1))
-    params, grads = torch.ones(2), torch.tensor([1.0, INF])
-    state = optimizer.init(params)._replace(inner=wrong)
-    before = fingerprint((params, grads, state))
-    with pytest.raises((TypeError, ValueError), match="adam: state"):
-        optimizer.step(params, grads, state, donate=donate)
-    assert fingerprint((params, grads, state)) == before
-
-
 @pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.complex32])
 def test_float16_parameters_are_refused(dtype):
