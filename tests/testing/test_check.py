@@ -397,6 +397,82 @@ def test_state_that_a_module_keeps_is_found_out_and_put_back() -> None:
     assert not hasattr(warmup, "cache")
 
 
+def test_what_a_module_s_containers_hold_is_put_back() -> None:
+    """Lists, nested dicts, sets, hooks, submodules that a forward pass adds."""
+
+    class Collects(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(3, 3, dtype=torch.float64)
+            self.losses: list[Tensor] = []
+            self.table: dict[str, list[int]] = {"seen": [1]}
+            self.kinds: set[str] = set()
+            self.hooked = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.losses.append(x.mean().detach())
+            self.table["seen"].append(2)
+            self.table["more"] = []
+            self.kinds.add("x")
+            self.add_module("late", nn.Tanh())
+            if not self.hooked:
+                self.linear.register_forward_hook(lambda module, args, output: None)
+                self.hooked = True
+            return x + 0.0 * self.linear(x)
+
+    module = Collects()
+    x = torch.arange(12.0, dtype=torch.float64).view(4, 3)
+    report = check_accumulation(lambda w, b: (module(b) @ w).square().mean(), torch.ones(3, dtype=torch.float64), x)
+    assert report.exact
+    assert module.losses == []
+    assert module.table == {"seen": [1]}
+    assert module.kinds == set()
+    assert list(module._modules) == ["linear"]
+    assert not module.linear._forward_hooks
+    assert not module.hooked
+
+
+@pytest.mark.parametrize("size", [12, 3000])
+@pytest.mark.parametrize("name", ["dice", "f1", "iou"])
+def test_ratios_of_sums_over_the_batch(name: str, size: int) -> None:
+    """Also of many alike examples, where weights nearly explain the large batch."""
+
+    def loss(w: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        p, y = torch.sigmoid(batch["x"] @ w), batch["y"]
+        hits = (p * y).sum()
+        if name == "dice":
+            return 1 - (2 * hits + 1) / (p.sum() + y.sum() + 1)
+        if name == "f1":
+            each = (p * y).sum(0)
+            return 1 - (2 * each / (p.sum(0) + y.sum(0))).mean()
+        return 1 - hits / (p.sum() + y.sum() - hits)
+
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(size, 5, generator=g), torch.randn(5, 3, generator=g)
+    y = (torch.rand(size, 3, generator=g) > 0.6).float()
+    assert check_accumulation(loss, w, {"x": x, "y": y}).cause == "interaction"
+
+
+def test_a_small_term_is_seen_in_float64() -> None:
+    """Of 1e-6 of the gradient: float32 takes it for rounding, and says so."""
+
+    def loss(w: Tensor, x: Tensor) -> Tensor:
+        y = x @ w
+        return y.square().mean() + 1e-4 * (y[:, None] * y).sin().mean()
+
+    x, w = torch.arange(36.0).view(12, 3).sin(), torch.ones(3)
+    single = check_accumulation(loss, w, x)
+    assert single.exact
+    assert "not seen in float32: double=True" in str(single)
+    double = check_accumulation(loss, w, x, double=True)
+    assert double.dtype == "float64"
+    assert double.cause == "interaction"
+    assert "double=True" not in str(check_accumulation(least_squares, *data(), double=True))
+    with pytest.raises(RuntimeError, match="dtype") as refused:
+        check_accumulation(lambda w, x: (x @ w + torch.ones(3) @ w).square().mean(), w, x, double=True)
+    assert "with double=True; as it was given, the large batch went through" in str(refused.value.__notes__)
+
+
 def test_nothing_passed_in_is_changed() -> None:
     def in_place(p: Any, b: Any) -> Tensor:
         b["x"].mul_(0.5)
