@@ -124,17 +124,32 @@ def check_memory(closed: Iterable[Tensor], params: Sequence[Tensor], seen: Seen)
 
 
 def check_age(nodes: Iterable[Node], since: int, error: BaseException) -> None:
-    """Autograd has raised ``error``: none of the graph's ``nodes`` is older than the micro-batch, which began at ``since``.
+    """Autograd has raised ``error``: no graph's node is one whose tensors a backward pass has freed before this micro-batch,
+    which began at ``since``.
 
     Raises:
-        ValueError: there is one, whose tensors the backward pass of an earlier micro-batch has freed.
+        ValueError: there is one among ``nodes``.
     """
-    old = next((node for node in nodes if node._sequence_nr() < since), None)
+    # Not out of memory, say.
+    if type(error) is not RuntimeError:
+        return
+    old = next((node for node in nodes if node._sequence_nr() < since and _is_freed(node)), None)
     if old is not None:
         raise ValueError(
             f"gradacc: the loss uses what was made of params before this micro-batch (by {old.name()}), and the graph of "
             f"that is gone. {_MEMO}"
         ) from error
+
+
+def _is_freed(node: Any) -> bool:
+    """Whether what it has saved is gone."""
+    for name in dir(node):
+        if name.startswith("_saved_"):
+            try:
+                getattr(node, name)
+            except RuntimeError:
+                return True
+    return False
 
 
 _MEMO = (

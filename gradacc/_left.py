@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias, cast
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -27,24 +28,28 @@ Found = list[tuple[nn.Module, frozenset[str]]]
 """Modules, and the attributes that a pass left on their replicas."""
 
 
+class Key:
+    """What the passes of a module tree are known by, for as long as there is that tree."""
+
+    __slots__ = ("__weakref__",)
+
+
 @dataclass(slots=True, eq=False)
 class Passes:
     """The forward passes of one module tree in one call of `grad_fn`."""
 
-    key: object
-    """Of what; held, so that its id stays its own."""
     found: Found | None = None
     """What they left; None before the first has run."""
     given: list[Any] | None = None
-    """What the last one was given."""
+    """What the last one was given: names, and references to tensors."""
     kept: list[Any] = field(default_factory=list)
     """Replicas that may serve again: NOTE [replicas of a whole call]."""
     written: bool = False
     """Whether one has written on its replicas."""
 
 
-Call: TypeAlias = dict[int, Passes]
-"""Of one call of `grad_fn`, by the id of the module tree."""
+Call: TypeAlias = WeakKeyDictionary[Key, Passes]
+"""Of one call of `grad_fn`."""
 
 
 class Losses(NamedTuple):
@@ -85,10 +90,10 @@ def unreadable(call: Call) -> Iterator[None]:
                     object.__setattr__(module, "__class__", plain(type(module)))
 
 
-def passes(key: object) -> Passes | None:
+def passes(key: Key) -> Passes | None:
     """Those of a module tree in the call whose loss runs; None outside of one."""
     losses = _running.get()
-    return None if losses is None else losses.call.setdefault(id(key), Passes(key))
+    return None if losses is None else losses.call.setdefault(key, Passes())
 
 
 def keep_until_the_loss_has_run(passes: Passes, kept: Any) -> None:
@@ -98,7 +103,7 @@ def keep_until_the_loss_has_run(passes: Passes, kept: Any) -> None:
     losses.later.append((passes, kept))
 
 
-def note(key: object, find: Callable[[], Found]) -> None:
+def note(key: Key, find: Callable[[], Found]) -> None:
     """A pass has run; ``find()`` looks for what it left, unless it is known of ``key`` in this call."""
     losses, own = _running.get(), passes(key)
     if losses is None or own is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def loss_of(
 ) -> Loss:
     """``loss_fn`` as a function of a micro-batch and of leaves, in a call with these arguments."""
     single, own = isinstance(options.argnums, int), engine()
-    passes: _left.Call = {}
+    passes: _left.Call = WeakKeyDictionary()
     rest = [arg for n, arg in enumerate(args) if n not in differentiated], kwargs
 
     def loss(microbatch: _split.Microbatch, leaves: Sequence[Tensor]) -> Outcome:

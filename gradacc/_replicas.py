@@ -33,7 +33,7 @@ import itertools
 import operator
 import types
 import weakref
-from collections import OrderedDict, deque
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -63,6 +63,8 @@ class ModuleTree(NamedTuple):
     """For each module, the position in its ``__dict__`` from which on attributes are its own."""
     method: str
     """What is run of the whole one."""
+    key: _left.Key
+    """What a call of `grad_fn` knows it by."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The module's own tensors as they are now."""
@@ -83,6 +85,7 @@ def module_tree(module: nn.Module, method: str = "forward") -> ModuleTree:
         list(names),
         [len(_EVERY) if (*part.__dict__,)[: len(_EVERY)] == _EVERY else 0 for part in modules],
         method,
+        _left.Key(),
     )
 
 
@@ -227,7 +230,9 @@ def containers(module: nn.Module, first: int, new: New, found: dict[int, tuple[A
 def _pair(own: Any, other: Any, new: New, found: dict[int, tuple[Any, Any]]) -> bool:
     if own is other or id(own) in found or isinstance(other, nn.Module):
         return True
-    if isinstance(own, (*CONTAINERS, tuple)) or _is_record(own):
+    # Of other classes, something else than the items may differ.
+    is_plain = type(own) in (list, tuple, dict, set, deque, OrderedDict, defaultdict, types.SimpleNamespace)
+    if is_plain or (_is_record(own) and hasattr(own, "__dict__") and not _slots(type(own))):  # type: ignore[arg-type]
         if not isinstance(own, tuple):
             found[id(own)] = own, other
         if _PLAIN.issuperset(map(type, items(own))):

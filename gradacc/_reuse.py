@@ -5,19 +5,22 @@ NOTE [replicas of a whole call]
     micro-batches of a call are given the same tensors (NOTE [leaves of a whole call]), so a replica that a pass has left as it
     was made serves the next micro-batch too:
 
-    - a pass that wrote on a replica (an attribute, an item of a container, a hook, another tensor in the place of a parameter
-      or buffer) leaves one that is not used again, and no other is kept in that call;
-    - what the pass wrote *into* buffers does not count, since every pass gets new copies of them;
-    - where the module has changed meanwhile (``eval()``, a dropout rate), a new replica is made;
+    - replicas on which a pass has written (an attribute, an item of a container, a hook, a submodule; in the forward pass or
+      later: in the backward pass, in a checkpoint's second run) do not serve again, and no others are kept in that call;
+    - every pass gets new buffers and new frozen parameters, so that what an earlier one did to them is gone;
+    - where the module has changed meanwhile (``eval()``, a dropout rate), new replicas are made;
     - two passes of one micro-batch have two replicas: a checkpoint may still run the first again.
 
-    Whether something was written is seen by comparing identities, attribute by attribute. A state that may hide more than
-    that shows (hooks, tensors, ``__slots__``, callables that lead to the module) is made anew for every pass.
+    Whether something was written is seen by comparing identities, attribute by attribute, when the next pass begins. A state
+    that may hide more than that shows (hooks, tensors, ``__slots__``, containers of other classes, callables that lead to the
+    module) is made anew for every pass. What is kept elsewhere under the replica's identity (`functools.cache` on a method)
+    is the outside world's, and lasts as it does in a loop over the module itself.
 """
 
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any, NamedTuple
@@ -34,13 +37,15 @@ class State(NamedTuple):
     modules: list[nn.Module]
     attributes: list[dict[str, Any]]
     """Each module's ``__dict__``."""
+    classes: list[type]
     registries: list[dict[str, Any]]
-    """Of parameters and submodules."""
-    buffers: list[dict[str, Any]]
+    """Of which names and values are compared,"""
+    renewed: list[dict[str, Any]]
+    """and of which only the names are: every pass gets other values."""
     hooks: list[dict[int, Any]]
     containers: list[Any]
     held: list[Any]
-    """Names and values of the attributes, of the registries, names of buffers, what the containers hold."""
+    """Names and values of the attributes and of the registries, what the containers hold."""
 
 
 class Kept(NamedTuple):
@@ -52,8 +57,8 @@ class Kept(NamedTuple):
     """Names and tensors that the caller gave."""
     module: State
     replica: State
-    buffers: list[tuple[dict[str, Any], str, str | None]]
-    """Where the replicas hold buffers, under which key, and each one's name in the tree; None where there is none."""
+    renewed: list[tuple[dict[str, Any], str, str | None]]
+    """Where every pass puts what it is given, under which key, and each one's name in the tree; None where there is none."""
 
 
 class Pass(NamedTuple):
@@ -75,61 +80,71 @@ def replicas(
 
     ``params``: of the ``tensors``, those that the caller gave.
     """
-    passes = None if _where.functorch_is_active() else _left.passes(plan)
+    passes = None if _where.functorch_is_active() else _left.passes(plan.key)
     if passes is None or passes.written:
         return Pass(_replicas.replicate(plan, own, tensors, replaced), None)
     given = [*params, *params.values()]
     if passes.kept:
         kept: Kept = passes.kept.pop()
-        if _same(kept.own, list(own.values())) and _same(kept.given, given) and _is_as_it_was(kept.module):
-            for held, key, name in kept.buffers:
+        passes.written = not _is_as_it_was(kept.replica)
+        same = _same(kept.own, list(own.values())) and _same(kept.given, given)
+        if same and not passes.written and _is_as_it_was(kept.module):
+            for held, key, name in kept.renewed:
                 held[key] = None if name is None else tensors[name]
             return Pass(kept.new, kept)
     new = _replicas.replicate(plan, own, tensors, replaced)
     # Of the first micro-batch nothing says whether there will be another one, with the same tensors.
-    again, passes.given = _same(passes.given, given), given
-    return Pass(new, _keep(plan, own, given, new) if again else None)
+    before = [each() if isinstance(each, weakref.ref) else each for each in passes.given or ()]
+    passes.given = [*params, *map(weakref.ref, params.values())]
+    keeps = _same(before, given) and not passes.written
+    return Pass(new, _keep(plan, own, given, new) if keeps else None)
 
 
 def done(plan: ModuleTree, run: Pass) -> None:
-    """The forward pass has run."""
-    kept, passes = run.kept, _left.passes(plan)
+    """The forward pass has run: its replicas may serve another micro-batch."""
+    kept, passes = run.kept, _left.passes(plan.key)
     if kept is None or passes is None:
         return
-    if _is_as_it_was(kept.replica):
-        _left.keep_until_the_loss_has_run(passes, kept)
-    else:
+    if any(held[key] is not None and held[key].requires_grad for held, key, name in kept.renewed if key in held):
+        # A graph would live on with it.
         passes.written = True
+    else:
+        _left.keep_until_the_loss_has_run(passes, kept)
 
 
 def _keep(plan: ModuleTree, own: Mapping[str, Tensor], given: list[Any], new: New) -> Kept | None:
     """Replicas as they were made, before the pass; None where a state may hide what is written into it."""
     if new[_replicas.LED] or any(tensor.__dict__ for tensor in own.values()):
         return None
-    names = {id(own[name]): name for name in plan.buffers if name in own}
+    frozen = [name for name in plan.params if name in own and name not in given]
+    names = {id(own[name]): name for name in (*plan.buffers, *frozen) if name in own}
     containers: dict[int, tuple[Any, Any]] = {}
-    buffers: list[tuple[dict[str, Any], str, str | None]] = []
+    renewed: list[tuple[dict[str, Any], str, str | None]] = []
     made: list[nn.Module] = []
     for module, first in zip(plan.modules, plan.first, strict=True):
         replica = new[id(module)]
         if not _replicas.containers(module, first, new, containers):
             return None
         made.append(replica)
-        held = module._buffers
-        buffers += [(replica._buffers, key, names.get(id(held[key]))) for key in held]
-    before = _state(plan.modules, [one for one, _ in containers.values()])
+        renewed += [(replica._buffers, key, names.get(id(buffer))) for key, buffer in module._buffers.items()]
+        parameters = module._parameters
+        if any(id(param) in names for param in parameters.values()):
+            every = {id(own[name]): name for name in plan.params if name in own}
+            renewed += [(replica._parameters, key, every.get(id(param))) for key, param in parameters.items()]
+    before = _state(plan.modules, [], [one for one, _ in containers.values()])
     if any(before.hooks):
         return None
-    after = _state(made, [copied for _, copied in containers.values()])
-    return Kept(new, list(own.values()), given, before, after, buffers)
+    after = _state(made, [held for held, _, _ in renewed], [copied for _, copied in containers.values()])
+    return Kept(new, list(own.values()), given, before, after, renewed)
 
 
-def _state(modules: list[nn.Module], containers: list[Any]) -> State:
+def _state(modules: list[nn.Module], renewed: list[dict[str, Any]], containers: list[Any]) -> State:
     attributes = [module.__dict__ for module in modules]
-    registries = [held[key] for held in attributes for key in ("_parameters", "_modules")]
-    buffers = [held["_buffers"] for held in attributes]
+    apart = {id(held): held for held in renewed}
+    every = [held[key] for held in attributes for key in ("_parameters", "_buffers", "_modules")]
+    registries = [held for held in every if id(held) not in apart]
     hooks = [hooks for held in attributes for hooks in _replicas.hooks_of(held)]
-    state = State(modules, attributes, registries, buffers, hooks, containers, [])
+    state = State(modules, attributes, [*map(type, modules)], registries, [*apart.values()], hooks, containers, [])
     state.held[:] = _held(state)
     return state
 
@@ -137,13 +152,14 @@ def _state(modules: list[nn.Module], containers: list[Any]) -> State:
 def _is_as_it_was(state: State) -> bool:
     return (
         all(map(operator.is_, map(vars, state.modules), state.attributes))
+        and all(map(operator.is_, map(type, state.modules), state.classes))
         and not any(state.hooks)
         and _same(state.held, _held(state))
     )
 
 
 def _held(state: State) -> list[Any]:
-    found: list[Any] = [*chain.from_iterable(chain(state.attributes, state.registries, state.buffers))]
+    found: list[Any] = [*chain.from_iterable(chain(state.attributes, state.registries, state.renewed))]
     found += chain.from_iterable(map(dict.values, chain(state.attributes, state.registries)))
     for container in state.containers:
         found += _replicas.items(container)

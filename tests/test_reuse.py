@@ -1,5 +1,7 @@
 """Replicas that serve several micro-batches: as if every pass had its own, NOTE [replicas of a whole call]."""
 
+import dataclasses
+import weakref
 from unittest import mock
 
 import hypothesis
@@ -273,3 +275,244 @@ def test_any_sequence_of_writes_and_changes(hows, changes):
         return gradacc.accumulate_and_value(loss, has_aux=True)(params, microbatches())
 
     assert_trees_equal(run(), anew(run))
+
+
+class Scales(nn.Module):
+    """A weight that is trained, and a factor from what earlier passes of this replica did, which is 1 where there were none."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.ones(3, dtype=D))
+        self.frozen = nn.Parameter(torch.ones((), dtype=D), requires_grad=False)
+        self.number = 1
+
+    def forward(self, x):
+        return x * self.w * self.factor(x)
+
+    def factor(self, x):
+        return self.number
+
+
+class FrozenData(Scales):
+    def factor(self, x):
+        self.frozen.data = self.frozen.data * 2
+        return self.frozen / 2
+
+
+class FrozenAttribute(Scales):
+    def factor(self, x):
+        self.frozen.number = getattr(self.frozen, "number", 0) + 1
+        return self.frozen.number
+
+
+class InBackward(Scales):
+    def forward(self, x):
+        return Notes.apply(x * self.w * self.number, self)
+
+
+class Notes(torch.autograd.Function):
+    """Its backward pass writes on a module."""
+
+    @staticmethod
+    def forward(ctx, x, module):
+        ctx.module = module
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.module.number += 1
+        return grad, None
+
+
+class Recomputed(Scales):
+    def forward(self, x):
+        return checkpoint(self.counted, x * self.w, use_reentrant=False) * self.number
+
+    def counted(self, y):
+        if torch._C._current_graph_task_id() != -1:
+            self.number += 1
+        return y.sin()
+
+
+class Unpacked(Scales):
+    def forward(self, x):
+        number = self.number
+
+        def unpack(saved):
+            self.number += 1
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(lambda saved: saved, unpack):
+            return (x * self.w).sin() * number
+
+
+class Log(list):
+    number = 0
+
+
+class OfAnotherList(Scales):
+    def __init__(self):
+        super().__init__()
+        self.log = Log()
+
+    def factor(self, x):
+        self.log.number += 1
+        return self.log.number
+
+
+class Base:
+    pass
+
+
+@dataclasses.dataclass(slots=True)
+class Slotted(Base):
+    number: int = 0
+
+
+class OfSlots(Scales):
+    def __init__(self):
+        super().__init__()
+        self.slotted = Slotted()
+
+    def factor(self, x):
+        self.slotted.number += 1
+        return self.slotted.number
+
+
+class OfAnotherClass(Scales):
+    def forward(self, x):
+        self.__class__ = Doubles
+        return x * self.w
+
+
+class Doubles(Scales):
+    def forward(self, x):
+        return x * self.w * 2
+
+
+HIDDEN = [
+    *(FrozenData, FrozenAttribute, InBackward, Recomputed, Unpacked, OfAnotherList, OfSlots, OfAnotherClass),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", HIDDEN)
+def test_what_is_written_where_one_does_not_look_first(cls):
+    """On frozen parameters, in the backward pass, in a checkpoint's second run, in slots and subclasses, on the class."""
+    apply, params, _ = gradacc.functional(cls())
+    grad_fn = gradacc.accumulate_and_value(lambda p, x: apply(p, x).sum() / len(x), steps=6)
+    assert_trees_equal(grad_fn(params, X), anew(lambda: grad_fn(params, X)))
+
+
+@pytest.mark.parametrize("change", ["class", "frozen data", "buffer where there was none"])
+def test_other_changes_between_micro_batches(change):
+    def run():
+        module = Scales()
+        module.register_buffer("none", None)
+        apply, params, _ = gradacc.functional(module)
+
+        def microbatches():
+            for n, part in enumerate(X.split(2)):
+                yield part
+                if n == 2 and change == "class":
+                    module.__class__ = Doubles
+                elif change == "frozen data":
+                    module.frozen.data = module.frozen.data * 3
+                elif n == 2 and change == "buffer where there was none":
+                    module.none = torch.ones(1)
+
+        def loss(p, x):
+            return (apply(p, x) * apply(p, torch.ones((), dtype=D)).detach().mean() * 1).sum() / len(x)
+
+        if change == "frozen data":
+            module.factor = lambda x: module.frozen
+        return gradacc.accumulate_and_value(loss)(params, microbatches())
+
+    if change.startswith("buffer"):
+        with pytest.raises(ValueError, match="has got other submodules, parameters or buffers"):
+            run()
+    else:
+        assert_trees_equal(run(), anew(run))
+
+
+def test_hooks_of_a_micro_batch_are_not_the_next_one_s():
+    """After a micro-batch of weight 0, without a graph, and where they are registered in the backward pass."""
+
+    def hooked(w, x, how, seen):
+        seen.append(1)
+        last = len(seen) == 3
+        if last and how == "post":
+            w.register_post_accumulate_grad_hook(lambda leaf: leaf.grad.zero_())
+        if last and how == "node":
+            seen.append(torch.autograd.graph.get_gradient_edge(w).node)
+            seen[-1].register_prehook(lambda grads: tuple(grad * 0 for grad in grads))
+        y = (x @ w).square().sum()
+        if how == "in backward":
+            y.register_hook(lambda grad: w.register_hook(lambda grad: grad * 2) and None)
+        return gradacc.Mean(
+            y * (not (last and how in ("post", "node"))), 0 if last and how in ("post", "node") else len(x)
+        )
+
+    w = torch.ones(3, dtype=D)
+    plain = torch.func.grad(lambda w, x: (x @ w).square().sum() / len(x))
+    for how in ("post", "node"):
+        expected = plain(w, torch.cat([X[:4], X[6:]]))
+        assert_trees_close(gradacc.accumulate(hooked, steps=6)(w, X, how, []), expected)
+    # In a loop of `.backward()` too, a hook that is registered by then is not run in that pass; the next leaf has none.
+    assert_trees_close(gradacc.accumulate(hooked, steps=6)(w, X, "in backward", []), 2 * plain(w, X))
+
+
+def test_nothing_lives_on():
+    """A module made in the loss, parameters that are computed, a graph in a buffer."""
+    alive = {"module": [], "params": [], "buffer": []}
+
+    def note(name, thing):
+        alive[name].append(weakref.ref(thing))
+
+    apply, params, _ = gradacc.functional(KeepsLast(note))
+
+    def loss(p, x):
+        for refs in alive.values():
+            assert not any(ref() is not None for ref in refs)
+        own = nn.Linear(3, 1, dtype=D)
+        note("module", own)
+        inner, weights, _ = gradacc.functional(own)
+        y = inner({name: weight * 2 for name, weight in weights.items()}, x).mean()
+        computed = {name: value * 1.5 for name, value in p.items()}
+        note("params", computed["weight"])
+        return (apply(computed, x) + apply(p, x)).square().mean() + y.detach()
+
+    gradacc.accumulate(loss, steps=6)(params, X)
+    assert [len(refs) for refs in alive.values()] == [6, 6, 12]
+
+
+class KeepsLast(nn.Module):
+    def __init__(self, note):
+        super().__init__()
+        self.weight, self.note = nn.Parameter(torch.ones(3, dtype=D)), note
+        self.register_buffer("last", None)
+
+    def forward(self, x):
+        self.last = x * self.weight
+        self.note("buffer", self.last)
+        return self.last * 1
+
+
+def test_another_error_stays_what_it_is():
+    """A constant with a graph, older than the micro-batch, is no memo whose graph is gone."""
+    older = (torch.ones(3, dtype=D, requires_grad=True) * 2).sum()
+
+    class Raises(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, error):
+            ctx.error = error
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise ctx.error
+
+    for error in (RuntimeError("my own"), torch.OutOfMemoryError("no memory")):
+        with pytest.raises(type(error), match=str(error)):
+            gradacc.accumulate(lambda w, x, error=error: Raises.apply((x @ w).sum() * older, error), steps=2)(
+                torch.ones(3, dtype=D), X
+            )

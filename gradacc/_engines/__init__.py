@@ -42,6 +42,8 @@ class Buffer(NamedTuple):
 
     leaves: list[Tensor]
     """Of an eager micro-batch before, if the next one may have them: NOTE [leaves of a whole call] in ``eager.py``."""
+    hooks: int
+    """How many hooks torch had been given then."""
 
     def closed_over(self) -> list[Tensor]:
         """Those leaves that are still there."""

@@ -19,7 +19,8 @@ NOTE [buffers that nobody else holds]
     or is larger than the gradient (a slice would keep all of it alive).
 
 NOTE [leaves of a whole call]
-    All micro-batches of a call have the same leaves, unless the loss did something to them (a hook, an attribute, ``.data``):
+    All micro-batches of a call have the same leaves, unless something was done to them (an attribute, ``.data``), or any hook
+    was registered meanwhile, which torch counts:
     what `functional` makes of them serves them all too, NOTE [replicas of a whole call]. So what a loss has memoised of them in
     an earlier micro-batch leads to the same leaves, and its gradient is right; but where it is something whose graph is gone
     after one backward pass, torch raises, and we say why.
@@ -75,7 +76,7 @@ def guard() -> AbstractContextManager[None]:
 
 def init(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Buffer:
     """Nothing accumulated."""
-    return Buffer([_without_inference(param) for param in params], list(dtypes), [None] * len(params), False, {}, [])
+    return Buffer([_without_inference(param) for param in params], list(dtypes), [None] * len(params), False, {}, [], 0)
 
 
 def resume(
@@ -88,7 +89,7 @@ def resume(
     """With gradients that were accumulated before: in their memory if they are donated, else in copies."""
     alone = _with_own_storage(grads) if donated else set()
     held = [None if grad is None else _to_add_to(grad, i in alone) for i, grad in enumerate(grads)]
-    return Buffer([_without_inference(param) for param in params], list(dtypes), held, arrived, {}, [])
+    return Buffer([_without_inference(param) for param in params], list(dtypes), held, arrived, {}, [], 0)
 
 
 @contextmanager
@@ -110,7 +111,7 @@ def admit(tree: Any) -> Any:
 def forward(buffer: Buffer, loss: Callable[[Sequence[Tensor]], Outcome]) -> tuple[Tape, Outcome]:
     """Run the loss of one micro-batch."""
     leaves = buffer.leaves
-    if not _are_as_made(leaves, buffer.params):
+    if buffer.hooks != RemovableHandle.next_id or not _are_as_made(leaves, buffer.params):
         leaves = [param.detach().requires_grad_() for param in buffer.params]
     if not buffer.arrived:
         # Of later micro-batches of a call, the parameters' memory tells enough.
@@ -169,13 +170,14 @@ def _backward(buffer: Buffer, tape: Tape, edge: GradientEdge, counts: Contributi
             leaf.register_post_accumulate_grad_hook(partial(hook, i))  # type: ignore[no-untyped-call]  # torch's
     # A pass that leads to our leaves alone need not be restricted to them, which costs as much as many small nodes.
     inputs: list[Any] | None = [*(leaves[i] for i in rest), *edges] if closes or edges else None
+    hooks = RemovableHandle.next_id
     torch.autograd.backward(edge, _like(tape.target, counts.cotangent), inputs=inputs)
     if hook is None:
         reached.update(_take_leaf_grads(buffer.grads, leaves))
     _forget_casts(leaves)
     # NOTE [leaves of a whole call]
-    kept = leaves if hook is None and not tape.hooked else []
-    return buffer._replace(arrived=buffer.arrived or bool(reached), leaves=kept)
+    kept = leaves if hook is None and not tape.hooked and hooks == RemovableHandle.next_id else []
+    return buffer._replace(arrived=buffer.arrived or bool(reached), leaves=kept, hooks=hooks)
 
 
 def merge(
@@ -210,7 +212,9 @@ def _are_as_made(leaves: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
     """Whether these are leaves of the parameters, to which nothing has been done: NOTE [leaves of a whole call]."""
     return (
         {*map(type, leaves)} == {Tensor}
-        and all(leaf.requires_grad and not leaf._backward_hooks and (leaf.is_cpu or leaf.is_cuda) for leaf in leaves)
+        and all(
+            leaf.requires_grad and leaf.grad_dtype == leaf.dtype and (leaf.is_cpu or leaf.is_cuda) for leaf in leaves
+        )
         and {key for leaf in leaves for key in leaf.__dict__} <= {_closed.MARK}
         and all(map(Tensor.is_set_to, leaves, params))
     )

@@ -39,7 +39,7 @@ def guard() -> AbstractContextManager[None]:
 
 def init(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Buffer:
     """Nothing accumulated."""
-    return Buffer(list(params), list(dtypes), [None] * len(params), False, {}, [])
+    return Buffer(list(params), list(dtypes), [None] * len(params), False, {}, [], 0)
 
 
 def resume(
@@ -50,7 +50,7 @@ def resume(
     donated: bool,
 ) -> Buffer:
     """With gradients that were accumulated before; nothing is changed in place, donated or not."""
-    return Buffer(list(params), list(dtypes), list(grads), arrived, {}, [])
+    return Buffer(list(params), list(dtypes), list(grads), arrived, {}, [], 0)
 
 
 def calling(arguments: Any, passes: _left.Call) -> AbstractContextManager[None]:

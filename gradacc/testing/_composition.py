@@ -26,6 +26,7 @@ def explain(evidence: Evidence, probe: Probe, tolerance: float) -> Diagnosis:
         _reduction(evidence, parts, tolerance)
         or _weights(evidence, parts, tolerance)
         or _constant(parts, tolerance)
+        or _nonlinear(parts, tolerance)
         or _interaction(evidence, probe, parts, tolerance)
     )
 
@@ -97,15 +98,19 @@ def _constant(parts: _additive.Parts, tolerance: float) -> Diagnosis | None:
     )
 
 
+def _nonlinear(parts: _additive.Parts, tolerance: float) -> Diagnosis | None:
+    if parts.residual_of_combinations() > tolerance:
+        return None
+    return Diagnosis(
+        "nonlinear",
+        "the gradient of two parts of the batch together combines theirs, but neither it nor the value is their mean: "
+        "the loss is a function of a mean over examples (a root, a logarithm, a power), not a mean.",
+        "accumulate the mean m itself, (grads, m) = accumulate_and_value(mean_fn)(params, batch), and apply the "
+        "function f afterwards: its gradient is f'(m) * grads.",
+    )
+
+
 def _interaction(evidence: Evidence, measured: Probe, parts: _additive.Parts, tolerance: float) -> Diagnosis:
-    if parts.residual_of_combinations() <= tolerance:
-        return Diagnosis(
-            "nonlinear",
-            "the gradient of two parts of the batch together combines theirs, but neither it nor the value is their mean: "
-            "the loss is a function of a mean over examples (a root, a logarithm, a power), not a mean.",
-            "accumulate the mean m itself, (grads, m) = accumulate_and_value(mean_fn)(params, batch), and apply the "
-            "function f afterwards: its gradient is f'(m) * grads.",
-        )
     probe = evidence.probe
     norms = [
         each.module for each in probe.before.modules if isinstance(each.module, _BatchNorm) and each.module.training
