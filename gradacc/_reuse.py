@@ -105,7 +105,7 @@ def done(plan: ModuleTree, run: Pass) -> None:
     kept, passes = run.kept, _left.passes(plan.key)
     if kept is None or passes is None:
         return
-    if any(held[key] is not None and held[key].requires_grad for held, key, name in kept.renewed if key in held):
+    if any(held[key] is not None and held[key].grad_fn is not None for held, key, _ in kept.renewed if key in held):
         # A graph would live on with it.
         passes.written = True
     else:

@@ -391,7 +391,7 @@ class Doubles(Scales):
 
 
 HIDDEN = [
-    *(FrozenData, FrozenAttribute, InBackward, Recomputed, Unpacked, OfAnotherList, OfSlots, OfAnotherClass),
+    *(Scales, FrozenData, FrozenAttribute, InBackward, Recomputed, Unpacked, OfAnotherList, OfSlots, OfAnotherClass),
 ]  # fmt: skip
 
 
@@ -400,7 +400,10 @@ def test_what_is_written_where_one_does_not_look_first(cls):
     """On frozen parameters, in the backward pass, in a checkpoint's second run, in slots and subclasses, on the class."""
     apply, params, _ = gradacc.functional(cls())
     grad_fn = gradacc.accumulate_and_value(lambda p, x: apply(p, x).sum() / len(x), steps=6)
-    assert_trees_equal(grad_fn(params, X), anew(lambda: grad_fn(params, X)))
+    actual, count = made(lambda: grad_fn(params, X))
+    assert_trees_equal(actual, anew(lambda: grad_fn(params, X)))
+    # What is put back anyway serves all the same.
+    assert count == (2 if cls in (Scales, FrozenData, FrozenAttribute) else 6)
 
 
 @pytest.mark.parametrize("change", ["class", "frozen data", "buffer where there was none"])
