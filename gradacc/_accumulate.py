@@ -9,7 +9,7 @@ from typing import Any, Unpack, overload
 import torch
 from torch import Tensor
 
-from gradacc import _call, _connect, _loop, _options, _split, _sync, _tree
+from gradacc import _call, _connect, _loop, _options, _split, _sync, _tree, _weights
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
 from gradacc._options import AccumulateOptions, Options, Reduction
@@ -33,6 +33,7 @@ def accumulate(
     reduction: Reduction = "mean",
     dtype: torch.dtype | None = None,
     sync: AllReduce | None = None,
+    weights: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """The gradient of one large batch, in the memory of a micro-batch.
 
@@ -53,7 +54,7 @@ def accumulate(
         >>> grad_fn(torch.ones(2), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
         tensor([52.6667, 66.6667])
     """
-    given = _options.Given(steps, microbatch_size, split, in_dims, argnums, has_aux, reduction, dtype, sync)
+    given = _options.Given(steps, microbatch_size, split, in_dims, argnums, has_aux, reduction, dtype, sync, weights)
     if loss_fn is None:
         return functools.partial(accumulate, **given._asdict())
     return _without_value(_grad_and_value("accumulate", loss_fn, given), has_aux)
@@ -79,6 +80,7 @@ def accumulate_and_value(
     reduction: Reduction = "mean",
     dtype: torch.dtype | None = None,
     sync: AllReduce | None = None,
+    weights: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """The gradient and the value of one large batch, in the memory of a micro-batch.
 
@@ -153,7 +155,7 @@ def accumulate_and_value(
     Source: ``optax.microbatching.microbatch`` (the transform); torchtitan's trainer (count first, divide by the whole
     batch's count).
     """
-    given = _options.Given(steps, microbatch_size, split, in_dims, argnums, has_aux, reduction, dtype, sync)
+    given = _options.Given(steps, microbatch_size, split, in_dims, argnums, has_aux, reduction, dtype, sync, weights)
     if loss_fn is None:
         return functools.partial(accumulate_and_value, **given._asdict())
     return _grad_and_value("accumulate_and_value", loss_fn, given)
@@ -161,11 +163,15 @@ def accumulate_and_value(
 
 def _grad_and_value(name: str, loss_fn: Callable[..., Any], given: _options.Given) -> Callable[..., Any]:
     options = _options.options(name, loss_fn, given)
-    agreed = None if options.sync is None else _sync.Agreed(name, loss_fn, options.sync.group)
+    agreed = counting = None
+    if options.sync is not None:
+        agreed = _sync.Agreed(name, loss_fn, options.sync.group)
+        if options.weights is not None:
+            counting = _sync.Agreed(f"{name}, weights", options.weights, options.sync.group)
 
     @functools.wraps(loss_fn, updated=())  # the __dict__ of a compiled loss holds Dynamo's marks, which are not ours
     def grad_fn(*args: Any, **kwargs: Any) -> Any:
-        return _run(options, agreed, loss_fn, args, kwargs)
+        return _run(options, agreed, counting, loss_fn, args, kwargs)
 
     return grad_fn
 
@@ -182,11 +188,13 @@ def _without_value(grad_and_value: Callable[..., Any], has_aux: bool) -> Callabl
 def _run(
     options: Options,
     agreed: _sync.Agreed | None,
+    counting: _sync.Agreed | None,
     loss_fn: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     """One call of ``grad_fn``: ``finalize . sync . fold . init``."""
+    divisors = _weights.divisors(options, counting, args)
     boundary = _sync.connect(options, agreed)
     try:
         differentiated, batch = _call.positions(options, args)
@@ -194,7 +202,7 @@ def _run(
         rest = [arg for n, arg in enumerate(args) if n not in differentiated]
         call = _connect.call_to_connect((args, kwargs), params, (rest, kwargs))
         loss = _loop.loss_of(options, loss_fn, args, differentiated, treedef, kwargs)
-        fold = _loop.start(options, params, treedef, loss)
+        fold = _loop.start(options, params, treedef, loss, divisors)
         boundary.bind(params, treedef, fold.accumulated, args[batch])
         divided = _split.microbatches(options, args, differentiated, batch)
         if divided.cut is not None and divided.cut.runs and divided.cut.runs[0].size == 1:
@@ -207,7 +215,7 @@ def _run(
     results = _loop.finish(fold, buffer, sums, boundary, lambda sums: _loop.typed(fold, sums, empty))
     if call is None:
         return results
-    again = _why_not_again(boundary.crosses, args[batch]) or functools.partial(_run, options, None, loss_fn)
+    again = _why_not_again(boundary.crosses, args[batch]) or functools.partial(_run, options, None, None, loss_fn)
     return _connect.connect(options.name, call, results, buffer.closed_over(), again)
 
 

@@ -258,10 +258,11 @@ def _merge(options: Options, donate: bool, one: Any, other: Any) -> AccumulatorS
         _state.check_alike(options, a, b.facts.params, structure, others, "b")
         if not _counts(a) or not _counts(b):  # a known type says more than nothing
             return a if _counts(a) or (not _counts(b) and b.sums.value is None) else b
-        losses = _sums.dtype(sums), _sums.dtype(more)
+        losses = _sums.dtypes(sums), _sums.dtypes(more)
         if losses[0] != losses[1]:
+            one, other = (" and ".join(map(str, found)) for found in losses)
             raise ValueError(
-                f"{options.name}: the losses of a and b are {losses[0]} and {losses[1]}; merge takes states of the same loss"
+                f"{options.name}: the losses of a and b are {one}, and {other}; merge takes states of the same loss"
             )
 
         def both() -> AccumulatorState:

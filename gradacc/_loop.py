@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from gradacc import _call, _dtypes, _left, _loss, _split, _sums, _sync, _tree
+from gradacc import _call, _dtypes, _left, _loss, _split, _sums, _sync, _tree, _weights
 from gradacc._engines import Buffer, Engine, eager, functional
 from gradacc._loss import Outcome
 from gradacc._options import Options
@@ -38,6 +38,8 @@ class Fold(NamedTuple):
     """What each gradient is summed in,"""
     returned: list[torch.dtype]
     """and returned in."""
+    divisors: _loss.Divisors | None = None
+    """What several means are divided by, where it was counted."""
     known: int | None = None
     """The number of examples of all micro-batches, where it is known beforehand."""
 
@@ -47,10 +49,16 @@ def engine() -> Engine:
     return functional if transforming() else eager
 
 
-def start(options: Options, params: list[Tensor], treedef: _tree.TreeDef, loss: Loss | None) -> Fold:
+def start(
+    options: Options,
+    params: list[Tensor],
+    treedef: _tree.TreeDef,
+    loss: Loss | None,
+    divisors: _loss.Divisors | None = None,
+) -> Fold:
     """With the engine that this place needs."""
     accumulated, returned = _dtypes.dtypes(options.dtype, params)
-    return Fold(options, engine(), loss, params, treedef, accumulated, returned)
+    return Fold(options, engine(), loss, params, treedef, accumulated, returned, divisors)
 
 
 def loss_of(
@@ -108,15 +116,21 @@ def step(
     fold: Fold, buffer: Buffer, sums: Sums, microbatch: _split.Microbatch, boundary: _sync.Boundary | None = None
 ) -> tuple[Buffer, Sums]:
     """One micro-batch; where there is a ``boundary``, its gradients are delivered there as they become final."""
-    options, engine, loss = fold.options, fold.engine, fold.loss
-    assert loss is not None
-    tape, outcome = engine.forward(buffer, functools.partial(loss, microbatch))
+    options, engine = fold.options, fold.engine
+    tape, outcome = engine.forward(buffer, functools.partial(_evaluate, fold, microbatch))
     counts = _sums.contribution(options, sums, outcome, fold.known, _is_narrow(fold, outcome))
+    # Gradients of one target are final with the last micro-batch; those of several are added up behind the boundary.
+    deliver = None if boundary is None or len(outcome.targets) > 1 else boundary.deliver
     if boundary is not None:
-        boundary.set_unit(counts.unit, sums.weight + (0.0 if outcome.weight is None else outcome.weight))
+        boundary.set_unit(counts.unit, sums.weight + _sums.weight_of(outcome))
     if counts.counts:
-        buffer = engine.backward(buffer, tape, counts, None if boundary is None else boundary.deliver)
+        buffer = engine.backward(buffer.of_targets(len(outcome.targets)), tape, counts, deliver)
     return buffer, _sums.add(options, sums, outcome, counts, microbatch.sizes)
+
+
+def _evaluate(fold: Fold, microbatch: _split.Microbatch, leaves: Sequence[Tensor]) -> Outcome:
+    assert fold.loss is not None
+    return _loss.divided(fold.options, fold.loss(microbatch, leaves), fold.divisors)
 
 
 def typed(fold: Fold, sums: Sums, empty: _split.Microbatch | None) -> Sums:
@@ -142,7 +156,7 @@ def finish(
         check_dependence(options.name, not sums.differentiated or arrived)
         value, aux = _sums.finalize(options, sums, fold.params[0])
         buffer = buffer._replace(grads=grads)
-        results = engine.finalize(buffer, fold.returned, _sums.gradient_factor(options, sums))
+        results = engine.finalize(buffer, fold.returned, _weights.gradient_factors(options, sums, fold.divisors))
         tree = _tree.unflatten(fold.treedef, results)
     boundary.done()
     return tree, ((value, aux) if options.has_aux else value)
@@ -160,7 +174,7 @@ def check_dependence(name: str, depends: bool) -> None:
 
 def _is_narrow(fold: Fold, outcome: Outcome) -> bool:
     """Whether the backward pass has numbers of fewer digits than the buffer: NOTE [cotangents and factors]."""
-    return outcome.target.dtype.itemsize < 4 or any(
+    return any(target.dtype.itemsize < 4 for target in outcome.targets) or any(
         param.dtype != dtype for param, dtype in zip(fold.params, fold.accumulated, strict=True)
     )
 

@@ -5,26 +5,31 @@ NOTE [one sum, two meanings]
     states are combined by. In a loss it looks like something else, ``a.value + b.value``: the usual loss of a detector or of
     several tasks, where each is a mean over something of its own. Both are plausible there (a mean that is computed in chunks
     is pooled), and nothing in the numbers tells them apart; so a `Mean` knows that it was made by ``+``, and as a loss is
-    refused until the caller has said which is meant (torch's tree maps and `torch.vmap` keep that). Everything else that would
+    refused until the caller has said which is meant (torch's tree maps and `torch.vmap` keep that): a tuple, list or dict of
+    `Mean`s is the sum of their values. A factor has one meaning, whichever of the two sums is meant. Everything else that would
     be arithmetic of values is refused at once.
 """
 
 from __future__ import annotations
 
+import functools
 import numbers
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from gradacc import _tree
 from gradacc._describe import describe
 
 SEVERAL_MEANS = (
-    "The sum of several means is not available as a loss in this version. What works: count what each is a mean of over the "
-    "whole batch, first; pass the counts as further arguments; and return total_1 / count_1 + total_2 / count_2, with "
-    "reduction='sum' (help(gradacc.Mean) has an example)"
+    "Where the sum of several means is meant, a.value + 5.0 * b.value, return them as a tuple, list or dict: (a, 5.0 * b). "
+    "Each is divided by its own weight"
 )
 """For messages, wherever a loss looks like one."""
 
@@ -49,9 +54,9 @@ class Mean:
             term). It is best left where it was counted: on an accelerator it is not read, which would wait for the device.
 
     Raises:
-        TypeError: arithmetic other than the sum of two `Mean`s, comparisons, ``float(mean)``, a format: a result's ``value`` is
-            a tensor, of which there are these. In a loss, a factor and a penalty go into the total:
-            ``Mean(5.0 * total, weight)``, ``Mean(total + weight * penalty, weight)``.
+        TypeError: arithmetic other than the sum of two `Mean`s and a factor (``5.0 * mean``, ``mean / 2``, ``-mean``: of the
+            value, and so of the total), comparisons, ``float(mean)``, a format: a result's ``value`` is a tensor, of which
+            there are these. In a loss, a penalty goes into the total: ``Mean(total + weight * penalty, weight)``.
 
     Example:
         >>> import torch, gradacc
@@ -60,26 +65,30 @@ class Mean:
         tensor(3.)
 
     Several means: the sum of a mean over one thing and a mean over another (a detector's classes and boxes, two tasks) is not
-    their ``+``, and a loss that returns that is an error. Count first, over the whole batch, and add up what is divided by the
-    counts (a batch without boxes would divide by 0; ``clamp(min=1)`` makes the mean of nothing 0):
+    their ``+``, and a loss that returns that is an error. Return them in a tuple, list or dict; the value is one like it:
 
         >>> import torch.nn.functional as F
-        >>> def loss_fn(params, batch, num_labels, num_boxes):
+        >>> def loss_fn(params, batch):
         ...     logits, boxes = batch["x"] @ params["class"], batch["x"] @ params["box"]
         ...     classes = F.cross_entropy(logits, batch["label"], reduction="sum", ignore_index=-100)
         ...     offsets = ((boxes - batch["box"]).abs().sum(1) * batch["has_box"]).sum()
-        ...     return classes / num_labels + 5.0 * offsets / num_boxes
+        ...     return {
+        ...         "class": gradacc.Mean(classes, (batch["label"] != -100).sum()),
+        ...         "box": 5.0 * gradacc.Mean(offsets, batch["has_box"].sum()),
+        ...     }
         >>> params = {"class": torch.ones(4, 3), "box": torch.ones(4, 2)}
         >>> batch = {
         ...     "x": torch.arange(24.0).view(6, 4).cos(), "label": torch.tensor([0, 2, -100, 1, -100, 2]),
         ...     "box": torch.zeros(6, 2), "has_box": torch.tensor([1, 0, 0, 1, 0, 0]),
         ... }
-        >>> num_labels, num_boxes = (batch["label"] != -100).sum(), batch["has_box"].sum().clamp(min=1)
-        >>> grad_fn = gradacc.accumulate_and_value(loss_fn, steps=3, reduction="sum")
-        >>> actual = grad_fn(params, batch, num_labels, num_boxes)
-        >>> torch.testing.assert_close(actual, torch.func.grad_and_value(loss_fn)(params, batch, num_labels, num_boxes))
+        >>> grads, value = gradacc.accumulate_and_value(loss_fn, steps=3)(params, batch)
+        >>> def whole(params):
+        ...     loss = loss_fn(params, batch)
+        ...     return loss["class"].value + loss["box"].value
+        >>> expected = torch.func.grad_and_value(whole)(params)
+        >>> torch.testing.assert_close((grads, value["class"].value + value["box"].value), expected)
 
-    Between ranks the counts are those of all ranks: one ``all_reduce`` of them before.
+    ``docs/batches.md`` says what that costs, and how to count the weights first (``weights=``), which costs nothing.
     """
 
     total: Tensor
@@ -104,19 +113,32 @@ class Mean:
             return self
         _refuse_sum(other)
 
-    def __mul__(self, other: object) -> NoReturn:
-        _refuse(f"a Mean times {describe(other)}", "Mean(factor * mean.total, mean.weight)")
+    __array_ufunc__ = None  # NumPy's numbers leave arithmetic to what follows
+
+    def __mul__(self, factor: object) -> Mean:
+        return self._scaled(operator.mul, factor, "times")
 
     __rmul__ = __mul__
 
-    def __truediv__(self, other: object) -> NoReturn:
-        _refuse(f"a Mean divided by {describe(other)}", "Mean(mean.total / divisor, mean.weight)")
+    def __truediv__(self, divisor: object) -> Mean:
+        return self._scaled(operator.truediv, divisor, "divided by")
+
+    def _scaled(self, func: Callable[[Any, Any], Any], number: object, words: str) -> Mean:
+        """Its value ``func(value, number)``, of the same weight; a sum of two stays one."""
+        factor: Any = number
+        if isinstance(number, (Fraction, Decimal)):
+            factor = float(number)
+        if not isinstance(factor, numbers.Real) and not (isinstance(factor, Tensor) and factor.ndim == 0):
+            _refuse(f"a Mean {words} {describe(number)}", "it with a number or a 0-dim tensor")
+        scaled = Mean(func(self.total, factor), self.weight)
+        object.__setattr__(scaled, "_pooled", self._pooled)
+        return scaled
 
     def __rtruediv__(self, other: object) -> NoReturn:
         _refuse(f"{describe(other)} divided by a Mean", _VALUE)
 
-    def __neg__(self) -> NoReturn:
-        _refuse("minus a Mean", "Mean(-mean.total, mean.weight)")
+    def __neg__(self) -> Mean:
+        return self * -1
 
     def __sub__(self, other: object) -> NoReturn:
         _refuse(f"a Mean minus {describe(other)}", _TERM)
@@ -165,15 +187,42 @@ def _refuse_sum(other: object) -> NoReturn:
 
 def _refuse(what: str, instead: str) -> NoReturn:
     raise TypeError(
-        f"gradacc.Mean: {what} is not available in this version; a Mean is a total that has not been divided, and only the "
-        f"sum of two is defined (the mean of both together). Write {instead}. {SEVERAL_MEANS}"
+        f"gradacc.Mean: {what} is not defined; a Mean is a total that has not been divided, which has factors and the sum "
+        f"of two (the mean of both together). Write {instead}. {SEVERAL_MEANS}"
     )
 
 
-def are_means(value: Any) -> bool:
-    """Whether it is a tuple, list or dict of several `Mean`s, and nothing else."""
-    items = list(value.values()) if isinstance(value, dict) else value
-    return isinstance(items, (tuple, list)) and len(items) > 1 and all(isinstance(item, Mean) for item in items)
+def are_means(value: Any, some: bool = False) -> bool:
+    """Whether it is a tuple, list or dict of `Mean`s, a loss that is the sum of several; or whether ``some`` of it are."""
+    items = list(value.values()) if isinstance(value, Mapping) else value
+    if not isinstance(items, (tuple, list)) or not items:
+        return False
+    return (any if some else all)([isinstance(item, Mean) for item in items])
+
+
+def flatten(value: Any) -> tuple[list[Any], _tree.TreeDef]:
+    """Leaves, of which a `Mean` is one, and structure."""
+    return _tree.flatten(value, lambda leaf: isinstance(leaf, Mean))
+
+
+def value_of(value: Any) -> Tensor:
+    """What a loss or a result stands for: a tensor, the quotient of a `Mean`, of several the sum of their quotients.
+
+    In that sum one of weight 0 counts for nothing, as in the gradient.
+    """
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, Mean):
+        return value.value
+    quotients = [_quotient_or_zero(mean) for mean in flatten(value)[0]]
+    return functools.reduce(operator.add, quotients)
+
+
+def _quotient_or_zero(mean: Mean) -> Tensor:
+    if not isinstance(mean.weight, Tensor):
+        return mean.total / mean.weight if mean.weight else torch.zeros_like(mean.total)
+    nothing = mean.weight == 0
+    return torch.where(nothing, 0.0, torch.where(nothing, 0.0, mean.total) / torch.where(nothing, 1, mean.weight))
 
 
 def with_plain_weight(mean: Mean) -> Mean:

@@ -28,6 +28,7 @@ class _LossOptions(TypedDict, total=False):
 class AccumulateOptions(_LossOptions, total=False):
     """The options of `accumulate` and `accumulate_and_value`, for ``**options`` of a function around one of them."""
 
+    weights: Callable[..., Any] | None
     steps: int | None
     microbatch_size: int | None
     split: Callable[[Any], Any] | None
@@ -51,6 +52,7 @@ class Given(NamedTuple):
     reduction: Any = "mean"
     dtype: Any = None
     sync: Any = None
+    weights: Any = None
 
 
 class Options(NamedTuple):
@@ -66,6 +68,7 @@ class Options(NamedTuple):
     reduction: Reduction
     dtype: torch.dtype | None
     sync: AllReduce | None
+    weights: Callable[..., Any] | None
 
 
 def options(name: str, loss_fn: Any, given: Given) -> Options:
@@ -102,6 +105,16 @@ def options(name: str, loss_fn: Any, given: Given) -> Options:
         raise TypeError(
             f"{name}: dtype must be a floating torch.dtype of 16 bits or more (torch.float32), got {given.dtype!r}"
         )
+    if given.weights is not None and not callable(given.weights):
+        raise TypeError(
+            f"{name}: weights must be a function of the batch that returns the weight of each Mean in the loss, got "
+            f"{describe(given.weights)}"
+        )
+    if given.weights is not None and given.reduction == "sum":
+        raise ValueError(
+            f"{name}: got weights, by which several means are divided, and reduction='sum', of a loss that is not divided; "
+            "leave one of them out"
+        )
     if given.sync is not None and not isinstance(given.sync, AllReduce):
         raise TypeError(f"{name}: sync must be gradacc.all_reduce(...), got {describe(given.sync)}")
     return Options(
@@ -117,6 +130,7 @@ def options(name: str, loss_fn: Any, given: Given) -> Options:
         reduction=given.reduction,
         dtype=given.dtype,
         sync=given.sync,
+        weights=given.weights,
     )
 
 

@@ -42,6 +42,8 @@ class Facts(NamedTuple):
     plain: tuple[bool, ...] = ()
     """Which of `_sums.numbers` are Python numbers, where values can be read."""
     arrived: bool = False
+    targets: int = 1
+    """How many gradients there are of each parameter: NOTE [several means] in ``_sums.py``."""
     empty: bool = False
     """Whether an empty micro-batch is all that there was: it says what types to return, and nothing else."""
 
@@ -58,7 +60,10 @@ class AccumulatorState:
     """What `gradacc.accumulator` has summed; see there. Its leaves are dense tensors."""
 
     grads: Any
-    """Like the parameters, in the accumulators' dtypes, in units of ``sums.unit``: NOTE [units] in ``_units.py``."""
+    """Like the parameters, in the accumulators' dtypes, in units of ``sums.unit``: NOTE [units] in ``_units.py``.
+
+    Of several targets a list with one for each.
+    """
     sums: Sums
     """All its numbers are tensors here."""
     facts: Facts
@@ -86,12 +91,28 @@ def of_params(params: Sequence[Tensor]) -> tuple[Param, ...]:
     return tuple(Param(tuple(param.shape), param.dtype, param.device) for param in params)
 
 
+def slots(state: AccumulatorState) -> tuple[list[Any], _tree.TreeDef]:
+    """Its gradients, those of each target one after the other, and the structure of the parameters."""
+    if state.facts.targets == 1:
+        return _tree.flatten(state.grads, is_missing)
+    each = [_tree.flatten(grads, is_missing) for grads in state.grads]
+    return [slot for found, _ in each for slot in found], each[0][1]
+
+
+def with_slots(treedef: _tree.TreeDef, found: Sequence[Any], targets: int) -> Any:
+    """The inverse of `slots`."""
+    if targets == 1:
+        return _tree.unflatten(treedef, found)
+    number = len(found) // targets
+    return [_tree.unflatten(treedef, found[at * number : (at + 1) * number]) for at in range(targets)]
+
+
 def like_params(state: AccumulatorState) -> tuple[list[Tensor], _tree.TreeDef]:
     """Tensors with the shapes, dtypes and devices of the parameters, and the memory of one number each; their structure."""
-    slots, treedef = _tree.flatten(state.grads, is_missing)
+    found, treedef = slots(state)
     numbers = [
         torch.zeros((), dtype=p.dtype, device=slot.device if isinstance(slot, Tensor) else p.device)
-        for slot, p in zip(slots, state.facts.params, strict=True)
+        for slot, p in zip(found, state.facts.params, strict=False)
     ]
     return [_expanded(number, p.shape) for number, p in zip(numbers, state.facts.params, strict=True)], treedef
 
@@ -119,10 +140,11 @@ def pack(
         None if number is None else _tensor(number, device).to(torch.float64) for number in (sums.weight, sums.unit)
     )
     numbers, joined = [_tensor(number, device) for number in found], [[_parts.joined(piece)] for piece in pieces]
+    targets = len(grads) // len(facts.params)
     return AccumulatorState(
-        _tree.unflatten(treedef, [Missing() if grad is None else grad for grad in grads]),
+        with_slots(treedef, [Missing() if grad is None else grad for grad in grads], targets),
         _sums.with_numbers(rest, numbers, joined, weight, unit),
-        facts._replace(plain=plain),
+        facts._replace(plain=plain, targets=targets),
     )
 
 
@@ -130,8 +152,8 @@ def unpack(state: AccumulatorState, readable: bool) -> tuple[list[Tensor | None]
     """The inverse: gradients, structure of the parameters, sums, with Python numbers where they are readable."""
     if readable and any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in _tree.flatten(state)[0]):
         state = _tree.map_tensors(lambda leaf: leaf.detach() if leaf.requires_grad else leaf, state)
-    slots, treedef = _tree.flatten(state.grads, is_missing)
-    grads = [None if isinstance(slot, Missing) else slot for slot in slots]
+    found, treedef = slots(state)
+    grads = [None if isinstance(slot, Missing) else slot for slot in found]
     sums, facts = state.sums, state.facts
     if sums.value is None:
         return grads, treedef, _sums.NOTHING
@@ -180,13 +202,14 @@ def check(options: Options, state: Any, call: str, what: str = "state") -> Accum
             f"{name}: the state's weight is {describe(state.sums.weight)}, and not a 0-dim tensor; a state that vmap returned "
             "goes on under vmap"
         )
-    slots, treedef = _tree.flatten(state.grads, is_missing)
-    for index, (slot, param) in enumerate(zip(slots, facts.params, strict=True)):
+    found, treedef = slots(state)
+    for index, (slot, param) in enumerate(zip(found, facts.params * facts.targets, strict=True)):
         if isinstance(slot, Missing):
             continue
         if not isinstance(slot, Tensor) or tuple(slot.shape) != param.shape:
+            paths = _tree.paths(treedef, "state.grads")
             raise ValueError(
-                f"{name}: {_tree.paths(treedef, 'state.grads')[index]} is {describe(slot)}, of a parameter of shape "
+                f"{name}: {paths[index % len(paths)]} is {describe(slot)}, of a parameter of shape "
                 f"{tuple(param.shape)}; a state is changed by update and merge only"
             )
     return state
@@ -202,7 +225,7 @@ def check_alike(
 ) -> None:
     """Parameters of the structure, shapes and dtypes that a state is of, and ``tensors`` on the devices of its own."""
     name = options.name
-    slots, own = _tree.flatten(state.grads, is_missing)
+    found, own = slots(state)
     if own != treedef:
         raise ValueError(
             f"{name}: {what} is of the structure {treedef}, and the state of {own}; a state goes on with parameters like "
@@ -214,7 +237,7 @@ def check_alike(
                 f"{name}: {_tree.paths(treedef, what)[index]} is {new.dtype} of shape {new.shape}, and in the state it is "
                 f"{old.dtype} of shape {old.shape}; a state goes on with parameters like those that init was given"
             )
-    for index, (slot, tensor) in enumerate(zip(slots, tensors, strict=True)):
+    for index, (slot, tensor) in enumerate(zip(found, tensors, strict=False)):
         if isinstance(slot, Tensor) and tensor is not None and slot.device != tensor.device:
             raise ValueError(
                 f"{name}: {_tree.paths(treedef, what)[index]} is on {tensor.device}, and its gradient in the state on "

@@ -16,18 +16,22 @@ import torch
 from torch import Tensor
 
 from gradacc import _structure, _tree
-from gradacc._state import AccumulatorState, Facts, Missing, Param, is_missing, other_options
+from gradacc._state import AccumulatorState, Facts, Missing, Param, other_options, slots, with_slots
 
 
 def to_text(state: AccumulatorState) -> str:
     """Everything about a state but its numbers, as JSON. NOTE [a state as text]"""
     facts, device = state.facts, state.facts.params[0].device
-    slots, treedef = _tree.flatten(state.grads, is_missing)
+    found, treedef = slots(state)
     paths = _tree.paths(treedef)
+    grads = [
+        {path: _kind(slot) for path, slot in zip(paths, own, strict=True) if isinstance(slot, Tensor)}
+        for own in _of_each(found, facts.targets)
+    ]
     return json.dumps(
         {
             "params": {path: _kind(param) for path, param in zip(paths, facts.params, strict=True)},
-            "grads": {path: _kind(slot) for path, slot in zip(paths, slots, strict=True) if isinstance(slot, Tensor)},
+            "grads": grads[0] if facts.targets == 1 else grads,
             "sums": _structure.to_json(state.sums, device),
             "facts": {name: _to_json(value) for name, value in facts._asdict().items() if name != "params"},
         }
@@ -43,7 +47,8 @@ def from_text(like: AccumulatorState, text: str) -> AccumulatorState:
     try:
         told = json.loads(text)
         facts = Facts(params=like.facts.params, **{name: _from_json(value) for name, value in told["facts"].items()})
-        params, grads = dict(told["params"]), dict(told["grads"])
+        params, grads = dict(told["params"]), told["grads"]
+        grads = [dict(own) for own in (grads if isinstance(grads, list) else [grads])]
         sums = told["sums"]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"is described by facts that this version of gradacc does not know ({error})") from error
@@ -51,7 +56,7 @@ def from_text(like: AccumulatorState, text: str) -> AccumulatorState:
         raise ValueError(
             f"is a state of an accumulator with {option}={ours!r}, but one of {option}={theirs!r} was saved"
         )
-    slots, treedef = _tree.flatten(like.grads, is_missing)
+    held, treedef = slots(like)
     own = dict(zip(_tree.paths(treedef), facts.params, strict=True))
     for path in [*own, *params]:
         here, there = _kind(own[path]) if path in own else None, params.get(path)
@@ -59,18 +64,29 @@ def from_text(like: AccumulatorState, text: str) -> AccumulatorState:
             raise ValueError(f"is of params{path} {_words(here)}, but {_words(there)} was saved")
     device = facts.params[0].device
     try:
+        if len(grads) != facts.targets:
+            raise ValueError(f"has the gradients of {len(grads)} targets, and not of {facts.targets}")
+        alike = like.facts.targets == facts.targets
+        places = _of_each(held, facts.targets) if alike else [[None] * len(own)] * facts.targets
         found = [
             slot
-            if isinstance(slot, Tensor) and _kind(slot) == grads.get(path)
-            else _structure.empty(grads[path][1], _structure.dtype_named(grads[path][0]), param.device)
-            if path in grads
+            if isinstance(slot, Tensor) and _kind(slot) == kinds.get(path)
+            else _structure.empty(kinds[path][1], _structure.dtype_named(kinds[path][0]), param.device)
+            if path in kinds
             else Missing()
-            for slot, (path, param) in zip(slots, own.items(), strict=True)
+            for kinds, place in zip(grads, places, strict=True)
+            for slot, (path, param) in zip(place, own.items(), strict=True)
         ]
         sums = _structure.from_json(sums, like.sums, device)
     except Exception as error:  # of whatever somebody has written, or of a class of the user's
         raise ValueError(f"{error}; pass a state after one update where it is init's") from error
-    return AccumulatorState(_tree.unflatten(treedef, found), sums, facts)
+    return AccumulatorState(with_slots(treedef, found, facts.targets), sums, facts)
+
+
+def _of_each(found: list[Any], targets: int) -> list[list[Any]]:
+    """The gradients of each target."""
+    number = len(found) // targets
+    return [found[at * number : (at + 1) * number] for at in range(targets)]
 
 
 def _kind(of: Param | Tensor) -> list[Any]:

@@ -11,6 +11,13 @@ NOTE [cotangents and factors]
     would not), so there a contribution is *narrow*: its cotangents differ by powers of two only, which round nothing, and its
     factors are applied in float32. See NOTE [units] in ``_units.py``.
 
+NOTE [several means]
+    Of a loss that is the sum of several means, ``sum_t total_t / weight_t``, the gradient is ``sum_t G_t / W_t``: each total's
+    gradient is summed by itself, in the unit 1, into gradients of its own, as nobody knows one ``W_t`` over another before the
+    last micro-batch (and rank). They are what a `Buffer` has one behind the other. Where the weights have been counted
+    beforehand (``weights=``), the totals over them are one loss, which is a sum: one target, one gradient. What a micro-batch
+    weighs besides, for averages in aux, is its number of examples.
+
 NOTE [weights that are not read]
     On a CPU a weight is a Python number, and decides: a micro-batch of weight 0 has no backward pass, a negative or NaN weight
     is an error. On an accelerator reading it would wait for the micro-batch's forward pass, each time, with nothing
@@ -30,8 +37,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _aux, _dtypes, _parts, _tree, _units
-from gradacc._loss import Outcome
+from gradacc import _aux, _dtypes, _parts, _tree, _units, _where
+from gradacc._loss import Outcome, Terms
 from gradacc._mean import Mean
 from gradacc._options import Options
 from gradacc._parts import Average, Part, Pieces, Sum, Total, is_part
@@ -41,8 +48,8 @@ from gradacc._parts import Average, Part, Pieces, Sum, Total, is_part
 class Sums:
     """NOTE [one pytree]"""
 
-    value: Part | None
-    """None before the first micro-batch."""
+    value: Any
+    """A part; of several means, a tuple, list or dict of them; None before the first micro-batch."""
     aux: Any
     """A tree of parts."""
     weight: Any
@@ -59,10 +66,23 @@ NOTHING = Sums(None, None, 0.0, None, False)
 """Before the first micro-batch."""
 
 
+class Pass(NamedTuple):
+    """What one target counts for: NOTE [cotangents and factors]."""
+
+    cotangent: float | Tensor
+    """Goes through the backward pass."""
+
+    factor: float | Tensor
+    """Of its gradients; 1 where not narrow."""
+
+    keeps: Tensor | None
+    """Where the weight is not read, whether it is not 0: else nothing is added, whatever the gradient says."""
+
+
 class Contribution(NamedTuple):
     """What one micro-batch counts for: ``buffer = growth * buffer + cotangent * factor * gradient``.
 
-    NOTE [cotangents and factors]. Without defaults: with ``dynamic=True`` Dynamo holds a float that is one symbolic.
+    Without defaults: with ``dynamic=True`` Dynamo holds a float that is one symbolic.
     """
 
     counts: bool
@@ -77,14 +97,8 @@ class Contribution(NamedTuple):
     share: float | Tensor | None
     """Its weight in that unit, of averages; None where nothing says it (the loss is a sum)."""
 
-    cotangent: float | Tensor
-    """Goes through the backward pass."""
-
-    factor: float | Tensor
-    """Of its gradients; 1 where not narrow."""
-
-    keeps: Tensor | None
-    """Where the weight is not read, whether it is not 0: else nothing is added, whatever the gradient says."""
+    passes: Sequence[Pass | None]
+    """Of each target; None where it contributes exactly nothing."""
 
     narrow: bool
     """Whether a number of the backward pass has fewer digits than the buffer."""
@@ -92,34 +106,53 @@ class Contribution(NamedTuple):
 
 def contribution(options: Options, sums: Sums, outcome: Outcome, known: int | None, narrow: bool) -> Contribution:
     """What a micro-batch counts for, beside ``sums``; ``known``: the number of examples of all, where that is known."""
+    if sums.value is not None:
+        # Before gradients of one kind are added to those of another.
+        _check_kind(options.name, sums.value, outcome.value)
+    if isinstance(outcome.value, Terms):
+        return _contribution_of_terms(options, outcome, outcome.value, narrow)
     weight, unit = outcome.weight, _unit(sums, outcome, known)
     nothing = not isinstance(weight, Tensor) and not weight
     share = None if weight is None else 0.0 if nothing else weight / unit
     if options.reduction == "sum":
-        return Contribution(True, unit, 1.0, share, 1.0, 1.0, None, narrow)
+        return Contribution(True, unit, 1.0, share, [Pass(1.0, 1.0, None)], narrow)
     if nothing:
-        return Contribution(False, unit, 1.0, share, 0.0, 0.0, None, narrow)
+        return Contribution(False, unit, 1.0, share, [None], narrow)
     assert weight is not None
     assert share is not None
     if not isinstance(outcome.value, Mean):
         cotangent, factor = (1.0, share) if narrow else (share, 1.0)
-        return Contribution(True, unit, 1.0, share, cotangent, factor, None, narrow)
-    own = _units.near(unit, weight, outcome.target.dtype) if narrow else unit
+        return Contribution(True, unit, 1.0, share, [Pass(cotangent, factor, None)], narrow)
+    own = _units.near(unit, weight, outcome.targets[0].dtype) if narrow else unit
     growth = 1.0 if sums.unit is None or sums.unit is unit else sums.unit / unit
     keeps = weight != 0 if isinstance(weight, Tensor) else None
-    return Contribution(True, unit, growth, share, 1.0 / own, own / unit if narrow else 1.0, keeps, narrow)
+    return Contribution(True, unit, growth, share, [Pass(1.0 / own, own / unit if narrow else 1.0, keeps)], narrow)
+
+
+def _contribution_of_terms(options: Options, outcome: Outcome, terms: Terms, narrow: bool) -> Contribution:
+    """NOTE [several means]"""
+    share = None if outcome.weight is None else outcome.weight / 1.0
+    something = [isinstance(weight, Tensor) or weight != 0.0 for weight in terms.weights]
+    passes: list[Pass | None] = []
+    if options.weights is not None:
+        passes.append(Pass(1.0, 1.0, None) if any(something) else None)
+    else:
+        for mean, weight, counts in zip(terms.means, terms.weights, something, strict=True):
+            own = _units.near(1.0, weight, mean.total.dtype) if narrow and counts else 1.0
+            keeps = weight != 0 if isinstance(weight, Tensor) else None
+            passes.append(Pass(1.0 / own, own, keeps) if counts else None)
+    return Contribution(any(something), 1.0, 1.0, share, passes, narrow)
 
 
 def add(options: Options, sums: Sums, outcome: Outcome, counts: Contribution, sizes: tuple[int, ...]) -> Sums:
     """``sums`` and one more micro-batch, whose tensors have these sizes along their split dimension."""
-    name, weight = options.name, 0.0 if outcome.weight is None else outcome.weight
+    name, weight = options.name, weight_of(outcome)
     value = _value(options, outcome, counts.share)
     parts = _aux.parts(name, outcome.aux, counts.share, sizes)
     if sums.value is None:
         return Sums(value, unflatten_aux(outcome.aux.treedef, parts), weight, counts.unit, counts.counts)
-    _check_kind(name, sums.value, value)
     return Sums(
-        _parts.add(name, _parts.times(sums.value, counts.growth), value, str),
+        _merged_value(name, (sums.value, counts.growth), (value, 1.0)),
         _merged_aux(name, (sums.aux, counts.growth), (parts, outcome.aux.treedef)),
         sums.weight + weight,
         counts.unit,
@@ -127,12 +160,16 @@ def add(options: Options, sums: Sums, outcome: Outcome, counts: Contribution, si
     )
 
 
+def weight_of(outcome: Outcome) -> float | Tensor:
+    """What a micro-batch weighs; of several means, of whose examples nothing is known, the same as any other."""
+    if outcome.weight is None:
+        return 1.0 if isinstance(outcome.value, Terms) else 0.0
+    return outcome.weight
+
+
 def add_types(options: Options, sums: Sums, outcome: Outcome, known: int | None, sizes: tuple[int, ...]) -> Sums:
     """``sums`` and an empty batch, which only says what types to return; its value is 0, of weight 0."""
-    value = _tree.map_tensors(torch.zeros_like, outcome.value)
-    if isinstance(value, Mean) and not isinstance(value.weight, Tensor):
-        value = Mean(value.total, value.weight * 0)
-    nothing = outcome._replace(value=value, weight=0.0)
+    nothing = outcome._replace(value=_times_zero(outcome.value), weight=0.0)
     counts = contribution(options, sums, nothing, known, narrow=False)._replace(counts=False)
     return add(options, sums, nothing, counts, sizes)
 
@@ -152,7 +189,7 @@ def merge(options: Options, a: Sums, b: Sums) -> tuple[Sums, tuple[float | Tenso
         shares = a.unit / one, b.unit / one
     parts, treedef = flatten_aux(b.aux)
     merged = Sums(
-        _parts.add(name, _parts.times(a.value, shares[0]), _parts.times(b.value, shares[1]), str),
+        _merged_value(name, (a.value, shares[0]), (b.value, shares[1])),
         _merged_aux(name, (a.aux, shares[0]), ([_parts.times(part, shares[1]) for part in parts], treedef)),
         a.weight + b.weight,
         one,
@@ -169,7 +206,7 @@ def numbers(sums: Sums) -> tuple[list[Any], Sums, list[list[Any]]]:
     parts, treedef = flatten_aux(sums.aux)
     pieces = [part.tensors for part in parts if isinstance(part, Pieces)]
     aux = unflatten_aux(treedef, [Pieces([]) if isinstance(part, Pieces) else part for part in parts])
-    found = [number for part in _with_value(sums, parts) for number in _parts.numbers(part)]
+    found = [number for part in [*terms(sums)[0], *parts] for number in _parts.numbers(part)]
     return found, Sums(sums.value, aux, None, None, sums.differentiated), pieces
 
 
@@ -177,7 +214,8 @@ def with_numbers(rest: Sums, numbers: Sequence[Any], pieces: Sequence[list[Any]]
     """Sums of the structure ``rest`` with these `numbers`, pieces, weight and unit."""
     parts, treedef = flatten_aux(rest.aux)
     left, own = iter(numbers), iter(pieces)
-    value = None if rest.value is None else _parts.with_numbers(rest.value, left)
+    losses, structure = terms(rest)
+    value = with_structure(structure, [_parts.with_numbers(part, left) for part in losses])
     full = [Pieces(next(own)) if isinstance(part, Pieces) else _parts.with_numbers(part, left) for part in parts]
     return Sums(value, unflatten_aux(treedef, full), weight, unit, rest.differentiated)
 
@@ -187,14 +225,28 @@ def flatten_aux(aux: Any) -> tuple[list[Part], _tree.TreeDef | None]:
     return ([], None) if aux is None else _tree.flatten(aux, is_part)
 
 
+def terms(sums: Sums) -> tuple[list[Part], _tree.TreeDef | None]:
+    """The parts of the value, one for each mean, and the structure of several; one part alone has none."""
+    if sums.value is None or is_part(sums.value):
+        return [] if sums.value is None else [sums.value], None
+    return _tree.flatten(sums.value, is_part)
+
+
+def with_structure(treedef: _tree.TreeDef | None, parts: list[Any]) -> Any:
+    """The inverse of `terms`."""
+    if treedef is None:
+        return parts[0] if parts else None
+    return _tree.unflatten(treedef, parts)
+
+
 def unflatten_aux(treedef: _tree.TreeDef | None, leaves: Sequence[Any]) -> Any:
     """The inverse of `flatten_aux`."""
     return None if treedef is None else _tree.unflatten(treedef, leaves)
 
 
-def dtype(sums: Sums) -> torch.dtype | None:
-    """Of the loss; None before the first micro-batch."""
-    return None if sums.value is None or isinstance(sums.value, Pieces) else sums.value.dtype
+def dtypes(sums: Sums) -> list[torch.dtype]:
+    """Of the loss; of each mean of several, and of none before the first micro-batch."""
+    return [part.dtype for part in terms(sums)[0] if not isinstance(part, Pieces)]
 
 
 def factor(sums: Sums) -> float | Tensor:
@@ -207,12 +259,26 @@ def factor(sums: Sums) -> float | Tensor:
     return found
 
 
-def gradient_factor(options: Options, sums: Sums) -> float | Tensor:
-    """What the buffer is multiplied by at the end: the gradient of nothing is zero."""
+def gradient_factors(options: Options, sums: Sums) -> list[float | Tensor]:
+    """What each target's gradients are multiplied by at the end: the gradient of nothing is zero."""
     if options.reduction == "sum" or not sums.differentiated:
-        return 1.0
-    rest = factor(sums)
-    return torch.where(sums.weight == 0, 0.0, rest) if isinstance(sums.weight, Tensor) else rest
+        return [1.0 for _ in range(1 if options.weights is not None else len(terms(sums)[0]) or 1)]
+    if is_part(sums.value):
+        rest = factor(sums)
+        return [torch.where(sums.weight == 0, 0.0, rest) if isinstance(sums.weight, Tensor) else rest]
+    if options.weights is not None:
+        return [sums.unit]
+    return [_unit_over(sums.unit, part.mean.weight) for part in terms(sums)[0] if isinstance(part, Total)]
+
+
+def _unit_over(unit: float | Tensor, weight: float | Tensor) -> float | Tensor:
+    """``unit / weight``; 0 for a weight of 0."""
+    if isinstance(weight, Tensor) and weight.is_cpu and not _where.transforming():
+        weight = float(weight.item())
+    if isinstance(weight, Tensor):
+        wide = weight if weight.device.type == "mps" else weight.to(torch.float64)
+        return torch.where(wide == 0, 0.0, unit / wide)
+    return unit / weight if weight else 0.0
 
 
 def finalize(options: Options, sums: Sums, like: Tensor) -> tuple[Tensor | Mean, Any]:
@@ -227,12 +293,9 @@ def finalize(options: Options, sums: Sums, like: Tensor) -> tuple[Tensor | Mean,
     _check_weight(options.name, sums)
     rest = factor(sums)
     parts, treedef = flatten_aux(sums.aux)
-    return _parts.final(sums.value, rest), unflatten_aux(treedef, [_parts.final(part, rest) for part in parts])
-
-
-def _with_value(sums: Sums, parts: Sequence[Part]) -> list[Part]:
-    """In the order of the leaves."""
-    return list(parts) if sums.value is None else [sums.value, *parts]
+    losses, structure = terms(sums)
+    value = with_structure(structure, [_parts.final(part, rest) for part in losses])
+    return value, unflatten_aux(treedef, [_parts.final(part, rest) for part in parts])
 
 
 def _check_weight(name: str, sums: Sums) -> None:
@@ -261,12 +324,16 @@ def _unit(sums: Sums, outcome: Outcome, known: int | None) -> Any:
     assert weight is not None
     if not isinstance(weight, Tensor) and not weight:
         return sums.unit
-    dtype = outcome.target.dtype
+    dtype = outcome.targets[0].dtype
     return _units.first(weight, dtype) if sums.unit is None else _units.grown(sums.unit, weight, dtype)
 
 
-def _value(options: Options, outcome: Outcome, share: float | Tensor | None) -> Part:
-    value, dtype = outcome.value, outcome.target.dtype
+def _value(options: Options, outcome: Outcome, share: float | Tensor | None) -> Any:
+    value, dtype = outcome.value, outcome.targets[0].dtype
+    if isinstance(value, Terms):
+        pairs = zip(value.means, value.weights, strict=True)
+        totals = [Total(_summand(mean, weight), mean.total.dtype) for mean, weight in pairs]
+        return _tree.unflatten(value.treedef, totals)
     if isinstance(value, Mean):
         assert outcome.weight is not None
         return Total(_summand(value, outcome.weight), dtype)
@@ -307,9 +374,52 @@ def _merged_aux(name: str, one: tuple[Any, float | Tensor], other: tuple[Sequenc
     )
 
 
-def _check_kind(name: str, one: Part, other: Part) -> None:
+def _merged_value(name: str, one: tuple[Any, float | Tensor], other: tuple[Any, float | Tensor]) -> Any:
+    """Two values of the same kind as one, each times a share."""
+    (a, share), (b, by) = one, other
+    if is_part(a):
+        return _parts.add(name, _parts.times(a, share), _parts.times(b, by), str)
+    parts, treedef = _tree.flatten(a, is_part)
+    pairs = zip(parts, _tree.flatten(b, is_part)[0], strict=True)
+    return _tree.unflatten(treedef, [_parts.add(name, x, y, str) for x, y in pairs])
+
+
+def _times_zero(value: Any) -> Any:
+    """The value of nothing, of the same types."""
+    if isinstance(value, Terms):
+        means = [_times_zero(mean) for mean in value.means]
+        return Terms(means, [0.0 for _ in means], value.treedef)
+    if isinstance(value, Mean):
+        weight = torch.zeros_like(value.weight) if isinstance(value.weight, Tensor) else value.weight * 0
+        return Mean(torch.zeros_like(value.total), weight)
+    return torch.zeros_like(value)
+
+
+def _check_kind(name: str, one: Any, other: Any) -> None:
     """All micro-batches return the same kind of value."""
-    if isinstance(one, Total) is not isinstance(other, Total):
+    first, second = _kind(one), _kind(other)
+    if first != second:
         raise TypeError(
-            f"{name}: loss_fn returned a Mean for one micro-batch and a tensor for another; return one of them always"
+            f"{name}: loss_fn returned {first} for one micro-batch and {second} for another; return one of them always"
         )
+    if first == _SEVERAL:
+        first, second = _structure(one), _structure(other)
+        if first != second:
+            raise ValueError(
+                f"{name}: loss_fn returned several means as {first} for one micro-batch and as {second} for another; return "
+                "the same always (of what a micro-batch has none of, a Mean of weight 0)"
+            )
+
+
+_SEVERAL = "several Means"
+
+
+def _kind(value: Any) -> str:
+    """Of a value that is summed, or that a loss returned."""
+    if isinstance(value, (Mean, Total)):
+        return "a Mean"
+    return "a tensor" if isinstance(value, Tensor) or is_part(value) else _SEVERAL
+
+
+def _structure(several: Any) -> Any:
+    return several.treedef if isinstance(several, Terms) else _tree.flatten(several, is_part)[1]

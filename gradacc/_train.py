@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _donated, _dtypes, _overlap, _scalars, _tree, _values, _where
+from gradacc import _donated, _dtypes, _mean, _overlap, _scalars, _tree, _values, _where
 from gradacc._describe import describe
 from gradacc._mean import Mean
 from gradacc.optim import LossScaleState, Optimizer
@@ -122,11 +122,7 @@ def train_step(
         start = state.params if _where.transforming() else _tree.map_tensors(_without_graph, state.params)
         named = {} if scale is None else {"loss_scale": scale}
         grads, value, aux = _split_result(grad_fn(start, batch, *args, **named, **kwargs))
-        metrics = {"loss": value.value if isinstance(value, Mean) else value, "grad_norm": _norm(grads, scale)}
-        if scale is not None:
-            metrics["loss"] = metrics["loss"] / _scalars.beside(scale, metrics["loss"])
-        if isinstance(value, Mean):
-            metrics["weight"] = _weight(value)
+        metrics = {**_of_value(value, scale), "grad_norm": _norm(grads, scale)}
         if aux is not None:
             metrics["aux"] = aux
         if report.rate is not None:
@@ -233,23 +229,47 @@ def _norm(grads: Any, scale: Tensor | None) -> Tensor:
     return _dtypes.global_norm(leaves, wide=True)
 
 
+def _of_value(value: Any, scale: Tensor | None) -> dict[str, Any]:
+    """``loss``; of a `Mean` ``weight``; of several means ``terms`` too. A ``scale`` is taken off."""
+
+    def unscaled(loss: Tensor) -> Tensor:
+        return loss if scale is None else loss / _scalars.beside(scale, loss)
+
+    if isinstance(value, Tensor):
+        return {"loss": unscaled(value)}
+    if isinstance(value, Mean):
+        return {"loss": unscaled(value.value), "weight": _weight(value)}
+    means, treedef = _mean.flatten(value)
+    return {
+        "loss": unscaled(_mean.value_of(value)),
+        "terms": _tree.unflatten(treedef, [unscaled(mean.value) for mean in means]),
+        "weight": _tree.unflatten(treedef, [_weight(mean) for mean in means]),
+    }
+
+
 def _weight(value: Mean) -> Tensor:
     if isinstance(value.weight, Tensor):
         return value.weight
     return _scalars.scalar(value.weight, value.total.device, torch.get_default_dtype())
 
 
-def _split_result(returned: Any) -> tuple[Any, Tensor | Mean, Any]:
+def _split_result(returned: Any) -> tuple[Any, Any, Any]:
     if not (isinstance(returned, tuple) and len(returned) == 2):
         raise TypeError(
             f"train_step: grad_fn returned {describe(returned)}; it must return (grads, value). "
             "Make it with gradacc.accumulate_and_value, not accumulate"
         )
     grads, rest = returned
-    value, aux = rest if isinstance(rest, tuple) and len(rest) == 2 else (rest, None)
-    if not isinstance(value, (Tensor, Mean)):
+    is_pair = isinstance(rest, tuple) and len(rest) == 2
+    if is_pair and _mean.are_means(rest):
         raise TypeError(
-            f"train_step: grad_fn returned {describe(value)} as its value; it must be a tensor or a Mean. "
+            "train_step: grad_fn returned two Means behind the gradients: a loss of two means, or a loss and its aux. "
+            "Return the one as a dict or list of Means, or the other as {'name': Mean}"
+        )
+    value, aux = rest if is_pair else (rest, None)
+    if not isinstance(value, (Tensor, Mean)) and not _mean.are_means(value):
+        raise TypeError(
+            f"train_step: grad_fn returned {describe(value)} as its value; it must be a tensor, a Mean or several. "
             "Make it with gradacc.accumulate_and_value, not accumulate"
         )
     return grads, value, aux

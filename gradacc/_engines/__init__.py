@@ -31,7 +31,8 @@ class Buffer(NamedTuple):
     dtypes: list[torch.dtype]
     """The accumulators'."""
     grads: list[Tensor | None]
-    """None where nothing arrived, or where it was delivered."""
+    """None where nothing arrived, or where it was delivered. Of several targets (NOTE [several means] in ``_sums.py``) those of
+    each, one after the other."""
     arrived: bool
     """Whether any loss that counts depended on the parameters."""
     closed: dict[int, weakref.ref[Tensor]]
@@ -44,6 +45,11 @@ class Buffer(NamedTuple):
     """Of an eager micro-batch before, if the next one may have them: NOTE [leaves of a whole call] in ``eager.py``."""
     hooks: int
     """How many hooks torch had been given then."""
+
+    def of_targets(self, number: int) -> Buffer:
+        """With a place for the gradients of so many targets."""
+        missing = number * len(self.params) - len(self.grads)
+        return self if missing <= 0 else self._replace(grads=[*self.grads, *[None] * missing])
 
     def closed_over(self) -> list[Tensor]:
         """Those leaves that are still there."""
@@ -82,7 +88,10 @@ class Engine(Protocol):
         """``loss(leaves)``: what it returned, without its graph, and the tape that `backward` plays back."""
 
     def backward(self, buffer: Buffer, tape: Any, counts: Contribution, deliver: Deliver | None) -> Buffer:
-        """``growth * buffer + cotangent * factor * gradient``; each gradient is delivered as soon as it is final."""
+        """``growth * buffer + cotangent * factor * gradient``, of each target into gradients of its own.
+
+        Each gradient is delivered as soon as it is final.
+        """
 
     def merge(
         self,
@@ -93,5 +102,7 @@ class Engine(Protocol):
     ) -> list[Tensor | None]:
         """``shares[0] * a + shares[1] * b``, where one of the shares is 1."""
 
-    def finalize(self, buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float | Tensor) -> list[Tensor]:
-        """``factor * buffer``, zeros where nothing arrived."""
+    def finalize(
+        self, buffer: Buffer, dtypes: Sequence[torch.dtype], factors: Sequence[float | Tensor]
+    ) -> list[Tensor]:
+        """The sum over targets of ``factor * buffer``, zeros where nothing arrived."""

@@ -50,7 +50,7 @@ from torch.utils.hooks import RemovableHandle
 from gradacc import _closed, _graph, _left, _tree, _where
 from gradacc._engines import Buffer, Deliver, fused
 from gradacc._loss import Outcome
-from gradacc._sums import Contribution
+from gradacc._sums import Contribution, Pass
 
 _LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # the node of a leaf
 
@@ -59,9 +59,9 @@ class Tape(NamedTuple):
     """One micro-batch's graph."""
 
     leaves: list[Tensor]
-    target: Tensor
-    edge: GradientEdge | None
-    """None where the loss depends on nothing that requires grad."""
+    targets: list[Tensor]
+    edges: list[GradientEdge | None]
+    """Of each target; None where it depends on nothing that requires grad."""
     seen: _closed.Seen
     since: int
     """The number of the first node of this micro-batch."""
@@ -124,28 +124,41 @@ def forward(buffer: Buffer, loss: Callable[[Sequence[Tensor]], Outcome]) -> tupl
     with torch.enable_grad(), _closed.seeing() as seen:
         outcome = loss(leaves)
         # A node of our own, through which no other pass goes: a node of the loss may differentiate it again.
-        root = outcome.target.view_as(outcome.target)
+        roots = [target.view_as(target) for target in outcome.targets]
     _check_untouched(leaves)
-    edge = get_gradient_edge(root) if root.requires_grad else None
-    # From here on the edge alone keeps the graph.
+    edges = [get_gradient_edge(root) if root.requires_grad else None for root in roots]
+    # From here on the edges alone keep the graph.
     outcome = outcome.map(_without_graph)
-    return Tape(leaves, outcome.target, edge, seen, since, RemovableHandle.next_id != hooks), outcome
+    return Tape(leaves, outcome.targets, edges, seen, since, RemovableHandle.next_id != hooks), outcome
 
 
 def backward(buffer: Buffer, tape: Tape, counts: Contribution, deliver: Deliver | None = None) -> Buffer:
     """Run it backward, into the buffer: ``buffer.grads`` is changed in place."""
     _grow(buffer.grads, counts.growth)
-    if tape.edge is None:
-        return buffer
-    try:
-        return _backward(buffer, tape, tape.edge, counts, deliver)
-    except RuntimeError as error:
-        _closed.check_age(_graph.nodes([tape.edge.node]), tape.since, error)
-        raise
+    pairs = list(zip(tape.edges, counts.passes, strict=True))
+    reached = [at for at, (edge, own) in enumerate(pairs) if edge is not None and own is not None]
+    number = len(buffer.params)
+    for at in reached:
+        # One target's gradients are the buffer's own list, into which others may look meanwhile.
+        single = len(pairs) == 1
+        part = buffer if single else buffer._replace(grads=buffer.grads[at * number : (at + 1) * number])
+        try:
+            after = _backward(part, tape, at, counts, deliver, at == reached[-1])
+        except RuntimeError as error:
+            _closed.check_age(_graph.nodes([edge.node for edge in tape.edges if edge is not None]), tape.since, error)
+            raise
+        buffer.grads[at * number : (at + 1) * number] = after.grads
+        buffer = after._replace(grads=buffer.grads)
+    return buffer
 
 
-def _backward(buffer: Buffer, tape: Tape, edge: GradientEdge, counts: Contribution, deliver: Deliver | None) -> Buffer:
-    leaves = tape.leaves
+def _backward(
+    buffer: Buffer, tape: Tape, at: int, counts: Contribution, deliver: Deliver | None, is_last: bool
+) -> Buffer:
+    """Of one target; only the last pass through a graph may give it up, and take part in its products."""
+    leaves, edge, own = tape.leaves, tape.edges[at], counts.passes[at]
+    assert edge is not None
+    assert own is not None
     uses = _graph.nodes([edge.node])
     _check_checkpoints(uses)
     closes = _note_closed(buffer, leaves, uses, tape.seen)
@@ -154,24 +167,30 @@ def _backward(buffer: Buffer, tape: Tape, edge: GradientEdge, counts: Contributi
     edges: list[GradientEdge] = []
     added: set[int] = set()
     # NOTE [reading the graph]
-    if not (counts.narrow or tape.hooked):
-        edges, added = fused.install(edge.node, uses, leaves, buffer.grads, counts.keeps, done)
+    if is_last and not (counts.narrow or tape.hooked):
+        edges, added = fused.install(edge.node, uses, leaves, buffer.grads, own.keeps, done)
     rest = [i for i in range(len(leaves)) if i not in added]
     hook: Callable[[int, Tensor], None] | None = None
-    if counts.narrow or counts.keeps is not None:
-        hook = partial(_add_leaf_grad, buffer, counts, done)
+    if counts.narrow or own.keeps is not None:
+        hook = partial(_add_leaf_grad, buffer, own, done)
     else:
         for i in rest:
             leaves[i].grad = buffer.grads[i]
         # Without anybody to deliver to, what is there is taken when all is over: no hook at all.
         hook = None if deliver is None else partial(_take_leaf_grad, buffer.grads, done)
+    handles: list[RemovableHandle] = []
     if hook is not None:
         for i, leaf in enumerate(leaves):
-            leaf.register_post_accumulate_grad_hook(partial(hook, i))  # type: ignore[no-untyped-call]  # torch's
+            handles.append(leaf.register_post_accumulate_grad_hook(partial(hook, i)))  # type: ignore[no-untyped-call]  # torch's
     # A pass that leads to our leaves alone need not be restricted to them, which costs as much as many small nodes.
     inputs: list[Any] | None = [*(leaves[i] for i in rest), *edges] if closes or edges else None
     hooks = RemovableHandle.next_id
-    torch.autograd.backward(edge, _like(tape.target, counts.cotangent), inputs=inputs)
+    cotangent = _like(tape.targets[at], own.cotangent)
+    torch.autograd.backward(edge, cotangent, retain_graph=not is_last, inputs=inputs)
+    if not is_last:
+        # The next pass ends in the same leaves.
+        for handle in handles:
+            handle.remove()
     if hook is None:
         reached.update(_take_leaf_grads(buffer.grads, leaves))
     _forget_casts(leaves)
@@ -196,15 +215,19 @@ def merge(
     ]
 
 
-def finalize(buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float | Tensor) -> list[Tensor]:
-    """The gradients, times ``factor``; each buffer is given up when its result exists."""
+def finalize(buffer: Buffer, dtypes: Sequence[torch.dtype], factors: Sequence[float | Tensor]) -> list[Tensor]:
+    """The gradients of each target times its factor, summed; each buffer is given up when its result exists."""
     # Of the last micro-batch, where it counted for nothing.
     _forget_casts(buffer.params)
-    results = []
+    results, number = [], len(buffer.params)
     for i, (param, dtype) in enumerate(zip(buffer.params, dtypes, strict=True)):
-        grad, buffer.grads[i] = buffer.grads[i], None
-        grad = torch.zeros_like(param, dtype=dtype, requires_grad=False) if grad is None else _times(grad, factor)
-        results.append(grad.to(dtype))
+        total: Tensor | None = None
+        for at, factor in zip(range(i, len(buffer.grads), number), factors, strict=False):
+            grad, buffer.grads[at] = buffer.grads[at], None
+            if grad is not None:
+                total = _times(grad, factor) if total is None else total.add_(_times(grad, factor))
+        total = torch.zeros_like(param, dtype=dtype, requires_grad=False) if total is None else total
+        results.append(total.to(dtype))
     return results
 
 
@@ -300,13 +323,13 @@ def _take_leaf_grads(grads: list[Tensor | None], leaves: Sequence[Tensor], first
     return [i for i, _, _ in found]
 
 
-def _add_leaf_grad(buffer: Buffer, counts: Contribution, done: Callable[[int], None], index: int, leaf: Tensor) -> None:
+def _add_leaf_grad(buffer: Buffer, own: Pass, done: Callable[[int], None], index: int, leaf: Tensor) -> None:
     """Move a gradient into its accumulator, by hand, as soon as it is there."""
     grad, leaf.grad = leaf.grad, None
     assert grad is not None
     if grad.layout != torch.strided:
         grad = grad.to_dense()
-    dtype, sofar, factor, keeps = buffer.dtypes[index], buffer.grads[index], counts.factor, counts.keeps
+    dtype, sofar, factor, keeps = buffer.dtypes[index], buffer.grads[index], own.factor, own.keeps
     if isinstance(factor, Tensor):
         # Two 0-dim tensors have the wider dtype.
         grad, factor = (grad.to(dtype) * factor.to(grad.device)).to(dtype), 1.0

@@ -27,8 +27,9 @@ from gradacc._where import loops
 class Tape(NamedTuple):
     """One micro-batch's graph."""
 
-    value: Tensor
-    pullback: Callable[[Tensor], Any]
+    values: list[Tensor]
+    """Of each target."""
+    pullback: Callable[[list[Tensor]], Any]
     depends: bool
 
 
@@ -67,27 +68,40 @@ def forward(buffer: Buffer, loss: Callable[[Sequence[Tensor]], Outcome]) -> tupl
     """Run the loss of one micro-batch."""
     seen: list[Outcome] = []
 
-    def target(params: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    def targets(params: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         # torch.func's has_aux takes tensor leaves only; the rest (weights as numbers, structure) goes around it.
         outcome = loss(params)
         seen.append(outcome)
-        return outcome.target, outcome.tensors()
+        return outcome.targets, outcome.tensors()
 
-    value, pullback, tensors = torch.func.vjp(target, buffer.params, has_aux=True)  # type: ignore[misc]  # 3 with has_aux
+    values, pullback, tensors = torch.func.vjp(targets, buffer.params, has_aux=True)  # type: ignore[misc]  # 3 with has_aux
     unwrapped = iter(tensors)
-    return Tape(value, pullback, seen[0].target.requires_grad), seen[0].map(lambda _: next(unwrapped))
+    depends = any(target.requires_grad for target in seen[0].targets)
+    return Tape(values, pullback, depends), seen[0].map(lambda _: next(unwrapped))
 
 
 def backward(buffer: Buffer, tape: Tape, counts: Contribution, deliver: Deliver | None = None) -> Buffer:
     """Run it backward."""
     assert deliver is None, "nothing here is final before the end"
-    value, pullback, depends = tape
-    # as_tensor would fix a dynamic number.
-    (grads,) = pullback((torch.ones_like(value) * counts.cotangent).to(value.dtype))
-    summed = [
-        _sum(sofar, _kept(_times_share(grad, counts.factor, dtype), counts.keeps))
-        for sofar, grad, dtype in zip(_times(buffer.grads, counts.growth), grads, buffer.dtypes, strict=True)
-    ]
+    values, pullback, depends = tape
+    grown = _times(buffer.grads, counts.growth)
+    number, summed = len(buffer.params), []
+    for at, own in enumerate(counts.passes):
+        before = grown[at * number : (at + 1) * number]
+        if own is None:
+            summed += before
+            continue
+        # as_tensor would fix a dynamic number.
+        (grads,) = pullback(
+            [
+                (torch.ones_like(value) * own.cotangent).to(value.dtype) if i == at else torch.zeros_like(value)
+                for i, value in enumerate(values)
+            ]
+        )
+        summed += [
+            _sum(sofar, _kept(_times_share(grad, own.factor, dtype), own.keeps))
+            for sofar, grad, dtype in zip(before, grads, buffer.dtypes, strict=True)
+        ]
     return buffer._replace(grads=summed, arrived=buffer.arrived or depends)
 
 
@@ -113,14 +127,25 @@ def merge(
     return [_sum(one, other) for one, other in zip(_times(a, shares[0]), _times(b, shares[1]), strict=True)]
 
 
-def finalize(buffer: Buffer, dtypes: Sequence[torch.dtype], factor: float | Tensor) -> list[Tensor]:
-    """The gradients, times ``factor``."""
+def finalize(buffer: Buffer, dtypes: Sequence[torch.dtype], factors: Sequence[float | Tensor]) -> list[Tensor]:
+    """The gradients of each target times its factor, summed."""
+    number = len(buffer.params)
+    total: list[Tensor | None] = [None] * number
+    for at, factor in enumerate(factors):
+        own = buffer.of_targets(len(factors)).grads[at * number : (at + 1) * number]
+        total = [_plus(sofar, grad, factor) for sofar, grad in zip(total, own, strict=True)]
     return [
-        torch.zeros_like(param, dtype=dtype)
-        if grad is None
-        else (grad if isinstance(factor, float) and factor == 1.0 else grad * factor).to(dtype)
-        for param, grad, dtype in zip(buffer.params, buffer.grads, dtypes, strict=True)
+        torch.zeros_like(param, dtype=dtype) if grad is None else grad.to(dtype)
+        for param, grad, dtype in zip(buffer.params, total, dtypes, strict=True)
     ]
+
+
+def _plus(sofar: Tensor | None, grad: Tensor | None, factor: float | Tensor) -> Tensor | None:
+    """``sofar + factor * grad``"""
+    if grad is None:
+        return sofar
+    own = grad if isinstance(factor, float) and factor == 1.0 else grad * factor
+    return own if sofar is None else sofar + own.to(sofar.dtype)
 
 
 def _times(grads: Sequence[Tensor | None], share: float | Tensor) -> list[Tensor | None]:

@@ -117,6 +117,7 @@ def describe(
             ("has_aux", options.has_aux),
             ("compress", sync.compress),
             ("overlap", sync.overlap),
+            ("weights", options.weights is not None),
         ),
         () if layout is None else tuple(layouts.specs(layout)),
         coded,
@@ -251,13 +252,15 @@ def agree(
     if not known:
         return Found(None)
     assert options.sync is not None
+    specs = known[0][1]
+    targets = layouts.targets(options, specs)
     plan = wire.plan(
-        [p.shape for p in params],
-        dtypes,
-        [p.device for p in params],
-        known[0][1],
+        [p.shape for p in params] * targets,
+        [*dtypes] * targets,
+        [p.device for p in params] * targets,
+        specs,
         options.sync.compress,
-        _whole(order, len(params)) if options.sync.overlap else None,
+        _whole(order, len(params) * targets) if options.sync.overlap else None,
     )
     shape = wire.shape(plan, group.size(), channels.COLUMNS)
     try:

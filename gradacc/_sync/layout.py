@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gradacc import _parts, _sums, _tree
 from gradacc._dtypes import is_inexact
+from gradacc._options import Options
 from gradacc._parts import Average, Part, Pieces, Total
 from gradacc._sums import Sums
 
@@ -28,6 +29,8 @@ class Spec:
     """Whether it counts in shares of the rank's unit (NOTE [units]), or is a sum by itself."""
     whole: bool = field(default=False, compare=False)
     """Of a Python number: whether it is an int."""
+    is_loss: bool = False
+    """Whether it is what a loss is, or the total of a mean that is a part of it."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +48,19 @@ Layout: TypeAlias = Sums
 def of(sums: Sums) -> Layout:
     """The layout of a rank's sums, which has seen a micro-batch."""
     parts, treedef = _sums.flatten_aux(sums.aux)
-    assert sums.value is not None
-    return Sums(_specs(sums.value), _sums.unflatten_aux(treedef, [_specs(part) for part in parts]), None, None, True)
+    losses, structure = _sums.terms(sums)
+    value = _sums.with_structure(structure, [_specs(part, is_loss=True) for part in losses])
+    return Sums(value, _sums.unflatten_aux(treedef, [_specs(part) for part in parts]), None, None, True)
 
 
 def specs(layout: Layout) -> list[Spec]:
     """Of all that crosses beside gradients, in the order of `_sums.numbers`."""
     return _sums.numbers(layout)[0]
+
+
+def targets(options: Options, specs: Sequence[Spec]) -> int:
+    """How many gradients there are of each parameter: NOTE [several means] in ``_sums.py``."""
+    return 1 if options.weights is not None else sum(spec.is_loss for spec in specs)
 
 
 def restore(layout: Layout, summed: Sequence[Any], local: Sums, like: Tensor, fixed: tuple[Any, Any, bool]) -> Sums:
@@ -83,10 +92,12 @@ def restored(value: Tensor, spec: Spec, device: torch.device) -> Any:
 
 def difference(one: Layout, other: Layout) -> str | None:
     """The first difference between two ranks, or between two calls."""
-    if type(one.value) is not type(other.value):
+    (losses, structure), (others, other_structure) = _sums.terms(one), _sums.terms(other)
+    if structure != other_structure or list(map(type, losses)) != list(map(type, others)):
         return f"loss_fn returned {_kind(one)}, and {_kind(other)}"
-    if _facts(one.value) != _facts(other.value):
-        return f"the loss is {_words(one.value)}, and {_words(other.value)}"
+    for a, b in zip(losses, others, strict=True):
+        if _facts(a) != _facts(b):
+            return f"the loss is {_words(a)}, and {_words(b)}"
     parts, treedef = _sums.flatten_aux(one.aux)
     others, othertree = _sums.flatten_aux(other.aux)
     if treedef != othertree:
@@ -99,19 +110,19 @@ def difference(one: Layout, other: Layout) -> str | None:
     return None
 
 
-def _specs(part: Part) -> Part:
+def _specs(part: Part, is_loss: bool = False) -> Part:
     if isinstance(part, Pieces):
         first = part.tensors[0]
         return Pieces([Local(first.dtype, tuple(first.shape[1:]))])
-    return _parts.with_numbers(
-        part, iter([_spec(number, isinstance(part, Average)) for number in _parts.numbers(part)])
-    )
+    first, *rest = _parts.numbers(part)
+    weighted = isinstance(part, Average)
+    return _parts.with_numbers(part, iter([_spec(first, weighted, is_loss), *(_spec(n, weighted) for n in rest)]))
 
 
-def _spec(value: Any, weighted: bool) -> Spec:
+def _spec(value: Any, weighted: bool, is_loss: bool = False) -> Spec:
     if isinstance(value, Tensor):
-        return Spec(value.dtype, tuple(value.shape), weighted)
-    return Spec(None, (), weighted, whole=isinstance(value, int))
+        return Spec(value.dtype, tuple(value.shape), weighted, is_loss=is_loss)
+    return Spec(None, (), weighted, whole=isinstance(value, int), is_loss=is_loss)
 
 
 def _facts(part: Any) -> tuple[Any, ...]:
@@ -119,6 +130,8 @@ def _facts(part: Any) -> tuple[Any, ...]:
 
 
 def _kind(layout: Layout) -> str:
+    if not _parts.is_part(layout.value):
+        return f"several Means as {_sums.terms(layout)[1]}"
     return "a Mean" if isinstance(layout.value, Total) else "a tensor"
 
 

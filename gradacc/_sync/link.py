@@ -134,7 +134,6 @@ class Link(Turn):
             for index, grad in self.held.items():
                 grads[index] = grad
             self.held = {}
-            self._strides = [wire.strides_of(param, grad) for param, grad in zip(self.params, grads, strict=True)]
             here = None if sums.value is None else layouts.of(sums)
             weight, described = sums.weight, None
             if self.agreement is None:
@@ -163,12 +162,20 @@ class Link(Turn):
         with self.failing_together():
             if here is not None:
                 self._check_kind(agreement, here)
+            self._make_room(agreement, grads)
             if not self.delivered:
                 self.set_unit(sums.unit, weight)
             self._send(agreement, grads, sums, here, weight, arrived)
         self.conclude()
         self.raise_problem()
         return self._receive(agreement, grads, sums)
+
+    def _make_room(self, agreement: Agreement, grads: list[Tensor | None]) -> None:
+        """For the gradients of several targets, of which this rank may have seen none."""
+        targets = layouts.targets(self.options, agreement.plan.specs)
+        self.params, self.dtypes = [*self.params] * targets, [*self.dtypes] * targets
+        grads += [None] * (len(self.params) - len(grads))
+        self._strides = [wire.strides_of(param, grad) for param, grad in zip(self.params, grads, strict=True)]
 
     def _check_kind(self, agreement: Agreement, here: Layout) -> None:
         problem = layouts.difference(agreement.layout, here)

@@ -45,8 +45,8 @@ class Traced:
         self, grads: list[Tensor | None], sums: Sums, arrived: bool, types: Callable[[Sums], Sums]
     ) -> tuple[list[Tensor | None], Sums, bool]:
         """As `gradacc._sync.Boundary`; the union's gradients are in the unit 1."""
-        sums, params, group = types(sums), self.params, self.group
-        plan = self._plan(sums)
+        sums, group = types(sums), self.group
+        plan, params = self._plan(sums), [*self.params] * (len(grads) // len(self.params))
         device = plan.buckets[plan.header].device
         unit: Any = 0.0 if sums.unit is None else sums.unit
         factor = 1.0 if self.options.reduction == "sum" else unit
@@ -97,11 +97,13 @@ class Traced:
                 f"{name}: compress=torch.float16 is not available in a compiled call, where gradients cross as sums, which "
                 "overflow it; use torch.bfloat16"
             )
+        specs = layouts.specs(layouts.of(sums))
+        targets = layouts.targets(self.options, specs)
         return wire.plan(
-            [param.shape for param in self.params],
-            self.dtypes,
-            [param.device for param in self.params],
-            layouts.specs(layouts.of(sums)),
+            [param.shape for param in self.params] * targets,
+            [*self.dtypes] * targets,
+            [param.device for param in self.params] * targets,
+            specs,
             sync.compress,
             order=None,
         )

@@ -191,13 +191,18 @@ def scaled_loss(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callab
     def scaled(*args: Any, loss_scale: Any = _MISSING, **kwargs: Any) -> Any:
         factor = _factor(loss_scale)
         value, aux = _loss.returned(options, loss_fn(*args, **kwargs))
-        target = _loss.target_of(options, value)
-        total = _dtypes.widened(target) * (_scalars.beside(factor, target) if isinstance(factor, Tensor) else factor)
-        loss = Mean(total, value.weight) if isinstance(value, Mean) else total
+        losses, treedef = _loss.losses(options, value)
+        loss = _tree.unflatten(treedef, [_times(each, factor) for each in losses])
         return (loss, aux) if has_aux else loss
 
     scaled.__signature__ = signature  # type: ignore[attr-defined]  # which `takes_keyword` reads, through functools.wraps
     return scaled
+
+
+def _times(target: Any, factor: float | Tensor) -> Any:
+    if isinstance(target, Mean):
+        return Mean(_times(target.total, factor), target.weight)
+    return _dtypes.widened(target) * (_scalars.beside(factor, target) if isinstance(factor, Tensor) else factor)
 
 
 _MISSING = object()

@@ -78,7 +78,7 @@ def _scan(step: Step, start: State, seen: State, cut: Cut, run: Run) -> State:
 
     def state(carry: list[Tensor]) -> State:
         left = iter(carry)
-        grads: list[Tensor | None] = [next(left) for _ in buffer.grads]
+        grads: list[Tensor | None] = [next(left) for _ in after.grads]
         *own, weight = [next(left) if tensor else 0 for tensor in is_tensor]
         return after._replace(grads=grads), _sums.with_numbers(rest, own, [[] for _ in pieces], weight, sums.unit)
 
@@ -90,10 +90,12 @@ def _scan(step: Step, start: State, seen: State, cut: Cut, run: Run) -> State:
         return [*after.grads, *kept], [piece[0].clone() for piece in each]
 
     first = [0] * len(numbers) if before.value is None else [*_sums.numbers(before)[0], before.weight]
+    number = len(buffer.params)
+    targets = len(after.grads) // number
     zeros: list[Tensor] = [
         # Dense: a sum's gradient is expanded.
-        torch.zeros_like(param, dtype=dtype) if grad is None else grad.clone()
-        for param, dtype, grad in zip(buffer.params, buffer.dtypes, buffer.grads, strict=True)
+        torch.zeros_like(buffer.params[i % number], dtype=buffer.dtypes[i % number]) if grad is None else grad.clone()
+        for i, grad in enumerate(buffer.of_targets(targets).grads)
     ]
     zeros += [
         old if isinstance(old, Tensor) else _number(number, old)
