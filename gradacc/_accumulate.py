@@ -194,7 +194,7 @@ def _run(
     kwargs: dict[str, Any],
 ) -> Any:
     """One call of ``grad_fn``: ``finalize . sync . fold . init``."""
-    divisors = _weights.divisors(options, counting, args)
+    divisors = None if options.weights is None else _weights.divisors(options, options.weights, counting, args)
     boundary = _sync.connect(options, agreed)
     try:
         differentiated, batch = _call.positions(options, args)

@@ -258,6 +258,7 @@ def _merge(options: Options, donate: bool, one: Any, other: Any) -> AccumulatorS
         _state.check_alike(options, a, b.facts.params, structure, others, "b")
         if not _counts(a) or not _counts(b):  # a known type says more than nothing
             return a if _counts(a) or (not _counts(b) and b.sums.value is None) else b
+        _sums.check_kind(options.name, sums.value, more.value)
         losses = _sums.dtypes(sums), _sums.dtypes(more)
         if losses[0] != losses[1]:
             one, other = (" and ".join(map(str, found)) for found in losses)

@@ -156,7 +156,10 @@ def finish(
         check_dependence(options.name, not sums.differentiated or arrived)
         value, aux = _sums.finalize(options, sums, fold.params[0])
         buffer = buffer._replace(grads=grads)
-        results = engine.finalize(buffer, fold.returned, _weights.gradient_factors(options, sums, fold.divisors))
+        factors = _sums.gradient_factors(options, sums)
+        if fold.divisors is not None:
+            factors = [factor * _weights.check(options, sums, fold.divisors) for factor in factors]
+        results = engine.finalize(buffer, fold.returned, factors)
         tree = _tree.unflatten(fold.treedef, results)
     boundary.done()
     return tree, ((value, aux) if options.has_aux else value)

@@ -200,7 +200,7 @@ def weight(options: Options, value: Any, like: Tensor, what: str) -> float | Ten
             )
         if value.requires_grad:
             raise ValueError(
-                f"{name}: {what} a tensor that depends on the parameters; the gradient of total / weight "
+                f"{name}: {what} a tensor and depends on the parameters; the gradient of total / weight "
                 "is then not additive. Count the weight from the data, or detach() it"
             )
         if value.is_meta:

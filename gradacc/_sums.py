@@ -108,7 +108,7 @@ def contribution(options: Options, sums: Sums, outcome: Outcome, known: int | No
     """What a micro-batch counts for, beside ``sums``; ``known``: the number of examples of all, where that is known."""
     if sums.value is not None:
         # Before gradients of one kind are added to those of another.
-        _check_kind(options.name, sums.value, outcome.value)
+        check_kind(options.name, sums.value, outcome.value)
     if isinstance(outcome.value, Terms):
         return _contribution_of_terms(options, outcome, outcome.value, narrow)
     weight, unit = outcome.weight, _unit(sums, outcome, known)
@@ -179,7 +179,7 @@ def merge(options: Options, a: Sums, b: Sums) -> tuple[Sums, tuple[float | Tenso
     if a.value is None or b.value is None:
         return (b if a.value is None else a), (1.0, 1.0)
     name = options.name
-    _check_kind(name, a.value, b.value)
+    check_kind(name, a.value, b.value)
     one: Any
     shares: tuple[float | Tensor, float | Tensor] = (1.0, 1.0)
     if a.unit is None or b.unit is None:
@@ -395,7 +395,7 @@ def _times_zero(value: Any) -> Any:
     return torch.zeros_like(value)
 
 
-def _check_kind(name: str, one: Any, other: Any) -> None:
+def check_kind(name: str, one: Any, other: Any) -> None:
     """All micro-batches return the same kind of value."""
     first, second = _kind(one), _kind(other)
     if first != second:

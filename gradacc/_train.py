@@ -64,7 +64,9 @@ def train_step(
     Returns:
         ``step(state, batch, *args, **kwargs) -> (state, metrics)``. ``metrics`` is a dict of detached tensors: ``loss`` (of a
         `Mean`, ``total / weight``), ``grad_norm`` (the Euclidean norm of all gradients as one vector, before any clipping,
-        at least float32), and, where there are any, ``weight`` (of a `Mean`: tokens, say) and ``aux``. Further:
+        at least float32), and, where there are any, ``weight`` (of a `Mean`: tokens, say) and ``aux``. Of several means
+        ``loss`` is the sum of their values (one of weight 0 counts for nothing), ``terms`` are the values (NaN of weight 0),
+        and ``weight`` their weights, both in the structure of the loss. Further:
 
         - ``lr``: the learning rate of this step (of an update that was skipped: what it would have been), where the optimizer
           is one of `gradacc.optim` but `gradacc.optim.from_torchopt`. It is asked for once more, so a function of the step is
@@ -122,7 +124,8 @@ def train_step(
         start = state.params if _where.transforming() else _tree.map_tensors(_without_graph, state.params)
         named = {} if scale is None else {"loss_scale": scale}
         grads, value, aux = _split_result(grad_fn(start, batch, *args, **named, **kwargs))
-        metrics = {**_of_value(value, scale), "grad_norm": _norm(grads, scale)}
+        loss, told = _of_value(value, scale)
+        metrics = {"loss": loss, "grad_norm": _norm(grads, scale), **told}
         if aux is not None:
             metrics["aux"] = aux
         if report.rate is not None:
@@ -229,19 +232,18 @@ def _norm(grads: Any, scale: Tensor | None) -> Tensor:
     return _dtypes.global_norm(leaves, wide=True)
 
 
-def _of_value(value: Any, scale: Tensor | None) -> dict[str, Any]:
-    """``loss``; of a `Mean` ``weight``; of several means ``terms`` too. A ``scale`` is taken off."""
+def _of_value(value: Any, scale: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
+    """The loss, and the metrics of a `Mean` (``weight``), of several means ``terms`` too. A ``scale`` is taken off."""
 
     def unscaled(loss: Tensor) -> Tensor:
         return loss if scale is None else loss / _scalars.beside(scale, loss)
 
     if isinstance(value, Tensor):
-        return {"loss": unscaled(value)}
+        return unscaled(value), {}
     if isinstance(value, Mean):
-        return {"loss": unscaled(value.value), "weight": _weight(value)}
+        return unscaled(value.value), {"weight": _weight(value)}
     means, treedef = _mean.flatten(value)
-    return {
-        "loss": unscaled(_mean.value_of(value)),
+    return unscaled(_mean.value_of(value)), {
         "terms": _tree.unflatten(treedef, [unscaled(mean.value) for mean in means]),
         "weight": _tree.unflatten(treedef, [_weight(mean) for mean in means]),
     }

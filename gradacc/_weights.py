@@ -14,7 +14,7 @@ NOTE [counted twice]
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -33,17 +33,17 @@ NEAR = 1e-5
 """How far apart, relatively, two sums of weights that are no whole numbers may be by rounding."""
 
 
-def divisors(options: Options, agreed: _sync.Agreed | None, args: Sequence[Any]) -> Divisors | None:
-    """What ``weights=`` counts in the batch of a call, over all ranks; None without it, or where there is no micro-batch."""
-    if options.weights is None:
-        return None
+def divisors(
+    options: Options, weights: Callable[..., Any], agreed: _sync.Agreed | None, args: Sequence[Any]
+) -> Divisors | None:
+    """What ``weights`` counts in the batch of a call, over all ranks; None where there is no micro-batch."""
     boundary = _sync.connect(_counting(options), agreed)
     try:
         differentiated, batch = _call.positions(options, args)
         params, _ = _call.parameters(options, args, differentiated)
         nothing = torch.zeros((), device=params[0].device)
         boundary.bind([nothing], _tree.flatten(nothing)[1], [nothing.dtype], args[batch])
-        sums = _count(options, args, differentiated, batch, nothing)
+        sums = _count(options, weights, args, (differentiated, batch), nothing)
     except BaseException as error:
         boundary.fail(error)
         raise
@@ -56,17 +56,8 @@ def divisors(options: Options, agreed: _sync.Agreed | None, args: Sequence[Any])
     return Divisors([_weight_of(part) for part in parts], treedef)
 
 
-def gradient_factors(options: Options, sums: Sums, divisors: Divisors | None) -> list[float | Tensor]:
-    """What each target's gradients are multiplied by at the end. NOTE [counted twice]"""
-    factors = _sums.gradient_factors(options, sums)
-    if divisors is None:
-        return factors
-    (factor,), right = factors, _check(options, sums, divisors)
-    return [factor if isinstance(right, float) else factor * right]
-
-
-def _check(options: Options, sums: Sums, divisors: Divisors) -> float | Tensor:
-    """1, or NaN where it cannot be read and is wrong."""
+def check(options: Options, sums: Sums, divisors: Divisors) -> float | Tensor:
+    """NOTE [counted twice]: 1, or NaN where it cannot be read and is wrong."""
     losses, treedef = _sums.terms(sums)
     right: float | Tensor = 1.0
     for place, (part, counted) in enumerate(zip(losses, divisors.weights, strict=True)):
@@ -88,13 +79,19 @@ def _counting(options: Options) -> Options:
     return options._replace(reduction="sum", has_aux=True, dtype=None, sync=sync)
 
 
-def _count(options: Options, args: Sequence[Any], differentiated: Sequence[int], batch: int, nothing: Tensor) -> Sums:
+def _count(
+    options: Options,
+    weights: Callable[..., Any],
+    args: Sequence[Any],
+    positions: tuple[Sequence[int], int],
+    nothing: Tensor,
+) -> Sums:
     """In this rank's batch: the whole of it, or one micro-batch of an iterable after another."""
-    assert options.weights is not None
+    differentiated, batch = positions
     dims = _call.in_dims(options, args, differentiated, batch)
     split = [args[n] for n, dim in enumerate(dims) if dim is not None]
     if options.steps is not None or options.microbatch_size is not None or options.split is not None:
-        return _counted(options, options.weights(*split), nothing)
+        return _counted(options, weights(*split), nothing)
     sums, parts = _sums.NOTHING, args[batch]
     if not _batch.is_iterable(parts):
         return sums  # which the call says
@@ -104,7 +101,7 @@ def _count(options: Options, args: Sequence[Any], differentiated: Sequence[int],
             f"{describe(parts)}, which gives them once. Pass them as a list, or leave weights= out"
         )
     for part in parts:
-        sums = _sums.merge(options, sums, _counted(options, options.weights(part), nothing))[0]
+        sums = _sums.merge(options, sums, _counted(options, weights(part), nothing))[0]
     return sums
 
 

@@ -600,12 +600,12 @@ class TestBadInput:
             (
                 returns(counted, lambda x: {"a": x.mean()}),
                 TypeError,
-                "a Mean for one micro-batch and a tensor for another",
+                "a tensor for one micro-batch and a Mean for another",
             ),
             (
                 returns(lambda p, x: mean(p, x).double(), lambda x: {"a": x.mean()}),
                 ValueError,
-                "are torch.float32 and torch.float64",
+                "are torch.float32, and torch.float64",
             ),
             (returns(mean, lambda x: {"b": x.mean()}), ValueError, "aux has another structure"),
             (returns(mean, lambda x: {"a": x}), TypeError, r"aux\['a'\] is not of the same kind"),
@@ -616,7 +616,7 @@ class TestBadInput:
     def test_a_loss_that_changes_its_kind(self):
         acc = gradacc.accumulator(lambda p, x: mean(p, x) if len(x) > 1 else counted(p, x))
         state = acc.update(acc.init(self.params), self.params, self.x)
-        with pytest.raises(TypeError, match="^accumulator: loss_fn returned a Mean for one micro-batch and a tensor"):
+        with pytest.raises(TypeError, match="^accumulator: loss_fn returned a tensor for one micro-batch and a Mean"):
             acc.update(state, self.params, self.x[:1])
 
     def test_a_loss_that_does_not_depend_on_the_parameters(self):

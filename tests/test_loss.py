@@ -56,7 +56,11 @@ LOSSES = {
         r"weight is a torch.float32 tensor of shape \(2,\)",
     ),
     "complex weight": (mean(linear, lambda p, b: torch.tensor(1j)), ValueError, "weight is a torch.complex64 tensor"),
-    "weight of params": (mean(linear, lambda p, b: p["w"]), ValueError, "weight depends on the parameters.*detach"),
+    "weight of params": (
+        mean(linear, lambda p, b: p["w"]),
+        ValueError,
+        "weight is a tensor and depends on the parameters.*detach",
+    ),
     "weight None": (mean(linear, lambda p, b: None), TypeError, "weight is None; it must be a number or"),
     "weight str": (mean(linear, lambda p, b: "3"), TypeError, "weight is a str"),
     "Mean of a vector": (
@@ -73,32 +77,48 @@ LOSSES = {
     "sum of Means": (
         lambda p, b: gradacc.Mean(linear(p, b), 2) + gradacc.Mean(linear(p, b), 3),
         ValueError,
-        r"a sum of Means.*not a.value \+ b.value.*Mean\(pooled.total, pooled.weight\).*reduction='sum'",
+        r"a sum of Means.*not a.value \+ b.value.*Mean\(pooled.total, pooled.weight\).*a tuple, list or dict: \(a, 5.0 \* b\)",
     ),
     "sum() of Means": (
         lambda p, b: sum(gradacc.Mean(linear(p, b), n) for n in (1, 2, 3)),
         ValueError,
         r"a sum of Means.*not a.value \+ b.value",
     ),
-    "tuple of Means": (
-        lambda p, b: (gradacc.Mean(linear(p, b), 2), gradacc.Mean(linear(p, b), 3)),
+    "a Mean and a loss": (
+        lambda p, b: (gradacc.Mean(linear(p, b), 2), linear(p, b)),
         TypeError,
-        r"a tuple of 2 Means; pass has_aux=True for .* the loss alone is differentiated\. .*reduction='sum'",
+        r"a tuple of 2; pass has_aux=True for .* Or are they several losses\? Return a tuple of nothing but gradacc\.Means",
     ),
-    "tuple of three Means": (
-        lambda p, b: (gradacc.Mean(linear(p, b), 2),) * 3,
+    "a Mean and a metric, nested": (
+        lambda p, b: (gradacc.Mean(linear(p, b), 2), {"acc": gradacc.Mean(linear(p, b), 2)}),
         TypeError,
-        r"a tuple of 3 Means.*reduction='sum'",
+        r"a tuple of 2; pass has_aux=True for .* Or are they several losses\?",
     ),
-    "list of Means": (
-        lambda p, b: [gradacc.Mean(linear(p, b), 2)] * 2,
+    "a dict of a Mean and a loss": (
+        lambda p, b: {"ce": gradacc.Mean(linear(p, b), 2), "box": linear(p, b)},
         TypeError,
-        r"a list of 2 Means; it must return.*reduction='sum'",
+        r"several means, and loss\['box'\] is a tensor of shape .*which is none.*Mean\(mean \* n, n\)",
     ),
-    "dict of Means": (
-        lambda p, b: {"ce": gradacc.Mean(linear(p, b), 2), "box": gradacc.Mean(linear(p, b), 3)},
+    "no Means": (lambda p, b: [], TypeError, "returned a list of 0; it must return"),
+    "a sum of Means in a list": (
+        lambda p, b: [gradacc.Mean(linear(p, b), 2), gradacc.Mean(linear(p, b), 2) + gradacc.Mean(linear(p, b), 2)],
+        ValueError,
+        r"a sum of Means.*Mean\(pooled.total, pooled.weight\)",
+    ),
+    "one of several of a vector": (
+        lambda p, b: [gradacc.Mean(linear(p, b), 2), gradacc.Mean(p["w"] * b["x"], 2)],
+        ValueError,
+        r"Mean whose total is a tensor of shape \(2,\)",
+    ),
+    "another number of Means": (
+        lambda p, b: [gradacc.Mean(linear(p, b), 2)] * (1 + int(b["x"][0])),
+        ValueError,
+        r"several means as .* for one micro-batch and as .* for another.*a Mean of weight 0",
+    ),
+    "a Mean, then several": (
+        lambda p, b: gradacc.Mean(linear(p, b), 1) if b["x"][0] == 0 else [gradacc.Mean(linear(p, b), 1)],
         TypeError,
-        r"a dict of 2 Means; it must return.*reduction='sum'",
+        "a Mean for one micro-batch and several Means for another",
     ),
     "tuple of losses": (
         lambda p, b: (linear(p, b), linear(p, b)),
@@ -144,12 +164,10 @@ def test_has_aux_needs_a_pair(out):
 @pytest.mark.parametrize(
     ("out", "kind"),
     [
-        (lambda m: (m, m, m), "must return .* a tuple of 3 Means"),
-        (lambda m: [m, m], "must return .* a list of 2 Means"),
-        (lambda m: ({"a": m, "b": m}, 1), "returned a dict of 2 Means"),
-        (lambda m: ((m, m), 1), "returned a tuple of 2 Means"),
+        (lambda m: (m, m, m), "must return .* a tuple of 3 Means; several means are one loss"),
+        (lambda m: [m, m], "must return .* a list of 2 Means; several means are one loss"),
     ],
 )
 def test_several_means_and_aux_name_what_works(out, kind):
-    with pytest.raises(TypeError, match=rf"{kind}.*count what each is a mean of.*reduction='sum'"):
+    with pytest.raises(TypeError, match=kind):
         gradacc.accumulate(lambda p, b: out(gradacc.Mean(linear(p, b), 2)), steps=2, has_aux=True)(PARAMS, BATCH)

@@ -70,20 +70,49 @@ def test_it_is_immutable():
 D = torch.float64
 
 
+FACTORS = {
+    "number * mean": (lambda mean: 5.0 * mean, 5.0),
+    "mean * number": (lambda mean: mean * 5, 5),
+    "tensor * mean": (lambda mean: torch.tensor(2.0) * mean, 2.0),
+    "mean * tensor": (lambda mean: mean * torch.tensor(2.0), 2.0),
+    "NumPy * mean": (lambda mean: np.float64(5.0) * mean, 5.0),
+    "mean * NumPy": (lambda mean: mean * np.float32(5.0), 5.0),
+    "NumPy's int": (lambda mean: np.int64(3) * mean, 3),
+    "Fraction": (lambda mean: Fraction(1, 4) * mean, 0.25),
+    "Decimal": (lambda mean: mean * Decimal("0.5"), 0.5),
+    "mean / number": (lambda mean: mean / 2, 0.5),
+    "mean / tensor": (lambda mean: mean / torch.tensor(4.0), 0.25),
+    "-mean": (lambda mean: -mean, -1.0),
+    "0": (lambda mean: 0 * mean, 0.0),
+}
+
+
+@pytest.mark.parametrize(("scaled", "factor"), FACTORS.values(), ids=FACTORS)
+def test_a_factor_scales_the_value_and_not_the_weight(scaled, factor):
+    mean = Mean(torch.tensor(6.0), 4)
+    result = scaled(mean)
+    assert type(result) is Mean
+    assert (result.value.item(), result.weight) == (1.5 * factor, 4)
+    assert result.total.dtype == torch.float32
+    assert (mean.total.item(), mean.weight) == (6.0, 4)
+    # A sum of two is one with a factor, too.
+    assert scaled(mean + mean)._pooled
+    assert not result._pooled
+
+
 def test_arithmetic_of_values_is_refused_and_names_what_works():
     mean = Mean(torch.tensor(6.0), 4)
     t = torch.tensor(2.0)
     cases = {
-        r"Mean\(factor \* mean.total, mean.weight\)": [
-            lambda: 5.0 * mean,
-            lambda: mean * 5,
-            lambda: t * mean,
-            lambda: mean * t,
+        r"Write it with a number or a 0-dim tensor": [
             lambda: mean * mean,
-            lambda: np.float64(5.0) * mean,
+            lambda: mean / mean,
+            lambda: mean * "2",
+            lambda: mean * torch.ones(2),
+            lambda: np.ones(2) * mean,
+            lambda: mean * 1j,
+            lambda: None * mean,
         ],
-        r"Mean\(mean.total / divisor, mean.weight\)": [lambda: mean / 2, lambda: mean / t, lambda: mean / mean],
-        r"Mean\(-mean.total, mean.weight\)": [lambda: -mean],
         r"Mean\(mean.total \+ mean.weight \* term, mean.weight\)": [
             lambda: mean + 1.0,
             lambda: 1.0 + mean,
@@ -98,7 +127,9 @@ def test_arithmetic_of_values_is_refused_and_names_what_works():
     }
     for message, operations in cases.items():
         for operation in operations:
-            with pytest.raises(TypeError, match=rf"^gradacc\.Mean: .*{message}.*reduction='sum'"):
+            with pytest.raises(
+                TypeError, match=rf"^gradacc\.Mean: .*{message}.*a tuple, list or dict: \(a, 5.0 \* b\)"
+            ):
                 operation()
 
 
@@ -164,8 +195,7 @@ def test_a_factor_and_a_penalty_as_the_error_says():
     x = torch.arange(7, dtype=D).sin()
 
     def loss(w, x):
-        mean, penalty = Mean((w * x).square().sum(), len(x)), w.square()
-        mean = Mean(5.0 * mean.total, mean.weight)
+        mean, penalty = 5.0 * Mean((w * x).square().sum(), len(x)), w.square()
         return Mean(mean.total + mean.weight * penalty, mean.weight)
 
     w = torch.tensor(2.0, dtype=D)

@@ -577,7 +577,7 @@ def test_a_state_of_another_optimizer_is_the_optimizers_own_error(state, opt_sta
         ),
         (
             lambda s: train_step(lambda p, b: (p, 1.0), OPTIMIZER)(s, None),
-            "as its value; it must be a tensor or a Mean",
+            "as its value; it must be a tensor, a Mean or several",
         ),
     ],
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradacc import _batch, _call, _loss, _options, _split, _tree
 from gradacc._describe import describe
+from gradacc._mean import value_of
 from gradacc._values import positive_int
 from gradacc._where import transforming
 from gradacc.testing import _diagnose, _sandbox
@@ -20,7 +21,7 @@ from gradacc.testing._probe import Errors, Probe, Result, copy, errors
 from gradacc.testing._report import Diagnosis, Report, Split
 
 _NAME = "check_accumulation"
-_PASSED_ON = ("in_dims", "argnums", "has_aux", "reduction", "dtype")
+_PASSED_ON = ("in_dims", "argnums", "has_aux", "reduction", "dtype", "weights")
 
 
 def check_accumulation(
@@ -223,7 +224,9 @@ def _holds_microbatches(
 
     def first() -> Tensor:
         own = _tree.map_tensors(copy, (*args[:batch], whole[0], *args[batch + 1 :]))
-        return _loss.target_of(options, _loss.returned(options, loss_fn(*own))[0])
+        value, _ = _loss.returned(options, loss_fn(*own))
+        _loss.losses(options, value)
+        return value_of(value)
 
     return result_or_none(first) is not None
 

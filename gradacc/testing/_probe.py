@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gradacc import _accumulate, _loop, _loss, _tree
 from gradacc._dtypes import is_inexact
-from gradacc._mean import Mean
+from gradacc._mean import Mean, value_of
 from gradacc._options import Options
 from gradacc.testing import _sandbox
 
@@ -59,9 +59,9 @@ class Probe(NamedTuple):
             args = self._copied(self.args if args is None else args)
             out = self.loss_fn(*(trees.get(n, arg) for n, arg in enumerate(args)))
             value, aux = _loss.returned(self.options, out)
-            target = _loss.target_of(self.options, value)
-            _loop.check_dependence(self.options.name, target.requires_grad)
-            number = value.value if isinstance(value, Mean) else target
+            _loss.losses(self.options, value)
+            number = value_of(value)
+            _loop.check_dependence(self.options.name, number.requires_grad)
             grads = torch.autograd.grad(number, leaves, materialize_grads=True)
         weight = float(value.weight) if isinstance(value, Mean) else None
         return Result([_dense(grad) for grad in grads], number.detach(), weight, _leaves(aux), (number.detach(),))
@@ -74,9 +74,7 @@ class Probe(NamedTuple):
         def recorded(*args: Any) -> Any:
             out = self.loss_fn(*args)
             value = out[0] if self.options.has_aux else out
-            number = value.value if isinstance(value, Mean) else value
-            if isinstance(number, Tensor):
-                values.append(number.detach())
+            values.append(value_of(value).detach())
             _sandbox.seed(len(values))
             return out
 
@@ -88,7 +86,7 @@ class Probe(NamedTuple):
             error.add_note(f"check_accumulation: with steps={steps}; the large batch went through")
             raise
         value, aux = value if self.options.has_aux else (value, None)
-        number = value.value if isinstance(value, Mean) else value
+        number = value_of(value)
         return Result(_tree.flatten(grads)[0], number, None, _leaves(aux), tuple(values))
 
     def take(self, *ranges: tuple[int, int]) -> tuple[Any, ...]:
@@ -144,7 +142,7 @@ class Result(NamedTuple):
 
     grads: list[Tensor]
     value: Tensor
-    """The loss; ``total / weight`` of a `Mean`."""
+    """The loss; ``total / weight`` of a `Mean`, and the sum of them of several."""
     weight: float | None
     """The weight of a `Mean`."""
     aux: list[Any]
