@@ -101,13 +101,13 @@ def accumulate_and_value(
 
     ``docs/batches.md`` has the edge cases (empty batches, weight 0, half precision), ``docs/transforms.md`` the table of what
     composes with what, and ``docs/limits.md`` the losses for which the equality fails: examples that see each other
-    (BatchNorm in training mode), sums of several means, random numbers. `gradacc.testing.check_accumulation` tests yours.
+    (BatchNorm in training mode), random numbers. `gradacc.testing.check_accumulation` tests yours.
 
     Arguments:
         loss_fn: ``loss_fn(params, batch, *args, **kwargs)``. It returns a 0-dim floating tensor (the mean over the examples, or
-            with ``reduction="sum"`` their sum) or a `Mean` (a mean over tokens, pixels or edges: ``total / weight``). With
-            ``has_aux`` it returns ``(loss, aux)``. Without ``loss_fn`` the result is a decorator:
-            ``@accumulate_and_value(steps=4)``.
+            with ``reduction="sum"`` their sum), a `Mean` (a mean over tokens, pixels or edges: ``total / weight``), or a tuple,
+            list or dict of `Mean`s (the sum of their values; a backward pass and gradients for each). With ``has_aux`` it
+            returns ``(loss, aux)``. Without ``loss_fn`` the result is a decorator: ``@accumulate_and_value(steps=4)``.
         steps: at most this many micro-batches, of `torch.tensor_split`'s sizes: they differ by at most one.
         microbatch_size: micro-batches of this many examples; the last one may be smaller.
         split: ``split(batch)`` yields the micro-batches. Without these three, the batch *is* an iterable of micro-batches of
@@ -127,6 +127,8 @@ def accumulate_and_value(
         dtype: accumulate in this floating dtype, and return gradients in it (complex ones in its complex counterpart). By
             default float16 and bfloat16 are accumulated in float32 and cast back; other dtypes accumulate in themselves.
         sync: `gradacc.all_reduce`: the large batch is then the union of all ranks' batches, with one all-reduce a call.
+        weights: ``weights(batch)``, of several means: the weight of each, in their structure, counted before the first forward
+            pass (of what is split of the arguments; of a list of micro-batches one by one). One backward pass is then enough.
 
     Returns:
         ``grad_fn(params, batch, *args, **kwargs)``, which returns ``(grads, value)``, or ``(grads, (value, aux))`` with

@@ -19,9 +19,11 @@ from gradacc.testing._report import Diagnosis, unknown
 def explain(evidence: Evidence, probe: Probe, tolerance: float) -> Diagnosis:
     """The first rule of composition that holds within ``tolerance``; ``probe``: the evidence's, or it in float64."""
     attempts = (result_or_none(partial(_additive.measure, probe, number)) for number in (4, 3, 2))
-    parts = next((found for found in attempts if found is not None), None)
-    if parts is None:
+    found = [parts for parts in attempts if parts is not None]
+    if not found:
         return unknown("the loss cannot be called on parts of this batch.")
+    # Parts that happen to weigh what accumulate says (as many tokens in each) say nothing of what is wrong in others.
+    parts = next((parts for parts in found if not _is_as_used(parts, tolerance)), found[0])
     return (
         _reduction(evidence, parts, tolerance)
         or _weights(evidence, parts, tolerance)
@@ -29,6 +31,11 @@ def explain(evidence: Evidence, probe: Probe, tolerance: float) -> Diagnosis:
         or _nonlinear(parts, tolerance)
         or _interaction(evidence, probe, parts, tolerance)
     )
+
+
+def _is_as_used(parts: _additive.Parts, tolerance: float) -> bool:
+    used = parts.shares if parts.means is None else parts.means
+    return parts.residual(used) <= tolerance
 
 
 def _reduction(evidence: Evidence, parts: _additive.Parts, tolerance: float) -> Diagnosis | None:
@@ -136,8 +143,9 @@ def _interaction(evidence: Evidence, measured: Probe, parts: _additive.Parts, to
                 "please report it as a bug of gradacc."
             )
         return unknown(
-            f"weights of its parts explain the large batch nearly, but not fully (off by {residual:.1e}). A ratio of sums over "
-            "the batch (Dice, F1) of data that are whole numbers looks so, too."
+            f"weights of its parts explain the large batch nearly, but not fully (off by {residual:.1e}). A sum of means over "
+            "different things may look so (return them as a tuple of gradacc.Means), and a ratio of sums over the batch (Dice, "
+            "F1) of data that are whole numbers."
         )
     why = f"no weights make the large batch the weighted mean of its parts (the best are off by {residual:.1e})"
     if shaken is not None and not depends:
@@ -146,10 +154,9 @@ def _interaction(evidence: Evidence, measured: Probe, parts: _additive.Parts, to
             f"{why}, and yet what one half of the batch contributes does not depend on the data of the other half. The loss "
             "may add means over different things (one over tokens, one over examples), or choose among examples (a maximum, "
             "the k largest).",
-            "accumulate each mean in a call of its own, the one over tokens as gradacc.Mean(loss_sum, number), and add their "
-            "gradients; or count first what each is a mean of, and add up the sums divided by the whole batch's counts, with "
-            "reduction='sum' (help(gradacc.Mean) has an example). "
-            "What chooses among the examples of a batch needs the whole batch.",
+            "return each mean as a gradacc.Mean(loss_sum, number), all of them in a tuple, list or dict: the loss is then the "
+            "sum of their values (a factor goes before one: 5.0 * mean). What chooses among the examples of a batch needs the "
+            "whole batch.",
         )
     evidence_for = []
     if shaken is not None:

@@ -178,7 +178,10 @@ CASES = {
         "repeating every example once changes the result",
     ),
     "means over different things": Case(
-        lambda p, b: token_mean(p, b) + least_squares(p, b), "unknown", "each mean in a call of its own", "over tokens"
+        lambda p, b: token_mean(p, b) + least_squares(p, b),
+        "unknown",
+        "all of them in a tuple, list or dict",
+        "over tokens",
     ),
     "weights of both signs": Case(signed, "unknown", "", "no weights make"),
     "largest loss": Case(largest, "unknown", "needs the whole batch", "a maximum"),
