@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 import gradacc
 from gradacc import Mean
+from gradacc._mean import value_of
 from gradacc.testing import check_accumulation
 from tests.helpers import ENGINES, assert_trees_close
 
@@ -131,6 +132,18 @@ def test_arithmetic_of_values_is_refused_and_names_what_works():
                 TypeError, match=rf"^gradacc\.Mean: .*{message}.*a tuple, list or dict: \(a, 5.0 \* b\)"
             ):
                 operation()
+
+
+def test_the_value_of_several_is_the_sum_of_those_that_have_a_weight():
+    one, nothing = Mean(torch.tensor(6.0), 4), Mean(torch.tensor(0.0), 0)
+    assert value_of((one, nothing, 2 * one)) == 4.5
+    assert value_of({"a": one, "b": Mean(torch.tensor(0.0), torch.tensor(0))}) == 1.5
+    assert value_of([nothing]) == 0
+    assert value_of(one) == value_of(torch.tensor(1.5)) == 1.5
+    assert value_of(nothing).isnan()
+    w = torch.tensor(3.0, requires_grad=True)
+    value_of([Mean(w * 2, 4), Mean(w * 0, torch.tensor(0))]).backward()
+    assert w.grad == 0.5
 
 
 QUOTIENTS = {

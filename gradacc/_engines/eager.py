@@ -155,7 +155,7 @@ def backward(buffer: Buffer, tape: Tape, counts: Contribution, deliver: Deliver 
 def _backward(
     buffer: Buffer, tape: Tape, at: int, counts: Contribution, deliver: Deliver | None, is_last: bool
 ) -> Buffer:
-    """Of one target; only the last pass through a graph may give it up, and take part in its products."""
+    """Of one target; only the last pass through a graph gives it up."""
     leaves, edge, own = tape.leaves, tape.edges[at], counts.passes[at]
     assert edge is not None
     assert own is not None
@@ -167,7 +167,7 @@ def _backward(
     edges: list[GradientEdge] = []
     added: set[int] = set()
     # NOTE [reading the graph]
-    if is_last and not (counts.narrow or tape.hooked):
+    if not (counts.narrow or tape.hooked):
         edges, added = fused.install(edge.node, uses, leaves, buffer.grads, own.keeps, done)
     rest = [i for i in range(len(leaves)) if i not in added]
     hook: Callable[[int, Tensor], None] | None = None

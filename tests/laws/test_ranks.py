@@ -25,10 +25,14 @@ class Collectives(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.seen = []
+        self.elements = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace in ("c10d", "_c10d_functional"):
             self.seen.append(func)
+            self.elements.append(
+                sum(leaf.numel() for leaf in optree.tree_leaves(args) if isinstance(leaf, torch.Tensor))
+            )
         return func(*args, **(kwargs or {}))
 
 

@@ -40,30 +40,38 @@ def params(seed=1):
     return {name: torch.randn(shape, dtype=D, generator=generator) for name, shape in shapes.items()}
 
 
-def classes(p, b):
-    logits = (b["x"] @ p["trunk"]).tanh() @ p["label"]
+def hidden(p, b):
+    """What all terms share."""
+    return (b["x"] @ p["trunk"]).tanh()
+
+
+def classes(p, b, h=None):
+    logits = (hidden(p, b) if h is None else h) @ p["label"]
     total = F.cross_entropy(logits, b["label"], reduction="sum", ignore_index=-1)
     return Mean(total, (b["label"] != -1).sum())
 
 
-def boxes(p, b):
-    found = (b["x"] @ p["trunk"]).tanh() @ p["box"]
-    return Mean((F.l1_loss(found, b["box"], reduction="none").sum(1) * b["has_box"]).sum(), b["has_box"].sum())
+def boxes(p, b, h):
+    offsets = F.l1_loss(h @ p["box"], b["box"], reduction="none").sum(1) * b["has_box"]
+    return Mean(offsets.sum(), b["has_box"].sum())
 
 
 def detection(p, b):
-    return {"class": classes(p, b), "box": 5.0 * boxes(p, b)}
+    h = hidden(p, b)
+    return {"class": classes(p, b, h), "box": 5.0 * boxes(p, b, h)}
 
 
 def two_tasks(p, b):
     """The second one is missing where there is no box; its factor is learned."""
-    return [classes(p, b) / 2, p["scale"].exp() * boxes(p, b), Mean(p["scale"].square() * len(b["x"]), len(b["x"]))]
+    h = hidden(p, b)
+    return [classes(p, b, h) / 2, p["scale"].exp() * boxes(p, b, h), Mean(p["scale"].square() * len(h), len(h))]
 
 
 def distillation(p, b):
-    logits = (b["x"] @ p["trunk"]).tanh() @ p["label"]
+    h = hidden(p, b)
+    logits = h @ p["label"]
     divergence = F.kl_div(logits.log_softmax(1), b["teacher"].log_softmax(1), reduction="none", log_target=True).sum(1)
-    return classes(p, b), 0.25 * Mean((divergence * b["mask"]).sum(), b["mask"].sum())
+    return classes(p, b, h), 0.25 * Mean((divergence * b["mask"]).sum(), b["mask"].sum())
 
 
 def count(loss):
@@ -145,6 +153,18 @@ def test_a_term_of_weight_0_contributes_nothing_be_it_nan(counted):
     grads = gradacc.accumulate(loss, microbatch_size=1, weights=weights)(PARAMS, b)
     assert grads["scale"] == 1.0
     assert_trees_close(grads["label"], torch.func.grad(lambda p: classes(p, b).value)(PARAMS)["label"])
+
+
+def test_where_weights_are_not_read_one_of_0_contributes_nothing():
+    """Under a transform, of a gradient that overflows."""
+
+    def loss(w, b):
+        return [Mean((w * b["x"]).sum(), len(b["x"])), Mean((w * 1e300 * b["big"]).sum(), b["m"].sum())]
+
+    columns = {"x": [1.0, 2.0, 3.0], "big": [1e300, 1.0, 1.0], "m": [0.0, 1.0, 1.0]}
+    b = {name: torch.tensor(column, dtype=D) for name, column in columns.items()}
+    grad = ENGINES["functional"](lambda: gradacc.accumulate(loss, steps=3)(torch.ones((), dtype=D), b))
+    assert_trees_close(grad, torch.tensor(2.0 + 1e300, dtype=D))
 
 
 def test_streamed_merged_and_given_away():
@@ -348,7 +368,7 @@ def of_a_rank(group, name, batch, counted, overlap, compress):
     first, _ = grad_fn(PARAMS, batch), grad_fn(PARAMS, batch)
     with Collectives() as counter:
         last = grad_fn(PARAMS, batch)
-    return first, last, len(counter.seen)
+    return first, last, counter.elements
 
 
 @pytest.mark.parametrize("overlap", [False, True])
@@ -365,12 +385,19 @@ def test_ranks_are_one_process_with_the_union(pool, name, counted, overlap):
         ]
         args = [(name, batch, counted, overlap, None) for batch in batches]
         answers = pool.run_each(world, of_a_rank, args)
-        for first, second, collectives in answers:
+        for first, second, elements in answers:
             assert_trees_equal(first, second)
             assert_trees_equal(second, answers[0][1])
             # One for what was counted, one for everything else.
-            assert collectives == (2 if counted else 1)
+            assert len(elements) == (2 if counted else 1)
             assert_is_the_large_batch(second, LOSSES[name], whole, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_what_crosses_is_gradients_for_each_term_or_once(pool, name):
+    size, terms = sum(leaf.numel() for leaf in PARAMS.values()), len(means_of(LOSSES[name](PARAMS, data())))
+    of_each, counted = (pool.run(2, of_a_rank, name, [data()], counted, False, None)[0][2] for counted in (False, True))
+    assert of_each[-1] - counted[-1] == (terms - 1) * size
 
 
 def test_ranks_compressed(pool):
