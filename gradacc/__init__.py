@@ -11,9 +11,10 @@ from gradacc import checkpoint, data, optim
 from gradacc._accumulate import accumulate, accumulate_and_value
 from gradacc._accumulator import Accumulator, accumulator
 from gradacc._all_reduce import AllReduce, all_reduce
+from gradacc._kept import Kept
 from gradacc._mean import Mean
 from gradacc._module import Apply, functional
-from gradacc._options import AccumulateOptions, AccumulatorOptions, Reduction
+from gradacc._options import AccumulateOptions, AccumulatorOptions, Nonfinite, Reduction
 from gradacc._state import AccumulatorState
 from gradacc._train import TrainState, train_step
 from gradacc._tree import TensorTree
@@ -29,7 +30,9 @@ __all__ = [
     "AccumulatorState",
     "AllReduce",
     "Apply",
+    "Kept",
     "Mean",
+    "Nonfinite",
     "Reduction",
     "TensorTree",
     "TrainState",

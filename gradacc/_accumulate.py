@@ -12,7 +12,7 @@ from torch import Tensor
 from gradacc import _call, _connect, _loop, _options, _split, _sync, _tree, _weights
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
-from gradacc._options import AccumulateOptions, Options, Reduction
+from gradacc._options import AccumulateOptions, Nonfinite, Options, Reduction
 
 
 @overload
@@ -33,6 +33,7 @@ def accumulate(
     reduction: Reduction = "mean",
     dtype: torch.dtype | None = None,
     sync: AllReduce | None = None,
+    nonfinite: Nonfinite = "keep",
     weights: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """The gradient of one large batch, in the memory of a micro-batch.
@@ -54,7 +55,9 @@ def accumulate(
         >>> grad_fn(torch.ones(2), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
         tensor([52.6667, 66.6667])
     """
-    given = _options.Given(steps, microbatch_size, split, in_dims, argnums, has_aux, reduction, dtype, sync, weights)
+    given = _options.Given(
+        steps, microbatch_size, split, in_dims, argnums, has_aux, reduction, dtype, sync, nonfinite, weights
+    )
     if loss_fn is None:
         return functools.partial(accumulate, **given._asdict())
     return _without_value(_grad_and_value("accumulate", loss_fn, given), has_aux)
@@ -80,6 +83,7 @@ def accumulate_and_value(
     reduction: Reduction = "mean",
     dtype: torch.dtype | None = None,
     sync: AllReduce | None = None,
+    nonfinite: Nonfinite = "keep",
     weights: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """The gradient and the value of one large batch, in the memory of a micro-batch.
@@ -127,6 +131,8 @@ def accumulate_and_value(
         dtype: accumulate in this floating dtype, and return gradients in it (complex ones in its complex counterpart). By
             default float16 and bfloat16 are accumulated in float32 and cast back; other dtypes accumulate in themselves.
         sync: `gradacc.all_reduce`: the large batch is then the union of all ranks' batches, with one all-reduce a call.
+        nonfinite: ``"drop"``: a micro-batch with a NaN or inf in its loss or gradient counts as one of weight 0, and the value
+            is a `Kept` of ``(value, dropped)``. Its gradient is a buffer of its own until it has been looked at.
         weights: ``weights(batch)``, of several means: the weight of each, in their structure, counted before the first forward
             pass (of what is split of the arguments; of a list of micro-batches one by one). One backward pass is then enough.
 
@@ -157,7 +163,9 @@ def accumulate_and_value(
     Source: ``optax.microbatching.microbatch`` (the transform); torchtitan's trainer (count first, divide by the whole
     batch's count).
     """
-    given = _options.Given(steps, microbatch_size, split, in_dims, argnums, has_aux, reduction, dtype, sync, weights)
+    given = _options.Given(
+        steps, microbatch_size, split, in_dims, argnums, has_aux, reduction, dtype, sync, nonfinite, weights
+    )
     if loss_fn is None:
         return functools.partial(accumulate_and_value, **given._asdict())
     return _grad_and_value("accumulate_and_value", loss_fn, given)

@@ -13,7 +13,7 @@ from gradacc import _call, _connect, _donated, _loop, _options, _split, _state, 
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
 from gradacc._engines import eager
-from gradacc._options import AccumulatorOptions, Options, Reduction
+from gradacc._options import AccumulatorOptions, Nonfinite, Options, Reduction
 from gradacc._state import AccumulatorState
 
 _UPDATE = "update(state, params, microbatch)"
@@ -58,6 +58,7 @@ def accumulator(
     reduction: Reduction = "mean",
     dtype: torch.dtype | None = None,
     sync: AllReduce | None = None,
+    nonfinite: Nonfinite = "keep",
     donate: bool = False,
 ) -> Accumulator | Callable[[Callable[..., Any]], Accumulator]:
     """The gradient and the value of one large batch, from micro-batches that arrive one at a time.
@@ -84,7 +85,7 @@ def accumulator(
     ``update`` after ``finalize``), and says how states behave under transforms, autograd and checkpoints.
 
     Arguments:
-        loss_fn, in_dims, argnums, has_aux, reduction, dtype: as of `gradacc.accumulate_and_value`.
+        loss_fn, in_dims, argnums, has_aux, reduction, dtype, nonfinite: as of `gradacc.accumulate_and_value`.
             ``in_dims`` says along which dimensions examples are counted, in any argument that is not differentiated; by
             default along dim 0 of the first one. Without ``loss_fn`` the result is a decorator: ``@accumulator(has_aux=True)``.
         sync: `gradacc.all_reduce`: ``finalize`` is then of the union of all ranks' states, in one all-reduce a call (one more
@@ -137,10 +138,17 @@ def accumulator(
             reduction=reduction,
             dtype=dtype,
             sync=sync,
+            nonfinite=nonfinite,
             donate=donate,
         )
     given = _options.Given(
-        in_dims=in_dims, argnums=argnums, has_aux=has_aux, reduction=reduction, dtype=dtype, sync=sync
+        in_dims=in_dims,
+        argnums=argnums,
+        has_aux=has_aux,
+        reduction=reduction,
+        dtype=dtype,
+        sync=sync,
+        nonfinite=nonfinite,
     )
     options = _options.options("accumulator", loss_fn, given)
     if not isinstance(donate, bool):

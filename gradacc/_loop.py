@@ -15,8 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from gradacc import _call, _dtypes, _left, _loss, _split, _sums, _sync, _tree, _weights
+from gradacc import _call, _dtypes, _left, _loss, _nonfinite, _split, _sums, _sync, _tree, _weights
 from gradacc._engines import Buffer, Engine, eager, functional
+from gradacc._kept import Kept
 from gradacc._loss import Outcome
 from gradacc._options import Options
 from gradacc._sums import Sums
@@ -119,12 +120,17 @@ def step(
     options, engine = fold.options, fold.engine
     tape, outcome = engine.forward(buffer, functools.partial(_evaluate, fold, microbatch))
     counts = _sums.contribution(options, sums, outcome, fold.known, _is_narrow(fold, outcome))
-    # Gradients of one target are final with the last micro-batch; those of several are added up behind the boundary.
-    deliver = None if boundary is None or len(outcome.targets) > 1 else boundary.deliver
+    # Gradients of several targets are added up behind the boundary; what may be dropped is not final before it is all there.
+    is_final = len(outcome.targets) == 1 and options.nonfinite == "keep"
+    deliver = boundary.deliver if boundary is not None and is_final else None
     if boundary is not None:
         boundary.set_unit(counts.unit, sums.weight + _sums.weight_of(outcome))
     if counts.counts:
-        buffer = engine.backward(buffer.of_targets(len(outcome.targets)), tape, counts, deliver)
+        buffer = buffer.of_targets(len(outcome.targets))
+        if options.nonfinite == "drop":
+            buffer, outcome, counts = _nonfinite.backward(engine, buffer, tape, outcome, counts)
+        else:
+            buffer = engine.backward(buffer, tape, counts, deliver)
     return buffer, _sums.add(options, sums, outcome, counts, microbatch.sizes)
 
 
@@ -155,6 +161,8 @@ def finish(
         grads, sums, arrived = boundary.cross(buffer.grads, sums, buffer.arrived, types)
         check_dependence(options.name, not sums.differentiated or arrived)
         value, aux = _sums.finalize(options, sums, fold.params[0])
+        if options.nonfinite == "drop":
+            value = Kept(value, _sums.dropped(sums, fold.params[0]))
         buffer = buffer._replace(grads=grads)
         factors = _sums.gradient_factors(options, sums)
         if fold.divisors is not None:

@@ -16,6 +16,10 @@ Reduction = Literal["mean", "sum"]
 """What a loss that is a plain tensor is over its examples."""
 
 
+Nonfinite = Literal["keep", "drop"]
+"""What becomes of a micro-batch with a NaN or inf in its loss or gradient."""
+
+
 class _LossOptions(TypedDict, total=False):
     in_dims: tuple[Any, ...] | None
     argnums: int | tuple[int, ...]
@@ -23,6 +27,7 @@ class _LossOptions(TypedDict, total=False):
     reduction: Reduction
     dtype: torch.dtype | None
     sync: AllReduce | None
+    nonfinite: Nonfinite
 
 
 class AccumulateOptions(_LossOptions, total=False):
@@ -52,6 +57,7 @@ class Given(NamedTuple):
     reduction: Any = "mean"
     dtype: Any = None
     sync: Any = None
+    nonfinite: Any = "keep"
     weights: Any = None
 
 
@@ -68,6 +74,7 @@ class Options(NamedTuple):
     reduction: Reduction
     dtype: torch.dtype | None
     sync: AllReduce | None
+    nonfinite: Nonfinite
     weights: Callable[..., Any] | None
 
 
@@ -105,16 +112,7 @@ def options(name: str, loss_fn: Any, given: Given) -> Options:
         raise TypeError(
             f"{name}: dtype must be a floating torch.dtype of 16 bits or more (torch.float32), got {given.dtype!r}"
         )
-    if given.weights is not None and not callable(given.weights):
-        raise TypeError(
-            f"{name}: weights must be a function of the batch that returns the weight of each Mean in the loss, got "
-            f"{describe(given.weights)}"
-        )
-    if given.weights is not None and given.reduction == "sum":
-        raise ValueError(
-            f"{name}: got weights, by which several means are divided, and reduction='sum', of a loss that is not divided; "
-            "leave one of them out"
-        )
+    _check_weights(name, given)
     if given.sync is not None and not isinstance(given.sync, AllReduce):
         raise TypeError(f"{name}: sync must be gradacc.all_reduce(...), got {describe(given.sync)}")
     return Options(
@@ -130,8 +128,30 @@ def options(name: str, loss_fn: Any, given: Given) -> Options:
         reduction=given.reduction,
         dtype=given.dtype,
         sync=given.sync,
+        nonfinite=given.nonfinite,
         weights=given.weights,
     )
+
+
+def _check_weights(name: str, given: Given) -> None:
+    """What micro-batches count for: ``nonfinite`` and ``weights``."""
+    if given.nonfinite not in ("keep", "drop"):
+        raise ValueError(f"{name}: nonfinite must be 'keep' or 'drop', got {given.nonfinite!r}")
+    if given.weights is not None and given.nonfinite == "drop":
+        raise ValueError(
+            f"{name}: got weights, which are counted before anything is dropped, and nonfinite='drop'; leave weights out (each "
+            "mean then has gradients of its own)"
+        )
+    if given.weights is not None and not callable(given.weights):
+        raise TypeError(
+            f"{name}: weights must be a function of the batch that returns the weight of each Mean in the loss, got "
+            f"{describe(given.weights)}"
+        )
+    if given.weights is not None and given.reduction == "sum":
+        raise ValueError(
+            f"{name}: got weights, by which several means are divided, and reduction='sum', of a loss that is not divided; "
+            "leave one of them out"
+        )
 
 
 def _argnums(name: str, argnums: Any) -> int | tuple[int, ...]:

@@ -44,6 +44,7 @@ class Facts(NamedTuple):
     arrived: bool = False
     targets: int = 1
     """How many gradients there are of each parameter: NOTE [several means] in ``_sums.py``."""
+    nonfinite: str = "keep"
     empty: bool = False
     """Whether an empty micro-batch is all that there was: it says what types to return, and nothing else."""
 
@@ -80,9 +81,9 @@ def is_missing(leaf: Any) -> bool:
 
 def initial(options: Options, params: Sequence[Tensor], treedef: _tree.TreeDef) -> AccumulatorState:
     """Before the first micro-batch."""
-    facts = Facts(options.reduction, options.dtype, options.has_aux, of_params(params))
+    facts = Facts(options.reduction, options.dtype, options.has_aux, of_params(params), nonfinite=options.nonfinite)
     weight = torch.zeros((), dtype=torch.float64, device="cpu")
-    sums = Sums(None, None, weight, None, False)
+    sums = Sums(None, None, weight, None, None, False)
     return AccumulatorState(_tree.unflatten(treedef, [Missing() for _ in params]), sums, facts)
 
 
@@ -180,7 +181,10 @@ def _number(tensor: Tensor, readable: bool, device: torch.device) -> Any:
 
 def other_options(theirs: Facts, ours: Facts | Options) -> list[tuple[str, Any, Any]]:
     """Options of an accumulator in which two differ: name, and either one's."""
-    pairs = [(option, getattr(theirs, option), getattr(ours, option)) for option in ("reduction", "dtype", "has_aux")]
+    pairs = [
+        (option, getattr(theirs, option), getattr(ours, option))
+        for option in ("reduction", "dtype", "has_aux", "nonfinite")
+    ]
     return [(option, one, other) for option, one, other in pairs if one != other]
 
 

@@ -56,13 +56,15 @@ class Sums:
     """Of all micro-batches: a Python number, or a 0-dim tensor where it is not read."""
     unit: Any
     """NOTE [units]; None where nothing has had a weight yet."""
+    dropped: Sum | None
+    """How many micro-batches were dropped; None where none may be, or before the first one."""
     differentiated: bool
     """Whether any micro-batch had something to contribute: structure."""
 
 
-_tree.register_with_facts(Sums, ("value", "aux", "weight", "unit"), "differentiated")
+_tree.register_with_facts(Sums, ("value", "aux", "weight", "unit", "dropped"), "differentiated")
 
-NOTHING = Sums(None, None, 0.0, None, False)
+NOTHING = Sums(None, None, 0.0, None, None, False)
 """Before the first micro-batch."""
 
 
@@ -100,6 +102,9 @@ class Contribution(NamedTuple):
     passes: Sequence[Pass | None]
     """Of each target; None where it contributes exactly nothing."""
 
+    dropped: int | Tensor | None
+    """Whether it was dropped, 1 or 0; None where none may be."""
+
     narrow: bool
     """Whether a number of the backward pass has fewer digits than the buffer."""
 
@@ -111,22 +116,24 @@ def contribution(options: Options, sums: Sums, outcome: Outcome, known: int | No
         check_kind(options.name, sums.value, outcome.value)
     if isinstance(outcome.value, Terms):
         return _contribution_of_terms(options, outcome, outcome.value, narrow)
+    dropped = 0 if options.nonfinite == "drop" else None
     weight, unit = outcome.weight, _unit(sums, outcome, known)
     nothing = not isinstance(weight, Tensor) and not weight
     share = None if weight is None else 0.0 if nothing else weight / unit
     if options.reduction == "sum":
-        return Contribution(True, unit, 1.0, share, [Pass(1.0, 1.0, None)], narrow)
+        return Contribution(True, unit, 1.0, share, [Pass(1.0, 1.0, None)], dropped, narrow)
     if nothing:
-        return Contribution(False, unit, 1.0, share, [None], narrow)
+        return Contribution(False, unit, 1.0, share, [None], dropped, narrow)
     assert weight is not None
     assert share is not None
     if not isinstance(outcome.value, Mean):
         cotangent, factor = (1.0, share) if narrow else (share, 1.0)
-        return Contribution(True, unit, 1.0, share, [Pass(cotangent, factor, None)], narrow)
+        return Contribution(True, unit, 1.0, share, [Pass(cotangent, factor, None)], dropped, narrow)
     own = _units.near(unit, weight, outcome.targets[0].dtype) if narrow else unit
     growth = 1.0 if sums.unit is None or sums.unit is unit else sums.unit / unit
     keeps = weight != 0 if isinstance(weight, Tensor) else None
-    return Contribution(True, unit, growth, share, [Pass(1.0 / own, own / unit if narrow else 1.0, keeps)], narrow)
+    passes = [Pass(1.0 / own, own / unit if narrow else 1.0, keeps)]
+    return Contribution(True, unit, growth, share, passes, dropped, narrow)
 
 
 def _contribution_of_terms(options: Options, outcome: Outcome, terms: Terms, narrow: bool) -> Contribution:
@@ -141,7 +148,8 @@ def _contribution_of_terms(options: Options, outcome: Outcome, terms: Terms, nar
             own = _units.near(1.0, weight, mean.total.dtype) if narrow and counts else 1.0
             keeps = weight != 0 if isinstance(weight, Tensor) else None
             passes.append(Pass(1.0 / own, own, keeps) if counts else None)
-    return Contribution(any(something), 1.0, 1.0, share, passes, narrow)
+    dropped = 0 if options.nonfinite == "drop" else None
+    return Contribution(any(something), 1.0, 1.0, share, passes, dropped, narrow)
 
 
 def add(options: Options, sums: Sums, outcome: Outcome, counts: Contribution, sizes: tuple[int, ...]) -> Sums:
@@ -150,12 +158,14 @@ def add(options: Options, sums: Sums, outcome: Outcome, counts: Contribution, si
     value = _value(options, outcome, counts.share)
     parts = _aux.parts(name, outcome.aux, counts.share, sizes)
     if sums.value is None:
-        return Sums(value, unflatten_aux(outcome.aux.treedef, parts), weight, counts.unit, counts.counts)
+        aux = unflatten_aux(outcome.aux.treedef, parts)
+        return Sums(value, aux, weight, counts.unit, _dropped(counts, outcome), counts.counts)
     return Sums(
         _merged_value(name, (sums.value, counts.growth), (value, 1.0)),
         _merged_aux(name, (sums.aux, counts.growth), (parts, outcome.aux.treedef)),
         sums.weight + weight,
-        counts.unit,
+        counts.unit if counts.unit is not None else sums.unit,
+        _sum_of(sums.dropped, _dropped(counts, outcome)),
         sums.differentiated or counts.counts,
     )
 
@@ -193,6 +203,7 @@ def merge(options: Options, a: Sums, b: Sums) -> tuple[Sums, tuple[float | Tenso
         _merged_aux(name, (a.aux, shares[0]), ([_parts.times(part, shares[1]) for part in parts], treedef)),
         a.weight + b.weight,
         one,
+        _sum_of(a.dropped, b.dropped),
         a.differentiated or b.differentiated,
     )
     return merged, (1.0, 1.0) if options.reduction == "sum" else shares
@@ -206,8 +217,9 @@ def numbers(sums: Sums) -> tuple[list[Any], Sums, list[list[Any]]]:
     parts, treedef = flatten_aux(sums.aux)
     pieces = [part.tensors for part in parts if isinstance(part, Pieces)]
     aux = unflatten_aux(treedef, [Pieces([]) if isinstance(part, Pieces) else part for part in parts])
-    found = [number for part in [*terms(sums)[0], *parts] for number in _parts.numbers(part)]
-    return found, Sums(sums.value, aux, None, None, sums.differentiated), pieces
+    last = [] if sums.dropped is None else [sums.dropped]
+    found = [number for part in [*terms(sums)[0], *parts, *last] for number in _parts.numbers(part)]
+    return found, Sums(sums.value, aux, None, None, sums.dropped, sums.differentiated), pieces
 
 
 def with_numbers(rest: Sums, numbers: Sequence[Any], pieces: Sequence[list[Any]], weight: Any, unit: Any) -> Sums:
@@ -217,7 +229,8 @@ def with_numbers(rest: Sums, numbers: Sequence[Any], pieces: Sequence[list[Any]]
     losses, structure = terms(rest)
     value = with_structure(structure, [_parts.with_numbers(part, left) for part in losses])
     full = [Pieces(next(own)) if isinstance(part, Pieces) else _parts.with_numbers(part, left) for part in parts]
-    return Sums(value, unflatten_aux(treedef, full), weight, unit, rest.differentiated)
+    dropped = None if rest.dropped is None else Sum(next(left), rest.dropped.dtype)
+    return Sums(value, unflatten_aux(treedef, full), weight, unit, dropped, rest.differentiated)
 
 
 def flatten_aux(aux: Any) -> tuple[list[Part], _tree.TreeDef | None]:
@@ -281,7 +294,15 @@ def _unit_over(unit: float | Tensor, weight: float | Tensor) -> float | Tensor:
     return unit / weight if weight else 0.0
 
 
-def finalize(options: Options, sums: Sums, like: Tensor) -> tuple[Tensor | Mean, Any]:
+def dropped(sums: Sums, like: Tensor) -> Tensor:
+    """How many micro-batches were dropped."""
+    if sums.dropped is None:
+        return torch.zeros((), dtype=torch.int64, device=like.device)
+    number: Tensor = sums.dropped.total
+    return number
+
+
+def finalize(options: Options, sums: Sums, like: Tensor) -> tuple[Any, Any]:
     """The large batch's value and aux; ``like``: a parameter, of whose dtype and device a value of nothing is."""
     if sums.value is None:
         if options.has_aux:
@@ -372,6 +393,17 @@ def _merged_aux(name: str, one: tuple[Any, float | Tensor], other: tuple[Sequenc
             for index, (a, b) in enumerate(zip(sofar, parts, strict=True))
         ],
     )
+
+
+def _dropped(counts: Contribution, outcome: Outcome) -> Sum | None:
+    if counts.dropped is None:
+        return None
+    one = torch.zeros((), dtype=torch.int64, device=outcome.targets[0].device) + counts.dropped
+    return Sum(one, torch.int64)
+
+
+def _sum_of(a: Sum | None, b: Sum | None) -> Sum | None:
+    return None if a is None or b is None else Sum(a.total + b.total, a.dtype)
 
 
 def _merged_value(name: str, one: tuple[Any, float | Tensor], other: tuple[Any, float | Tensor]) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from gradacc import _donated, _dtypes, _mean, _overlap, _scalars, _tree, _values, _where
 from gradacc._describe import describe
+from gradacc._kept import Kept
 from gradacc._mean import Mean
 from gradacc.optim import LossScaleState, Optimizer
 
@@ -75,6 +76,7 @@ def train_step(
         - ``skipped`` and ``updates``, of an optimizer that may skip updates: how many it has skipped so far, and how many it
           has made. ``TrainState.step`` counts both. With `by_path` inside, ``updates`` is a tuple like ``lr``, and ``skipped``
           is one where groups skip on their own.
+        - ``dropped``, with ``nonfinite="drop"``: how many micro-batches were, on all ranks.
         - ``loss_scale``: this step's, with which ``loss`` and ``grad_norm`` are divided.
 
     Raises:
@@ -123,11 +125,13 @@ def train_step(
         scale = _scale(known, state.opt_state, takes, kwargs)
         start = state.params if _where.transforming() else _tree.map_tensors(_without_graph, state.params)
         named = {} if scale is None else {"loss_scale": scale}
-        grads, value, aux = _split_result(grad_fn(start, batch, *args, **named, **kwargs))
+        grads, value, aux, dropped = _split_result(grad_fn(start, batch, *args, **named, **kwargs))
         loss, told = _of_value(value, scale)
         metrics = {"loss": loss, "grad_norm": _norm(grads, scale), **told}
         if aux is not None:
             metrics["aux"] = aux
+        if dropped is not None:
+            metrics["dropped"] = dropped
         if report.rate is not None:
             metrics["lr"] = _numbers(report.rate(state.opt_state), torch.float64)
         if scale is not None:
@@ -255,23 +259,24 @@ def _weight(value: Mean) -> Tensor:
     return _scalars.scalar(value.weight, value.total.device, torch.get_default_dtype())
 
 
-def _split_result(returned: Any) -> tuple[Any, Any, Any]:
+def _split_result(returned: Any) -> tuple[Any, Any, Any, Tensor | None]:
     if not (isinstance(returned, tuple) and len(returned) == 2):
         raise TypeError(
             f"train_step: grad_fn returned {describe(returned)}; it must return (grads, value). "
             "Make it with gradacc.accumulate_and_value, not accumulate"
         )
     grads, rest = returned
-    is_pair = isinstance(rest, tuple) and len(rest) == 2
+    is_pair = isinstance(rest, tuple) and len(rest) == 2 and not isinstance(rest, Kept)
     if is_pair and _mean.are_means(rest):
         raise TypeError(
             "train_step: grad_fn returned two Means behind the gradients: a loss of two means, or a loss and its aux. "
             "Return the one as a dict or list of Means, or the other as {'name': Mean}"
         )
     value, aux = rest if is_pair else (rest, None)
+    value, dropped = value if isinstance(value, Kept) else (value, None)
     if not isinstance(value, (Tensor, Mean)) and not _mean.are_means(value):
         raise TypeError(
             f"train_step: grad_fn returned {describe(value)} as its value; it must be a tensor, a Mean or several. "
             "Make it with gradacc.accumulate_and_value, not accumulate"
         )
-    return grads, value, aux
+    return grads, value, aux, dropped

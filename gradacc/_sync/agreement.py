@@ -118,6 +118,7 @@ def describe(
             ("compress", sync.compress),
             ("overlap", sync.overlap),
             ("weights", options.weights is not None),
+            ("nonfinite", options.nonfinite),
         ),
         () if layout is None else tuple(layouts.specs(layout)),
         coded,

@@ -50,7 +50,8 @@ def of(sums: Sums) -> Layout:
     parts, treedef = _sums.flatten_aux(sums.aux)
     losses, structure = _sums.terms(sums)
     value = _sums.with_structure(structure, [_specs(part, is_loss=True) for part in losses])
-    return Sums(value, _sums.unflatten_aux(treedef, [_specs(part) for part in parts]), None, None, True)
+    dropped: Any = None if sums.dropped is None else _specs(sums.dropped)
+    return Sums(value, _sums.unflatten_aux(treedef, [_specs(part) for part in parts]), None, None, dropped, True)
 
 
 def specs(layout: Layout) -> list[Spec]:
@@ -74,7 +75,7 @@ def restore(layout: Layout, summed: Sequence[Any], local: Sums, like: Tensor, fi
         pieces = [[torch.empty((0, *piece.trailing), dtype=piece.dtype, device=like.device)] for (piece,) in pieces]
     else:
         pieces = _sums.numbers(local)[2]
-    structure = Sums(rest.value, rest.aux, None, None, differentiated)
+    structure = Sums(rest.value, rest.aux, None, None, rest.dropped, differentiated)
     return _sums.with_numbers(structure, summed, pieces, weight, unit)
 
 

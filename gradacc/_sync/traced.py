@@ -80,7 +80,7 @@ class Traced:
             number if spec.dtype is None else number.to(device=params[0].device, dtype=spec.dtype)
             for number, spec in zip(summed, plan.specs, strict=True)
         ]
-        differentiated = Sums(rest.value, rest.aux, None, None, True)
+        differentiated = Sums(rest.value, rest.aux, None, None, rest.dropped, True)
         whole = _sums.with_numbers(differentiated, restored, pieces, floats[:, channels.WEIGHT].sum(), 1.0)
         return wire.unpack(plan, wide, params, strides), whole, arrived or not sums.differentiated
 
