@@ -31,7 +31,7 @@ def mean(p, b):
 
 
 def counted(p, b):
-    return Mean((each(p, b) * (1 + torch.arange(len(b["x"])))).sum(), len(b["x"]) * 2.0)
+    return Mean((each(p, b) * (1 + torch.arange(len(b["x"]), device=b["x"].device))).sum(), len(b["x"]) * 2.0)
 
 
 def several(p, b):

@@ -17,8 +17,10 @@ from gradacc import Mean
 from gradacc._engines import fused
 from gradacc.testing import splits
 from tests import device
+from tests import test_nonfinite as dropping
 from tests.device import ACC, OnDevice, to_cpu, to_device
 from tests.helpers import ENGINES, assert_trees_close, assert_trees_equal, value_of
+from tests.laws import test_several_means as several
 from tests.laws.losses import CASES
 
 few = settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -260,3 +262,50 @@ def test_under_a_transform(engine, waits):
     assert not waits
     assert_trees_close(on_cpu(result), on_cpu(expected), rtol=1e-4, atol=1e-5)
     assert result[1].total.device == ACC
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("loss", several.LOSSES.values(), ids=several.LOSSES)
+@pytest.mark.parametrize("counted", [False, True])
+def test_several_means_and_nothing_waits(loss, counted, engine, waits):
+    """What was counted first and is not read makes NaN where it is wrong."""
+    batch = several.data()
+    weights = several.count(loss) if counted else None
+    grad_fn = gradacc.accumulate_and_value(loss, steps=3, weights=weights)
+    expected = grad_fn(several.PARAMS, batch)
+    params, batch = to_device(several.PARAMS), to_device(batch)
+    waits.clear()
+    result = ENGINES[engine](lambda: grad_fn(params, batch))
+    assert not waits
+    assert_trees_close(on_cpu(result[0]), expected[0])
+    assert_trees_close(
+        *([mean.value for mean in several.means_of(value)] for value in (on_cpu(result[1]), expected[1]))
+    )
+    if counted:
+        wrong = gradacc.accumulate(loss, steps=3, weights=lambda b: optree.tree_map(lambda n: n + 1, weights(b)))
+        assert on_cpu(wrong(params, batch))["trunk"].isnan().all()
+
+
+def test_a_term_of_weight_0_contributes_nothing_be_it_nan(waits):
+    def loss(p, b):
+        return [Mean((p * b["x"]).sum(), b["n"].sum()), Mean((p / b["m"].sum()) * 0.0 + p, b["m"].sum())]
+
+    b = {"x": torch.tensor([1.0, 2.0, 3.0]), "n": torch.ones(3), "m": torch.tensor([0.0, 0.0, 1.0])}
+    grad = gradacc.accumulate(loss, microbatch_size=1)(to_device(torch.ones(())), to_device(b))
+    assert not waits
+    assert on_cpu(grad) == 3.0
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(("loss", "options"), dropping.LOSSES.values(), ids=dropping.LOSSES)
+def test_what_is_dropped_is_not_read(loss, options, engine, waits):
+    batch = dropping.batch((3, -1.0), (6, 0.0))
+    grad_fn = gradacc.accumulate_and_value(loss, microbatch_size=2, nonfinite="drop", **options)
+    expected, kept = grad_fn(dropping.PARAMS, batch)
+    params, batch = to_device(dropping.PARAMS), to_device(batch)
+    waits.clear()
+    grads, here = ENGINES[engine](lambda: grad_fn(params, batch))
+    assert not waits
+    assert on_cpu(here.dropped) == kept.dropped == 2
+    assert_trees_close(on_cpu(grads), expected)
+    assert_trees_close(dropping.numbers(on_cpu(here.value)), dropping.numbers(kept.value))
