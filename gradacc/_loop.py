@@ -120,9 +120,8 @@ def step(
     options, engine = fold.options, fold.engine
     tape, outcome = engine.forward(buffer, functools.partial(_evaluate, fold, microbatch))
     counts = _sums.contribution(options, sums, outcome, fold.known, _is_narrow(fold, outcome))
-    # Gradients of several targets are added up behind the boundary; what may be dropped is not final before it is all there.
-    is_final = len(outcome.targets) == 1 and options.nonfinite == "keep"
-    deliver = boundary.deliver if boundary is not None and is_final else None
+    # Gradients of one target are final with the last micro-batch; those of several are added up behind the boundary.
+    deliver = None if boundary is None or len(outcome.targets) > 1 else boundary.deliver
     if boundary is not None:
         boundary.set_unit(counts.unit, sums.weight + _sums.weight_of(outcome))
     if counts.counts:

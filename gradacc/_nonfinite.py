@@ -62,8 +62,7 @@ def _masked(outcome: Outcome, finite: bool | Tensor) -> Outcome:
     weight = None if outcome.weight is None else _if(finite, outcome.weight)
     value: Any = outcome.value
     if isinstance(value, Terms):
-        weights = [_if(finite, own) for own in value.weights]
-        value = Terms([_masked_mean(mean, finite) for mean in value.means], weights, value.treedef)
+        value = value._replace(means=[_masked_mean(mean, finite) for mean in value.means])
     elif isinstance(value, Mean):
         value = _masked_mean(value, finite)
     else:

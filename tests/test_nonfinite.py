@@ -139,6 +139,20 @@ def test_aux(engine):
     assert aux["rows"].isnan().sum() == 1
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_weights_that_grow(engine):
+    """A unit that follows them, what was dropped among them: NOTE [units]."""
+    b = batch((1, -1.0), (4, 0.0)) | {"n": torch.tensor([1e-3, 1e12, 1.0, 1e9, 1e20, 1e10, 1e3], dtype=D)}
+    loss = lambda p, b: Mean((each(p, b) * b["n"]).sum(), b["n"].sum())  # noqa: E731
+    keep = [0, 2, 3, 5, 6]
+    expected = torch.func.grad(lambda p: loss(p, {k: v[keep] for k, v in b.items()}).value)(PARAMS)
+    grads, kept = ENGINES[engine](
+        lambda: gradacc.accumulate_and_value(loss, microbatch_size=1, nonfinite="drop")(PARAMS, b)
+    )
+    assert kept.dropped == 2
+    assert_trees_close(grads, expected)
+
+
 def test_streamed_merged_saved(tmp_path):
     b = batch((3, -1.0), (6, 0.0))
     parts = [{k: v[low:high] for k, v in b.items()} for low, high in SIZES]
