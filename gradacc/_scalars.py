@@ -3,8 +3,8 @@
 NOTE [what waits for a device]
     An accelerator computes behind the program, which runs ahead and queues work. Reading a value (``item``, ``bool``, a copy to
     the CPU) and a copy from the CPU's ordinary memory, of one number too, stop the program until everything queued before
-    has been computed. Neither happens here but where the documentation says so: eagerly, `skip_nonfinite` and
-    `dynamic_loss_scale` read one value a step, a call with ``sync`` one record. What is on the CPU stays there: an operation
+    has been computed. Neither happens here but where the documentation says so: eagerly, `skip_nonfinite`, `skip_spikes`
+    and `dynamic_loss_scale` read once a step, a call with ``sync`` one record. What is on the CPU stays there: an operation
     on the device takes a 0-dim CPU tensor as a number.
 """
 

@@ -13,7 +13,7 @@ from gradacc import _donated, _dtypes, _mean, _overlap, _scalars, _tree, _values
 from gradacc._describe import describe
 from gradacc._kept import Kept
 from gradacc._mean import Mean
-from gradacc.optim import LossScaleState, Optimizer
+from gradacc.optim import LossScaleState, Optimizer, SpikesState
 
 
 class TrainState(NamedTuple):
@@ -48,7 +48,7 @@ def train_step(
 
         def step(state, batch, *args):
             grads, value = grad_fn(state.params, batch, *args)
-            params, opt_state = optimizer.step(state.params, grads, state.opt_state)
+            params, opt_state = optimizer.step(state.params, grads, state.opt_state)  # and loss=, if it takes_loss
             return TrainState(params, opt_state, state.step + 1), metrics
 
     Arguments:
@@ -57,7 +57,8 @@ def train_step(
             (a module's own parameters) reach it, and the optimizer, detached: a training step has no graph of what was before.
         optimizer: a `gradacc.optim.Optimizer`. The state of `gradacc.optim.dynamic_loss_scale` (outermost) has a scale, which
             ``grad_fn`` then gets as ``loss_scale=state.opt_state.scale``: its loss is a `gradacc.optim.scaled_loss`, or it
-            says that it multiplies the loss itself, by a parameter of that name.
+            says that it multiplies the loss itself, by a parameter of that name. One that takes the loss
+            (`gradacc.optim.skip_spikes`) gets it.
         donate: the update may reuse the memory of ``state.params`` and ``state.opt_state`` (and of the gradients that
             ``grad_fn`` returns), whose tensors cannot be used afterwards: an average of parameters begins with
             ``{name: leaf.clone() for name, leaf in state.params.items()}``. See `gradacc.optim.Optimizer`.
@@ -84,7 +85,8 @@ def train_step(
             not scaled, and its steps would be too small). When called: ``grad_fn`` returned gradients alone
             (`gradacc.accumulate`); the state is no `TrainState`.
         ValueError: when called, the state of a `gradacc.optim.dynamic_loss_scale` is inside of another one's, where its scale
-            does not reach the loss; a tensor of the state has been donated.
+            does not reach the loss, or that of a `gradacc.optim.skip_spikes`, which the loss does not reach; a tensor of the
+            state has been donated.
 
     Example:
         >>> import torch, gradacc
@@ -122,12 +124,14 @@ def train_step(
                 f"train_step: the state must be a TrainState, got {describe(state)}. "
                 "Begin with TrainState(params, optimizer.init(params))"
             )
+        _check_inside(known, state.opt_state, kwargs)
         scale = _scale(known, state.opt_state, takes, kwargs)
         start = state.params if _where.transforming() else _tree.map_tensors(_without_graph, state.params)
         named = {} if scale is None else {"loss_scale": scale}
         grads, value, aux, dropped = _split_result(grad_fn(start, batch, *args, **named, **kwargs))
         loss, told = _of_value(value, scale)
         metrics = {"loss": loss, "grad_norm": _norm(grads, scale), **told}
+        judged = {"loss": _of_value(value, None)[0]} if known.takes_loss else {}
         if aux is not None:
             metrics["aux"] = aux
         if dropped is not None:
@@ -140,7 +144,7 @@ def train_step(
         donated = donate and not _where.transforming()
         given = _tree.flatten((state.params, grads, state.opt_state))[0] if donated else []
         metrics = _in_separate_memory(_tree.map_tensors(Tensor.detach, metrics), given)
-        moved = optimizer.step(start, grads, state.opt_state, donate=donate)
+        moved = optimizer.step(start, grads, state.opt_state, donate=donate, **judged)
         params, opt_state = _donated.hand_over("train_step", given, moved)  # of an optimizer of the caller's own
         if report.skipped is not None:
             metrics["skipped"] = _numbers(report.skipped(opt_state), torch.int64)
@@ -178,17 +182,29 @@ def _scale(optimizer: Optimizer, opt_state: Any, takes: bool, kwargs: dict[str, 
             )
         scale: Tensor = opt_state.scale if optimizer.loss_scale is None else optimizer.loss_scale(opt_state)
         return scale
-    if "loss_scale" not in kwargs and _has_scale_inside(opt_state):
+    return None
+
+
+def _check_inside(optimizer: Optimizer, opt_state: Any, kwargs: dict[str, Any]) -> None:
+    """No wrapper of the caller's own hides that what is inside of it needs the loss's factor, or the loss."""
+    inside = _inside(opt_state)
+    unscaled = optimizer.loss_scale is None and not isinstance(opt_state, LossScaleState)
+    if unscaled and LossScaleState in inside and "loss_scale" not in kwargs:
         raise ValueError(
             f"train_step: the optimizer's state, {describe(opt_state)}, has that of a dynamic_loss_scale inside, whose scale "
             "does not reach the loss. Put it outermost: dynamic_loss_scale(what is around it now); or pass its scale to the "
             "step, as loss_scale="
         )
-    return None
+    if not optimizer.takes_loss and (isinstance(opt_state, SpikesState) or SpikesState in inside):
+        raise ValueError(
+            f"train_step: the optimizer's state, {describe(opt_state)}, is that of a skip_spikes or has one inside, which the "
+            "loss does not reach: it would judge gradients alone. Put it around the whole: skip_spikes(what is around it "
+            "now); or pass the loss on: Optimizer(init, step, takes_loss=True), whose step takes loss="
+        )
 
 
-def _has_scale_inside(opt_state: Any, depth: int = 0) -> bool:
-    """Whether a wrapper's state has a `LossScaleState` in it, in a container, a dataclass or an object of any class.
+def _inside(opt_state: Any, depth: int = 0) -> set[type]:
+    """Which of these a wrapper's state has in it, in a container, a dataclass or an object of any class.
 
     Trees of parameters, which are larger or deeper, are not searched.
     """
@@ -197,14 +213,15 @@ def _has_scale_inside(opt_state: Any, depth: int = 0) -> bool:
     elif isinstance(opt_state, (tuple, list)):
         parts = list(opt_state)
     elif isinstance(opt_state, (Tensor, type)) or torch.compiler.is_compiling():
-        return False
+        return set()
     elif dataclasses.is_dataclass(opt_state):
         parts = [getattr(opt_state, field.name) for field in dataclasses.fields(opt_state)]
     else:
         parts = list(getattr(opt_state, "__dict__", {}).values())
     if len(parts) > 16 or depth > 8:
-        return False
-    return any(isinstance(part, LossScaleState) or _has_scale_inside(part, depth + 1) for part in parts)
+        return set()
+    found = {kind for kind in (LossScaleState, SpikesState) if any(isinstance(part, kind) for part in parts)}
+    return found.union(*(_inside(part, depth + 1) for part in parts))
 
 
 def _numbers(answer: Any, dtype: torch.dtype) -> Any:

@@ -18,6 +18,7 @@ from gradacc.optim._optimizer import (
 )
 from gradacc.optim._sgd import SgdState, sgd
 from gradacc.optim._skip import SkipState, skip_nonfinite
+from gradacc.optim._spikes import SpikesState, skip_spikes
 
 __all__ = [
     "AdamState",
@@ -33,6 +34,7 @@ __all__ = [
     "ReportFunction",
     "SgdState",
     "SkipState",
+    "SpikesState",
     "StepFunction",
     "TorchState",
     "adam",
@@ -46,4 +48,5 @@ __all__ = [
     "schedule",
     "sgd",
     "skip_nonfinite",
+    "skip_spikes",
 ]

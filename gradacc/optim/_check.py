@@ -89,8 +89,11 @@ def _grads(name: str, tree: Any, leaves: Sequence[Tensor], treedef: _tree.TreeDe
     raise AssertionError("a gradient is bad and none was found")
 
 
-def optimizer(name: str, given: Any, where: str = "the optimizer") -> None:
-    """What is wrapped is an `Optimizer` whose gradients are those of the loss, not of a multiple of it."""
+def optimizer(name: str, given: Any, where: str = "the optimizer", *, with_loss: bool = False) -> None:
+    """What is wrapped is an `Optimizer` whose gradients are those of the loss, not of a multiple of it.
+
+    ``with_loss``: the wrapper passes the loss on, and all gradients as they are.
+    """
     if not isinstance(given, Optimizer):
         if isinstance(given, torch.optim.Optimizer):
             fix = f"gradacc.optim.from_torch(torch.optim.{type(given).__name__}, **options) makes one"
@@ -101,6 +104,12 @@ def optimizer(name: str, given: Any, where: str = "the optimizer") -> None:
         raise ValueError(
             f"{name}: {where} is a dynamic_loss_scale, and what is around one sees gradients times its scale. Leave it out "
             "here, and put one around the whole: dynamic_loss_scale(clip_by_global_norm(sgd(0.1), 1.0))"
+        )
+    if given.takes_loss and not with_loss:
+        raise ValueError(
+            f"{name}: {where} takes the loss of each step, as a skip_spikes does, which this one does not pass on. Put it "
+            "around the whole, where it sees all gradients before they are clipped: "
+            "skip_spikes(clip_by_global_norm(sgd(0.1), 1.0)); around that there is room for a dynamic_loss_scale alone"
         )
 
 
@@ -151,6 +160,17 @@ def scalar(name: str, where: str, value: Any, dtype: torch.dtype) -> Tensor:
         raise TypeError(
             f"{name}: {where} must be a 0-dim tensor of dtype {dtype}, got {got}; pass the state that init(params) "
             "or the last step returned, or torch.vmap the step over a state that is batched"
+        )
+    return value
+
+
+def loss(name: str, value: Any) -> Tensor:
+    """The value of which the gradients are: a 0-dim floating tensor."""
+    if not isinstance(value, Tensor) or value.ndim != 0 or not value.is_floating_point():
+        got = f"{value.dtype}, {describe(value)}" if isinstance(value, Tensor) else describe(value)
+        raise TypeError(
+            f"{name}: loss must be a 0-dim floating tensor, the value that came with the gradients (of a Mean, its .value), "
+            f"got {got}. For one loss per member of an ensemble, torch.vmap the step"
         )
     return value
 

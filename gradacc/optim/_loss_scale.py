@@ -17,7 +17,7 @@ from gradacc._tree import TensorTree
 from gradacc.optim import _check, _memory, _report
 from gradacc.optim._arithmetic import in_place
 from gradacc.optim._optimizer import Optimizer
-from gradacc.optim._skip import count_skipped, if_finite
+from gradacc.optim._skip import all_finite, count_skipped, take_if
 
 _NAME = "dynamic_loss_scale"
 
@@ -101,7 +101,7 @@ def dynamic_loss_scale(
         tensor([[1., 1.]]) tensor(32768.) tensor(100000000.)
         tensor([[0.5000, 0.5000]]) tensor(32768.) tensor(1.)
     """
-    _check.optimizer(_NAME, optimizer)
+    _check.optimizer(_NAME, optimizer, with_loss=True)
     _between("init_scale", init_scale, 0, torch.finfo(torch.float32).max)
     _between("growth_factor", growth_factor, 1, math.inf)
     _between("backoff_factor", backoff_factor, 0, 1)
@@ -124,14 +124,15 @@ def dynamic_loss_scale(
         )
 
     def step(
-        params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
+        params: TensorTree, grads: TensorTree, state: TensorTree, *, loss: Tensor | None = None, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
         leaves, grad_leaves, treedef = _check.inputs(_NAME, params, grads)
         _wide_enough(leaves, treedef)
         scale, tracker, skipped = checked(state)
+        named = {} if loss is None else {"loss": _unscaled_loss(optimizer, loss, scale)}
         look = None if inner_check is None else functools.partial(inner_check, params, state.inner)
-
-        held = [*leaves, *_tree.flatten(state)[0]] if donate and not _memory.differentiable(None, grad_leaves) else []
+        traced = _memory.differentiable(None, grad_leaves)
+        held = [*leaves, *_tree.flatten(state)[0]] if donate and not traced else []
         given = [*grad_leaves, *held] if held else []
 
         def take(donate: bool) -> tuple[TensorTree, TensorTree]:
@@ -140,15 +141,17 @@ def dynamic_loss_scale(
                 look()
                 used = held
             unscaled = _unscaled(grad_leaves, scale, used)
-            return optimizer.step(params, _tree.unflatten(treedef, unscaled), state.inner, donate=donate)
+            return optimizer.step(params, _tree.unflatten(treedef, unscaled), state.inner, donate=donate, **named)
 
-        new, inner, finite = if_finite(take, look, grad_leaves, params, state.inner, donate)
+        finite = all_finite(grad_leaves, traced)
+        new, inner = take_if(finite, take, look, (params, state.inner), donate=donate, traced=traced)
         scale, tracker = _moved(scale, tracker, finite.to(scale.device), growth_factor, backoff_factor, interval)
         after = new, LossScaleState(scale, tracker, count_skipped(skipped, finite), inner)
         return _donated.hand_over(f"{_NAME}.step", given, after)
 
     report = _report.of_wrapper(_NAME, LossScaleState, optimizer.report)
-    return Optimizer(init, step, report=report, loss_scale=lambda state: checked(state)[0])
+    scale_of = lambda state: checked(state)[0]  # noqa: E731
+    return Optimizer(init, step, report=report, loss_scale=scale_of, takes_loss=optimizer.takes_loss)
 
 
 def scaled_loss(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:
@@ -258,6 +261,14 @@ def _wide_enough(leaves: list[Tensor], treedef: _tree.TreeDef) -> None:
             "as the scale is taken off. Keep params in float32, and compute in float16 with "
             "torch.autocast(device_type, dtype=torch.float16) inside loss_fn"
         )
+
+
+def _unscaled_loss(optimizer: Optimizer, loss: Any, scale: Tensor) -> Tensor:
+    """What the optimizer inside is told of the loss."""
+    if not optimizer.takes_loss:
+        raise TypeError(f"{_NAME}: step was given a loss, which the optimizer inside does not take; leave loss= out")
+    value = _dtypes.widened(_check.loss(_NAME, loss).detach())
+    return value / _scalars.beside(scale, value)
 
 
 def _unscaled(grad_leaves: list[Tensor], scale: Tensor, used: list[Any] | None) -> list[Tensor]:

@@ -32,10 +32,13 @@ class InitFunction(Protocol):
 
 
 class StepFunction(Protocol):
-    """``step(params, grads, state, *, donate=False) -> (params, state)``."""
+    """``step(params, grads, state, *, donate=False) -> (params, state)``; with ``loss=None`` where the optimizer takes it.
+
+    To a type checker, ``*args: Any, **kwargs: Any`` says that a step has any further parameters.
+    """
 
     def __call__(
-        self, params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
+        self, params: TensorTree, grads: TensorTree, state: TensorTree, *args: Any, **kwargs: Any
     ) -> tuple[TensorTree, TensorTree]: ...
 
 
@@ -90,8 +93,11 @@ class Optimizer(NamedTuple):
             ``rate``, ``updates`` and ``skipped``, each of which may be None.
         loss_scale: ``loss_scale(state)``: the factor of the loss whose gradients ``step`` takes, 0-dim. With one an optimizer
             is outermost: wrappers refuse it, and `gradacc.train_step` passes the factor to ``grad_fn``.
+        takes_loss: ``step`` takes ``loss=`` too, the value of which ``grads`` are the gradients (0-dim), and
+            `gradacc.train_step` passes it. Wrappers refuse such a one, as it would not reach it, but for
+            `dynamic_loss_scale`. See `skip_spikes`.
 
-    ``Optimizer(other.init, step)`` has none of the last three; ``other._replace(step=step)`` has those of ``other``, which must
+    ``Optimizer(other.init, step)`` has none of the last four; ``other._replace(step=step)`` has those of ``other``, which must
     then be true of ``step``.
 
     Raises:
@@ -116,3 +122,4 @@ class Optimizer(NamedTuple):
     check: CheckFunction | None = None
     report: OptimizerReport = OptimizerReport()
     loss_scale: Callable[[Any], Tensor] | None = None
+    takes_loss: bool = False

@@ -74,12 +74,10 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
         def take(donate: bool) -> tuple[TensorTree, TensorTree]:
             return optimizer.step(params, grads, state.inner, donate=donate)
 
-        given = (
-            [*leaves, *grad_leaves, *_tree.flatten(state)[0]]
-            if donate and not _memory.differentiable(None, grad_leaves)
-            else []
-        )
-        new, inner, finite = if_finite(take, look, grad_leaves, params, state.inner, donate)
+        traced = _memory.differentiable(None, grad_leaves)
+        given = [*leaves, *grad_leaves, *_tree.flatten(state)[0]] if donate and not traced else []
+        finite = all_finite(grad_leaves, traced)
+        new, inner = take_if(finite, take, look, (params, state.inner), donate=donate, traced=traced)
         after = new, SkipState(count_skipped(skipped, finite), inner)
         return _donated.hand_over(f"{name}.step", given, after)
 
@@ -92,49 +90,53 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
     return Optimizer(init, step, None if inner_check is None else check, report)
 
 
-def if_finite(
+def take_if(
+    fine: Tensor,
     take: Callable[[bool], tuple[TensorTree, TensorTree]],
     look: Callable[[], object] | None,
-    grad_leaves: list[Tensor],
-    params: TensorTree,
-    inner: TensorTree,
+    before: tuple[TensorTree, TensorTree],
+    *,
     donate: bool,
-) -> tuple[TensorTree, TensorTree, Tensor]:
-    """``take(donate)``, the parameters and state after a step, if all of ``grad_leaves`` is finite; otherwise those before it.
+    traced: bool,
+) -> tuple[TensorTree, TensorTree]:
+    """``take(donate)``, the parameters and state after a step, if ``fine`` (0-dim, bool); otherwise those ``before`` it.
 
-    Third, whether it was: 0-dim, bool. Eagerly the step is taken or not (then ``look()`` raises what it would have raised,
-    where it can be asked); under a transform ``torch.where`` chooses.
+    Eagerly the step is taken or not (then ``look()`` raises what it would have raised, where it can be asked); under a
+    transform ``torch.where`` chooses.
     """
-    if _memory.differentiable(None, grad_leaves):
-        finite = _finite(grad_leaves, True)
+    params, inner = before
+    if traced:
         new, moved = take(False)
-        return _where(finite, new, params), _where(finite, moved, inner), finite
-    finite = _finite(grad_leaves, False).cpu()  # what is read; all else of it is on the CPU
-    if bool(finite):
-        return *take(donate), finite
+        return _where(fine, new, params), _where(fine, moved, inner)
+    if bool(fine):
+        return take(donate)
     if look is not None:
         look()
     with torch.no_grad():
         leaves, treedef = _tree.flatten(params)
         kept = [leaf.detach() for leaf in leaves] if donate else _memory.copies(leaves)
         same = _tree.map_tensors(lambda leaf: leaf.detach() if donate else leaf.detach().clone(), inner)
-        return _tree.unflatten(treedef, kept), same, finite
+        return _tree.unflatten(treedef, kept), same
 
 
-def count_skipped(skipped: Tensor, finite: Tensor) -> Tensor:
-    """One more, unless all was finite."""
-    return skipped + (~finite).to(skipped.device, skipped.dtype)
+def count_skipped(skipped: Tensor, fine: Tensor) -> Tensor:
+    """One more, unless all was fine."""
+    return skipped + (~fine).to(skipped.device, skipped.dtype)
 
 
-def _finite(grad_leaves: list[Tensor], traced: bool) -> Tensor:
-    """Whether every element is. Eagerly by the extremes, which NaN passes through: one pass, and no temporary."""
+def all_finite(grad_leaves: list[Tensor], traced: bool) -> Tensor:
+    """Whether every element is: 0-dim, bool; eagerly on the CPU, which reads it.
+
+    Eagerly by the extremes, which NaN passes through: one pass, and no temporary.
+    """
     parts = [_dtypes.as_real(grad_leaf) for grad_leaf in grad_leaves if grad_leaf.numel()]
     if not parts:
-        return torch.tensor(True)
+        return torch.tensor(True, device="cpu")
     device = parts[0].device
     if traced:
         return torch.stack([part.isfinite().all().to(device) for part in parts]).all()
-    return torch.stack([end.to(device) for part in parts for end in part.detach().aminmax()]).isfinite().all()
+    ends = torch.stack([end.to(device) for part in parts for end in part.detach().aminmax()])
+    return ends.isfinite().all().cpu()
 
 
 def _where(condition: Tensor, yes: TensorTree, no: TensorTree) -> TensorTree:
