@@ -434,6 +434,12 @@ REPORTING = {
         [0, 1, 1, 1],
         [1, 1, 2, 3],
     ),
+    "skipping spikes": (
+        lambda: gradacc.optim.skip_spikes(gradacc.optim.sgd(HALVING.__getitem__)),
+        [0.4, 0.2, 0.2, 0.1],
+        [0, 1, 1, 1],
+        [1, 1, 2, 3],
+    ),
     "scaled": (
         lambda: gradacc.optim.dynamic_loss_scale(gradacc.optim.from_torch(torch.optim.SGD, lr=HALVING.__getitem__)),
         [0.4, 0.2, 0.2, 0.1],
@@ -554,6 +560,7 @@ def test_a_state_of_another_optimizer_is_the_optimizers_own_error(state, opt_sta
     for optimizer, name in (
         (OPTIMIZER, "adamw"),
         (gradacc.optim.skip_nonfinite(OPTIMIZER), "skip_nonfinite"),
+        (gradacc.optim.skip_spikes(OPTIMIZER), "skip_spikes"),
         (gradacc.optim.by_path(OPTIMIZER), "by_path"),
         (gradacc.optim.from_torch(torch.optim.SGD), "from_torch"),
     ):

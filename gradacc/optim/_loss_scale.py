@@ -59,7 +59,8 @@ def dynamic_loss_scale(
     to: ``dynamic_loss_scale(clip_by_global_norm(adamw(1e-3), 1.0))``. It is outermost: what is around it would see scaled
     gradients, and `gradacc.train_step` looks for a scale there only, so other wrappers refuse it. The loss is a `scaled_loss`;
     `gradacc.train_step` refuses one that takes no scale, whose steps would be smaller by the factor ``scale``. In a loop of
-    one's own, nobody can know: the gradients that ``step`` is given are taken to be those of ``scale * loss``.
+    one's own, nobody can know: the gradients that ``step`` is given are taken to be those of ``scale * loss``, and so is the
+    ``loss=`` that it passes on to a `skip_spikes`.
 
     Eagerly the test is read, one value a step (on an accelerator that waits for the gradients); under a transform, both
     outcomes are computed and ``torch.where`` takes one, per member of an ensemble, each of which has a scale of its own. With

@@ -36,6 +36,7 @@ def optimized(optimizer):
         gradacc.optim.sgd(lr=0.1, momentum=0.9),
         gradacc.optim.adamw(lr=lambda step: 0.1 / (step + 1)),
         gradacc.optim.skip_nonfinite(gradacc.optim.clip_by_global_norm(gradacc.optim.adam(lr=0.1), 1.0)),
+        gradacc.optim.skip_spikes(gradacc.optim.adamw(lr=0.1), window=2),
         gradacc.optim.from_torch(torch.optim.RMSprop, lr=0.1),
     ],
 )

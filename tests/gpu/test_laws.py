@@ -110,7 +110,7 @@ def test_a_training_step_waits_for_nothing(name, donate, device):
     assert metrics["loss"].isfinite()
 
 
-@pytest.mark.parametrize("make", [optim.skip_nonfinite, optim.dynamic_loss_scale])
+@pytest.mark.parametrize("make", [optim.skip_nonfinite, optim.skip_spikes, optim.dynamic_loss_scale])
 def test_a_step_that_reads_reads_once(make, device):
     if device.type != "cuda":
         pytest.skip("only CUDA says what waits")

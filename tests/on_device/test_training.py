@@ -39,6 +39,7 @@ OPTIMIZERS = {
     "from_torch AdamW foreach": (lambda: optim.from_torch(torch.optim.AdamW, lr=0.1, foreach=True), 0),
     "from_torch RMSprop": (lambda: optim.from_torch(torch.optim.RMSprop, lr=0.1), 0),
     "skip_nonfinite": (lambda: optim.skip_nonfinite(optim.adamw(0.1)), 1),
+    "skip_spikes": (lambda: optim.skip_spikes(optim.clip_by_global_norm(optim.adamw(0.1), 0.1)), 1),
     "dynamic_loss_scale": (lambda: optim.dynamic_loss_scale(optim.clip_by_global_norm(optim.adamw(0.1), 1.0)), 1),
 }
 
@@ -95,9 +96,12 @@ def batches():
 
 @pytest.mark.parametrize("donate", [False, True])
 @pytest.mark.parametrize("loss", [plain, mean_of_tokens])
+@pytest.mark.parametrize("spikes", [False, True])
 @pytest.mark.parametrize("scaled", [False, True])
-def test_a_training_step(scaled, loss, donate, waits):
+def test_a_training_step(scaled, spikes, loss, donate, waits):
+    """What skips reads once each; the loss and the norm together."""
     optimizer = optim.clip_by_global_norm(optim.adamw(0.1), 1.0)
+    optimizer = optim.skip_spikes(optimizer) if spikes else optimizer
     grad_fn = gradacc.accumulate_and_value(optim.scaled_loss(loss) if scaled else loss, steps=3)
     optimizer = optim.dynamic_loss_scale(optimizer) if scaled else optimizer
     step = gradacc.train_step(grad_fn, optimizer, donate=donate)
@@ -107,7 +111,7 @@ def test_a_training_step(scaled, loss, donate, waits):
         on_device = to_device(batch)
         waits.clear()
         there, metrics = step(there, on_device)
-        assert sum(waits.values()) == scaled
+        assert sum(waits.values()) == scaled + spikes
         here, expected = step(here, batch)
         assert_trees_close(on_cpu(metrics), expected, rtol=1e-5)
         assert_trees_close(on_cpu(there), here, rtol=1e-5, atol=1e-6)

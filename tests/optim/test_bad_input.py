@@ -19,6 +19,7 @@ MAKERS = {
     "from_torchopt": lambda: optim.from_torchopt(Momentum()),
     "clip_by_global_norm": lambda: optim.clip_by_global_norm(optim.adam(0.1), 1.0),
     "skip_nonfinite": lambda: optim.skip_nonfinite(optim.adam(0.1)),
+    "skip_spikes": lambda: optim.skip_spikes(optim.adam(0.1)),
     "by_path": lambda: optim.by_path(optim.adam(0.1)),
     "from_torch foreach": lambda: optim.from_torch(torch.optim.SGD, lr=0.1, momentum=0.9, foreach=True),
     "clip_by_global_norm by_path": lambda: optim.clip_by_global_norm(_groups(optim.adam(0.1), optim.sgd(0.1)), 1.0),

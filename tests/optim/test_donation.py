@@ -38,6 +38,7 @@ OPTIMIZERS = {
     "from_torchopt": lambda: optim.from_torchopt(Descent()),
     "clipped": lambda: optim.clip_by_global_norm(optim.sgd(0.1, momentum=0.9), 0.5),
     "skipping": lambda: optim.skip_nonfinite(optim.adamw(0.1)),
+    "skipping spikes": lambda: optim.skip_spikes(optim.clip_by_global_norm(optim.adamw(0.1), 0.5)),
     "groups": lambda: _groups(lambda: optim.adamw(0.1)),
     "groups of torch": lambda: _groups(lambda: optim.from_torch(torch.optim.Adam, lr=0.1)),
     "scaled": lambda: optim.dynamic_loss_scale(optim.sgd(0.1, momentum=0.9), init_scale=4.0),
@@ -363,7 +364,7 @@ def test_nothing_is_given_away_where_nothing_is_written_in_place():
     assert grads["w"].grad.isfinite().all()
 
 
-@pytest.mark.parametrize("around", ["clip", "skip", "groups", "scale"])
+@pytest.mark.parametrize("around", ["clip", "skip", "spikes", "groups", "scale"])
 def test_nothing_is_given_away_where_an_optimizer_inside_is_differentiated(around):
     """By its learning rate: the graph is of what was given."""
     rate = torch.tensor(0.5, requires_grad=True)
@@ -371,6 +372,7 @@ def test_nothing_is_given_away_where_an_optimizer_inside_is_differentiated(aroun
     optimizer = {
         "clip": lambda: optim.clip_by_global_norm(inner, 1e6),
         "skip": lambda: optim.skip_nonfinite(inner),
+        "spikes": lambda: optim.skip_spikes(inner),
         "groups": lambda: optim.by_path(inner),
         "scale": lambda: optim.dynamic_loss_scale(inner, init_scale=1.0),
     }[around]()

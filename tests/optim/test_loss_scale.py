@@ -180,6 +180,7 @@ SCALED = {
 AROUND = {
     "clip": ("clip_by_global_norm: the optimizer", lambda scaled: optim.clip_by_global_norm(scaled, 1.0)),
     "skip": ("skip_nonfinite: the optimizer", optim.skip_nonfinite),
+    "spikes": ("skip_spikes: the optimizer", optim.skip_spikes),
     "by_path": ("by_path: the optimizer", optim.by_path),
     "a rule": (r"by_path: rules\[0\]\[1\]", lambda scaled: optim.by_path(optim.sgd(1), (lambda *_: True, scaled))),
     "another": ("dynamic_loss_scale: the optimizer", optim.dynamic_loss_scale),

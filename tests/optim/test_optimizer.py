@@ -35,9 +35,11 @@ WRAPPERS = {
     "clip": lambda own: optim.clip_by_global_norm(own, 1.0),
     "by_path": optim.by_path,
     "skip of clip": lambda own: optim.skip_nonfinite(optim.clip_by_global_norm(own, 1.0)),
+    "spikes of clip": lambda own: optim.skip_spikes(optim.clip_by_global_norm(own, 1.0)),
     "clip of clip": lambda own: optim.clip_by_global_norm(optim.clip_by_global_norm(own, 1.0), 1.0),
     "clip of skip": lambda own: optim.clip_by_global_norm(optim.skip_nonfinite(own), 1.0),
     "clip of by_path": lambda own: optim.clip_by_global_norm(optim.by_path(own), 1.0),
+    "scale of spikes": lambda own: optim.dynamic_loss_scale(optim.skip_spikes(own), init_scale=4.0),
     "scale": lambda own: optim.dynamic_loss_scale(own, init_scale=4.0),
 }
 
@@ -113,5 +115,5 @@ def test_a_state_that_is_none_of_a_loss_scales():
 def test_another_step_has_none_of_it_unless_it_is_kept():
     optimizer = optim.dynamic_loss_scale(optim.sgd(0.1))
     bare = optim.Optimizer(optimizer.init, optimizer.step)
-    assert (bare.check, bare.loss_scale, *bare.report) == (None,) * 5
+    assert (bare.check, bare.loss_scale, *bare.report, bare.takes_loss) == (*(None,) * 5, False)
     assert optimizer._replace(step=lambda *args, **kwargs: None).loss_scale is optimizer.loss_scale

@@ -122,7 +122,7 @@ def test_a_skipped_step_returns_memory_of_its_own():
     [(), optim.sgd(0.1).init(torch.ones(2)), optim.adam().init(torch.ones(3))],
     ids=["nothing", "another rule's", "of other shapes"],
 )
-@pytest.mark.parametrize("wrap", [optim.skip_nonfinite, optim.dynamic_loss_scale])
+@pytest.mark.parametrize("wrap", [optim.skip_nonfinite, optim.skip_spikes, optim.dynamic_loss_scale])
 def test_the_inner_state_of_a_step_that_is_skipped(wrap, wrong, donate):
     """It is checked now, not when the first step is taken."""
     optimizer = wrap(optim.adam(0.1))
