@@ -70,12 +70,16 @@ def test_steps_are_the_cpus_bit_for_bit(name, donate, waits):
 def test_states_count_on_the_cpu_whatever_the_default_device_is(waits):
     params = to_device(parameters())
     with torch.device("acc"):
-        optimizer = optim.dynamic_loss_scale(optim.adamw(0.1))
+        optimizer = optim.dynamic_loss_scale(optim.skip_spikes(optim.adamw(0.1)))
         state = optimizer.init(params)
         waits.clear()
         _, state = optimizer.step(params, params, state)
-    assert sum(waits.values()) == 1
-    assert all(each.is_cpu for each in (state.scale, state.growth_tracker, state.skipped, state.inner.step))
+        assert sum(waits.values()) == 2
+        nothing = {"w": torch.ones(0)}
+        optim.skip_nonfinite(optim.sgd(0.1)).step(nothing, nothing, optim.skip_nonfinite(optim.sgd(0.1)).init(nothing))
+        assert sum(waits.values()) == 2
+    counts = (state.scale, state.growth_tracker, state.skipped, state.inner.recent, state.inner.skipped)
+    assert all(each.is_cpu for each in (*counts, state.inner.inner.step))
 
 
 def mean_of_tokens(params, batch):

@@ -319,6 +319,17 @@ def test_under_vmap_each_member_is_judged_by_its_own_past():
         assert_trees_close(mine, alone)
 
 
+@pytest.mark.parametrize("wrap", [torch.vmap, compiled], ids=["vmap", "compile"])
+def test_nothing_is_given_away_under_a_transform(wrap):
+    optimizer, grads = optim.skip_spikes(optim.sgd(1.0, momentum=0.5), 8), {"w": torch.randn(3, 2)}
+    state = (torch.vmap(optimizer.init) if wrap is torch.vmap else optimizer.init)(grads)
+    state = optree.tree_map(lambda leaf: leaf.clone(), state, namespace=NAMESPACE)
+    before = fingerprint((grads, state))
+    given, kept = (wrap(lambda *args, donate=donate: optimizer.step(*args, donate=donate)) for donate in (True, False))
+    assert_trees_close(given(grads, grads, state), kept(grads, grads, state))
+    assert fingerprint((grads, state)) == before
+
+
 def test_the_whole_step_is_one_graph():
     """With and without a spike, compiled once; so is a step that gets no loss."""
     expected = trained(optim.skip_spikes(optim.adamw(0.1), 8), RUN)
@@ -349,6 +360,13 @@ def test_derivatives_go_through_a_step_that_is_taken():
     leaf = torch.tensor(2.0, dtype=D, requires_grad=True)
     moved(rate, leaf, 1.0 + 0 * leaf).backward()
     assert_trees_close(leaf.grad, torch.tensor(0.4, dtype=D))
+
+
+def test_the_window_has_no_graph():
+    """Of a loss or of gradients that have one: it would grow with every step."""
+    optimizer, leaf = optim.skip_spikes(optim.sgd(1.0), 8), torch.tensor(2.0, dtype=D, requires_grad=True)
+    for norm in (2.0, leaf):
+        assert not count_steps(zeros(), 1.5 * leaf, norm, optimizer.init(zeros()), optimizer)[1].recent.requires_grad
 
 
 def _on_ranks(group, loaders):
