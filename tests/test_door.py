@@ -72,6 +72,8 @@ def test_what_the_others_return() -> None:
     assert apply(params, torch.ones(1, 2), buffers=buffers)[0].shape == (1, 1)
     optimizer = assert_type(gradacc.optim.adamw(lr=1e-3), gradacc.optim.Optimizer)
     optimizer = assert_type(gradacc.optim.clip_by_global_norm(optimizer, 1.0), gradacc.optim.Optimizer)
+    careful = assert_type(gradacc.optim.skip_spikes(optimizer), gradacc.optim.Optimizer)
+    careful.step(torch.ones(()), torch.ones(()), careful.init(torch.ones(())), loss=torch.ones(()), donate=True)
     step = gradacc.train_step(gradacc.accumulate_and_value(loss_fn, steps=2), optimizer)
     w = torch.ones(())
     state, metrics = step(gradacc.TrainState(w, optimizer.init(w)), torch.arange(4.0))

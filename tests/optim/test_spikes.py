@@ -239,6 +239,32 @@ def test_a_training_step_passes_the_loss_and_counts(donate):
     assert_trees_close(state.opt_state.recent, torch.tensor(known, dtype=D).t())
 
 
+def plainly(params, batch):
+    return mean_of_rows(params, batch).value
+
+
+def of_two(params, batch):
+    return {"rows": mean_of_rows(params, batch), "twice": Mean(2 * plainly(params, batch) * len(batch), len(batch))}
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize(
+    ("loss_fn", "options", "factor"),
+    [(plainly, {}, 1), (of_two, {}, 3), (plainly, {"nonfinite": "drop"}, 1)],
+    ids=["a number", "several means", "dropping"],
+)
+def test_the_loss_of_a_training_step_is_what_metrics_say(loss_fn, options, factor, scaled):
+    optimizer = optim.skip_spikes(optim.sgd(1.0), 8)
+    optimizer = optim.dynamic_loss_scale(optimizer, init_scale=3.0) if scaled else optimizer
+    loss_fn = optim.scaled_loss(loss_fn) if scaled else loss_fn
+    step = gradacc.train_step(gradacc.accumulate_and_value(loss_fn, microbatch_size=1, **options), optimizer)
+    batch = torch.tensor([[1.0, 2.0], [3.0, 4.0], [NAN, NAN]], dtype=D)[: 3 if options else 2]
+    state, metrics = step(TrainState(torch.zeros((), dtype=D), optimizer.init(torch.zeros((), dtype=D))), batch)
+    recent = (state.opt_state.inner if scaled else state.opt_state).recent
+    assert_trees_close(recent[:, -1], torch.stack([metrics["loss"], metrics["grad_norm"]]), rtol=1e-6)
+    assert_trees_close(recent[:, -1], factor * torch.tensor([2.0, 3.0], dtype=D), rtol=1e-6)
+
+
 @pytest.mark.parametrize("donate", [False, True], ids=["pure", "donated"])
 def test_inside_of_a_loss_scale(donate):
     """The same decisions as without one; what overflows does not enter."""
