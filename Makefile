@@ -20,7 +20,10 @@ test: $(STAMP)
 test-fast: $(STAMP)
 	$(PY) -m pytest -n $(WORKERS) --dist loadgroup tests/laws tests/test_aux.py tests/test_batch.py tests/test_map.py tests/test_mean.py tests/test_units.py -k "not over_200_calls"
 
+# Packages of docs/recipes. Two of them beside the others, see tests/vision.py.
 test-slow: $(STAMP)
+	$(PIP) --no-build-isolation -e '.[recipes]'
+	$(PIP) --no-deps --upgrade --target $(VENV)/beside timm torchvision
 	$(PY) -m pytest -m slow
 
 lint: $(STAMP)

@@ -4,14 +4,12 @@
 
     python -m tests.sweep transformers            # the architectures of the slow test
     python -m tests.sweep transformers all        # every causal language model that can be built from a tiny configuration
-    python -m tests.sweep timm all                # after pip install -c constraints.txt -e '.[sweep]'
+    python -m tests.sweep timm all                # after `make test-slow`, which installs timm
     python -m tests.sweep timm resnet18 vit_tiny_patch16_224
 
-Every model is random and tiny (timm's: as it is, up to a number of parameters), in float64, in training mode. timm needs
-torchvision's Python part only: where its compiled operators do not load, two of their schemas are enough to import it.
+Every model is random and tiny (timm's: as it is, up to a number of parameters), in float64, in training mode.
 """
 
-import importlib.util
 import sys
 import time
 import warnings
@@ -21,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from tests import models
+from tests import models, vision
 
 ARCHITECTURES = [
     "arctic", "bamba", "bart", "bert-generation", "bigbird_pegasus", "biogpt", "bloom", "cohere", "ctrl", "dbrx", "deepseek_v3",
@@ -131,20 +129,12 @@ def of_timm(name):
 
 
 def _timm():
-    if importlib.util.find_spec("torchvision") and "torchvision" not in sys.modules:
-        library = torch.library.Library("torchvision", "FRAGMENT")
-        for operator in ("nms", "qnms"):
-            try:
-                library.define(f"{operator}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-            except RuntimeError:  # the compiled ones are there
-                break
-        _kept.append(library)
+    vision.find()
     import timm
 
     return timm
 
 
-_kept: list[torch.library.Library] = []
 FAMILIES = {"transformers": of_transformers, "timm": of_timm}
 
 

@@ -15,12 +15,14 @@ from nbclient import NotebookClient
 
 import gradacc
 from benchmarks import pages
+from tests import recipes, vision
 from tests.helpers import some_slow
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+RECIPES = sorted((ROOT / "docs" / "recipes").glob("*.md"))
 
 
 def test_there_are_notebooks():
@@ -36,8 +38,7 @@ def test_notebook_runs(path):
 
 def blocks(text):
     """The Python blocks of a page; those of the README's table have a test of their own."""
-    page = re.sub("<table>.*?</table>", "", text, flags=re.DOTALL)
-    return re.findall(r"^```python\n(.*?)^```", page, flags=re.MULTILINE | re.DOTALL)
+    return recipes.blocks(re.sub("<table>.*?</table>", "", text, flags=re.DOTALL))
 
 
 def is_of_ranks(block):
@@ -83,11 +84,47 @@ def test_a_page_s_ranks_run(path, tmp_path):
     assert zero[2:] == one[2:]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_the_large_batch(path, tmp_path):
+    """Each page ends with that comparison."""
+    packages = set(recipes.imported("\n".join(blocks(path.read_text()))))
+    missing = {name for name in packages if not vision.has(name)}
+    if missing:
+        pytest.skip(f"not installed: {', '.join(sorted(missing))}; `make test-slow` does it")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "tests.recipes", str(path)]
+    run = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert run.returncode == 0, run.stderr
+
+
+def code_lines(block):
+    return sum(bool(line.strip()) and not line.strip().startswith("#") for line in block.splitlines())
+
+
+def test_recipes_are_short_and_their_lines_are_counted_right():
+    """As many lines of training as the table says; at most forty, but for the model, the data and the check."""
+    table = (ROOT / "docs" / "recipes.md").read_text()
+    said = {
+        name: int(lines)
+        for name, lines in re.findall(r"^\| \[.*\]\(recipes/(\w+)\.md\) \| (\d+) \|", table, re.MULTILINE)
+    }
+    counted = {}
+    for path in RECIPES:
+        parts = re.split(r"^Training\b.*\n", path.read_text(), flags=re.MULTILINE)
+        assert len(parts) == 2, path
+        first, *_ = blocks(parts[1])
+        assert "assert_close" in "".join(blocks(parts[1])), path
+        counted[path.stem] = code_lines(first)
+    assert said == counted
+    assert max(counted.values()) <= 40
+
+
 def test_the_readme_is_short():
     assert len(README.splitlines()) <= 150
 
 
-@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", [*PAGES, *RECIPES], ids=lambda path: path.name)
 def test_links_lead_somewhere(path):
     for target in re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", path.read_text()):
         assert (path.parent / target).exists(), target

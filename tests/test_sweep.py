@@ -1,10 +1,8 @@
 """Many models of transformers, and of timm where it is installed, against the loop by hand; `tests.sweep` runs more."""
 
-import importlib.util
-
 import pytest
 
-from tests import sweep
+from tests import sweep, vision
 
 
 @pytest.mark.slow
@@ -17,7 +15,7 @@ def test_architectures_of_transformers():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.skipif(importlib.util.find_spec("timm") is None, reason="timm is not installed: pip install -e '.[sweep]'")
+@pytest.mark.skipif(not vision.has("timm"), reason="timm is not installed: `make test-slow` does it")
 def test_models_of_timm():
     tally = sweep.main("timm")
     assert tally["different"] == 0

@@ -195,7 +195,8 @@ def _accepted(name: str, cls: Any, options: dict[str, Any]) -> None:
     if issubclass(cls, torch.optim.LBFGS):
         raise TypeError(
             f"{name}: LBFGS evaluates the loss several times a step (its step takes a closure), where an Optimizer's step is "
-            "given one gradient; use another optimizer"
+            "given one gradient. torch.optim.LBFGS itself works on a module's own parameters, whose .grad its closure sets "
+            "(docs/recipes/lbfgs.md); or use another optimizer"
         )
     closure = inspect.signature(cls.step).parameters.get("closure")
     if closure is not None and closure.default is closure.empty:

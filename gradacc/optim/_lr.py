@@ -137,7 +137,11 @@ def _scheduler(name: str, factory: Callable[..., LRScheduler], dummy: SGD, optio
         )
     made = factory(dummy, **options)
     if not isinstance(made, LRScheduler):
-        raise TypeError(f"{name}: the scheduler must be an LRScheduler, got {describe(made)}")
+        raise TypeError(
+            f"{name}: the scheduler must be an LRScheduler, got {describe(made)}. One of another library becomes a "
+            "function of the step by hand, which is an lr too: drive it on an optimizer of one tensor, and return the lr of its "
+            "param_groups (docs/recipes/timm_ema.md)"
+        )
     return made
 
 

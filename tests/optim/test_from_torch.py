@@ -222,7 +222,7 @@ def test_numbers_in_a_state_are_tensors_and_get_their_types_back():
 
 
 REFUSED = {
-    "LBFGS": (torch.optim.LBFGS, {}, TypeError, "LBFGS evaluates the loss several times a step"),
+    "LBFGS": (torch.optim.LBFGS, {}, TypeError, "several times a step.*torch.optim.LBFGS itself works"),
     "SparseAdam": (torch.optim.SparseAdam, {}, TypeError, "SparseAdam takes sparse gradients only"),
     "no class": (torch.optim.Adam([torch.zeros(1)]), {}, TypeError, "pass torch.optim.Adam and its options"),
     "module": (torch.nn.Linear, {}, TypeError, "cls must be a class of torch.optim"),
