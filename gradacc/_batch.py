@@ -210,6 +210,11 @@ def may_be_one(batch: Any) -> bool:
     return type(batch) in (list, tuple) and any(map(_is_array, batch))
 
 
+def is_of_examples(batch: Any) -> bool:
+    """Whether it is a list of lists or tuples, which may be examples: pairs of an image and its boxes, say."""
+    return type(batch) in (list, tuple) and len(batch) > 1 and all(type(item) in (list, tuple) for item in batch)
+
+
 def _is_array(item: Any) -> bool:
     return isinstance(item, Tensor) or all(hasattr(item, name) for name in ("__array__", "dtype", "ndim"))
 
@@ -221,7 +226,7 @@ def _size(item: Any, dim: int) -> int:
 
 def note_parts(name: str, batch: Any) -> str:
     """What a loss's own error may come from."""
-    return f"{name}: the batch is {_listing(batch)}, read as {_count(batch)}; if it is one batch, pass steps="
+    return f"{name}: the batch is {_listing(batch)}, read as {_count(batch)}; if it is one batch, pass steps= or split="
 
 
 def _listing(batch: Sequence[Any]) -> str:

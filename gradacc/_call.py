@@ -196,7 +196,7 @@ def note_unsplit(
                     f"update: args[{batch}] is {describe(args[batch])}, and was given to loss_fn as one micro-batch; "
                     "call update for each of several"
                 )
-        elif options.split is None and _batch.may_be_one(args[batch]):
+        elif options.split is None and (_batch.may_be_one(args[batch]) or _batch.is_of_examples(args[batch])):
             error.add_note(_batch.note_parts(options.name, args[batch]))
         return
     if options.in_dims is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -192,4 +192,10 @@ def _check_names(params: Any, buffers: Any) -> None:
 def _known(what: str, given: Mapping[str, Tensor], own: Mapping[str, Any]) -> None:
     if not given.keys() <= own.keys():
         unknown = [name for name in given if name not in own]
-        raise ValueError(f"apply: {what} has {unknown}, which the module does not have; it has {list(own)}")
+        raise ValueError(f"apply: {what} has {_shown(unknown)}, which the module does not have; it has {_shown(own)}")
+
+
+def _shown(names: Iterable[str]) -> str:
+    """A model has hundreds."""
+    names = list(names)
+    return f"{names[:8]}" + (f" and {len(names) - 8} more" if names[8:] else "")

@@ -86,12 +86,21 @@ def batch_size(name: str, sizes: Sequence[int | None], paths: Sequence[str]) -> 
 
 
 def _hint_for_lists(first: str, other: str) -> str:
-    """What to do where two paths lead to items of one list: they may be micro-batches, or ragged examples."""
+    """What to do where a path leads to an item of a list: they may be ragged examples, or if both do, micro-batches."""
     a, b = (re.split(r"(?=[.\[])", path) for path in (first, other))
     shared = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), 0)
-    if shared < 2 or not all(re.fullmatch(r"\[\d+\]", parts[shared]) for parts in (a, b)):
-        return ""  # 1 is where the arguments of the call part
-    ragged = f"If {''.join(a[:shared])} is a list of ragged examples, pad them into one tensor"
-    return f". {ragged}" + (
-        "; a list of micro-batches is passed without steps or microbatch_size" if shared == 2 else ""
+    of_one = shared >= 2 and all(_ITEM.fullmatch(parts[shared]) for parts in (a, b))
+    # Part 1 of a path is the argument of the call.
+    place = shared if of_one else next((n for n, part in enumerate(b) if n >= 2 and _ITEM.fullmatch(part)), 0)
+    if place == 0:
+        return ""
+    ragged = (
+        f"If {''.join(b[:place])} is a list of ragged examples, pad them into one tensor, or cut the batch with split="
     )
+    return f". {ragged}" + (
+        "; a list of micro-batches is passed without steps or microbatch_size" if of_one and shared == 2 else ""
+    )
+
+
+_ITEM = re.compile(r"\[\d+\]")
+"""Of a path: one item of a list."""

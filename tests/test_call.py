@@ -169,7 +169,14 @@ CALL = {
         (PARAMS, {"x": [torch.ones(n) for n in (7, 7, 5, 7, 6, 7, 7)]}),
         ValueError,
         r"differ: args\[1\]\['x'\]\[0\] has 7, args\[1\]\['x'\]\[2\] has 5 \(2 of 7 tensors differ from the first\)\. "
-        r"Give .*\. If args\[1\]\['x'\] is a list of ragged examples, pad them into one tensor$",
+        r"Give .*\. If args\[1\]\['x'\] is a list of ragged examples, pad them into one tensor, or cut .* with split=$",
+    ),
+    "ragged examples beside a tensor": (
+        dict(steps=2),
+        (PARAMS, {"image": torch.ones(3, 8), "target": [{"box": torch.ones(n, 4)} for n in (2, 1, 5)]}),
+        ValueError,
+        r"\['image'\] has 3, args\[1\]\['target'\]\[0\]\['box'\] has 2.*"
+        r"If args\[1\]\['target'\] is a list of ragged examples, pad them into one tensor, or cut the batch with split=$",
     ),
     "six sizes are listed": (
         dict(steps=2),
@@ -366,6 +373,11 @@ NOTES = {
     "micro-batches": ({}, ([{"x": X}], torch.ones(1)), []),
     "parts": ({}, ([X],), [r"the batch is a list of 1 \(float32\[6, 2\]\), read as 1 micro-batch; .* pass steps="]),
     "parts, said so": (dict(split=iter), ([X],), []),
+    "examples": (
+        {},
+        ([(X, {"y": X}), (X, {"y": X})],),
+        [r"the batch is a list of 2 \(a tuple, a tuple\), read as 2 micro-batches; .* pass steps= or split="],
+    ),
     "micro-batches, split": (dict(steps=2), ([{"x": X}, {"x": X}],), [r"args\[1\] is a list, .* passed without steps"]),
     "a pair": (dict(steps=2), ((X, X),), []),
 }

@@ -273,6 +273,9 @@ def test_bad_input():
     apply, params, _buffers = gradacc.functional(nn.Linear(1, 1))
     with pytest.raises(ValueError, match=r"params has \['wieght'\], which the module does not have.*'weight', 'bias'"):
         apply({"wieght": params["weight"]}, torch.ones(1, 1))
+    many, _, _ = gradacc.functional(nn.Sequential(*(nn.Linear(1, 1) for _ in range(9))))
+    with pytest.raises(ValueError, match=r"does not have; it has \['0.weight', .*'3.bias'\] and 10 more$"):
+        many({"w": torch.ones(1)}, torch.ones(1, 1))
     with pytest.raises(ValueError, match=r"buffers has \['mean'\]"):
         apply(params, torch.ones(1, 1), buffers={"mean": torch.ones(1)})
 

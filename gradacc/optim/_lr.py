@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,8 @@ def check_option(name: str, lr: LearningRate) -> LearningRate:
             f"{name}: lr must be a number, or a function of the step, got {describe(lr)}. "
             f"gradacc.optim.schedule({made}, lr, **options) makes such a function of a scheduler of torch"
         )
+    if not isinstance(lr, (numbers.Real, Tensor)) and not callable(lr):
+        raise TypeError(f"{name}: lr must be a number, or a function of the step, got {describe(lr)}")
     return lr if callable(lr) else _check.learning_rate(name, lr)
 
 
@@ -139,8 +142,8 @@ def _scheduler(name: str, factory: Callable[..., LRScheduler], dummy: SGD, optio
     if not isinstance(made, LRScheduler):
         raise TypeError(
             f"{name}: the scheduler must be an LRScheduler, got {describe(made)}. One of another library becomes a "
-            "function of the step by hand, which is an lr too: drive it on an optimizer of one tensor, and return the lr of its "
-            "param_groups (docs/recipes/timm_ema.md)"
+            "function of the step by hand, which is an lr too: drive it on an optimizer of one tensor, and return the lr of "
+            "its param_groups (docs/recipes/timm_ema.md)"
         )
     return made
 

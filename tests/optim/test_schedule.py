@@ -155,6 +155,11 @@ def test_what_is_no_schedule_is_refused(scheduler, lr, options, error, message):
         optim.schedule(scheduler, lr, **options)
 
 
+def test_an_lr_that_is_neither_a_number_nor_a_function_is_told_both():
+    with pytest.raises(TypeError, match="adamw: lr must be a number, or a function of the step, got a list"):
+        optim.adamw(lr=[0.1, 0.2])
+
+
 def test_a_negative_step_is_refused():
     with pytest.raises(ValueError, match="a step is at least 0, got -1"):
         optim.schedule(lr_scheduler.LinearLR, 0.1)(-1)
@@ -167,7 +172,7 @@ RATES = {
     "NaN tensor": (torch.tensor(math.nan), ValueError, "lr must be finite and not negative, got nan"),
     "vector": (torch.ones(2), ValueError, r"lr is a torch.float32 tensor of shape \(2,\).*torch.vmap over lr"),
     "integer tensor": (torch.tensor(1), ValueError, r"lr is a torch.int64 tensor of shape \(\)"),
-    "string": ("0.1", TypeError, "lr must be a number, got a str"),
+    "string": ("0.1", TypeError, "lr must be a number.* got a str"),
     "bool": (True, TypeError, r"lr must be a number, got True \(bool\)"),
 }
 FACTORIES = {
