@@ -205,7 +205,8 @@ def _probe(
         if _holds_microbatches(loss_fn, options, args, batch):
             raise TypeError(
                 f"{_NAME}: the batch is {describe(args[batch])} of micro-batches. Pass one whole batch, say theirs "
-                "concatenated: check_accumulation splits it itself"
+                "concatenated: check_accumulation splits it itself. Of what cannot be concatenated (graphs), pass the indices, "
+                "torch.arange(n), and a loss that takes the items there (docs/recipes/graphs.md)"
             ) from error
         raise
 
