@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks._measure import paired, spread
+from benchmarks._measure import paired, pooled, ratio, said, shown, spread
 from benchmarks._model import Network, early, fitted, ring, saved, tree
 from benchmarks._report import describe, save
 from benchmarks._synced import (
@@ -52,28 +52,24 @@ def tables(results: dict[str, Any]) -> str:
         lines += [*_model(link["title"], link["steps"][steps], int(steps)), ""]
     settings = results["settings"]
     lines.append(
-        f"Two ranks with gloo, each with one thread and {steps} micro-batches where nothing else is said; medians over "
-        f"{settings['rounds']} interleaved rounds (other numbers of steps: {settings['other_rounds']}) of the ratio within "
-        f"a round [quartiles], the slower rank's time; no optimizer. {describe(results['machine'])}."
+        f"Two ranks with gloo, each with one thread and {steps} micro-batches where nothing else is said. "
+        f"{said(settings['rounds'], settings['processes'])}, the slower rank's time; no optimizer. "
+        f"{describe(results['machine'])}."
     )
     lines += [f"Left out: {name}: {why}." for name, why in results["skipped"].items()]
     return "\n".join(lines)
 
 
 def _times(title: str, measured: dict[str, Any]) -> Table:
-    seconds = measured["seconds"]
+    processes = measured["seconds"]
+    seconds = pooled(processes)
     lines = [f"| {title} | time / Accelerate | time / no communication | seconds | gradient's error |"]
     lines += ["|---|--:|--:|--:|--:|"]
     for name in seconds:
-        over, floor = (_ratio(seconds, name, base) for base in (ACCELERATE, FLOOR))
+        over, floor = (shown(ratio(processes, name, base)._asdict()) for base in (ACCELERATE, FLOOR))
         error = measured["gradient_error"][name]
         lines.append(f"| {_bold(name)} | {over} | {floor} | {spread(seconds[name]).median:.3f} | {error:.0e} |")
     return lines
-
-
-def _ratio(seconds: dict[str, Any], name: str, base: str) -> str:
-    ratio = paired(seconds, name, base)
-    return f"{ratio.median:.3f} [{ratio.low:.3f}, {ratio.high:.3f}]"
 
 
 def _bold(name: str) -> str:
@@ -113,7 +109,7 @@ def _collectives(measured: dict[str, Any]) -> Table:
 def _model(title: str, measured: dict[str, Any], steps: int) -> Table:
     network = measured["network"]
     fit = fitted(network["small_seconds"], network["large_seconds"], network["large_bytes"])
-    size, seconds = measured["parameter_bytes"], measured["seconds"]
+    size, seconds = measured["parameter_bytes"], pooled(measured["seconds"])
     compute = spread(seconds[FLOOR]).median
     extra = spread([mine - floor for mine, floor in zip(seconds[OURS], seconds[FLOOR], strict=True)]).median
     lines = [
@@ -149,7 +145,7 @@ def _overlap(measured: dict[str, Any], compute: float, fit: Network, steps: int)
         f"for {world} ranks"
         for world in (2, *WORLDS)
     )
-    cost = paired(measured["seconds"], OVERLAP, OURS)
+    cost = paired(pooled(measured["seconds"]), OVERLAP, OURS)
     return [
         f"| the most that overlap saves of a step, {steps} micro-batches; compute / communication = | "
         + " | ".join(f"{ratio:.2g}" for ratio in ratios)
@@ -188,7 +184,7 @@ def _draw_link(axes: Any, link: dict[str, Any]) -> None:
     steps = list(link["steps"])
     places = range(len(steps))
     for name, (colour, marker, dashes) in STYLES.items():
-        times = [spread(link["steps"][k]["seconds"][name]) for k in steps]
+        times = [spread(pooled(link["steps"][k]["seconds"])[name]) for k in steps]
         look = {"color": colour, "marker": marker, "linestyle": dashes, "fillstyle": "none", "markersize": 7}
         axes.plot(places, [time.median for time in times], label=name, linewidth=1.8, **look)
         lows, highs = [time.low for time in times], [time.high for time in times]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._compiled_variants import AROUND, COMPILED, EAGER, LOOP_COMPILED, ONE_GRAPH, OPTAX
-from benchmarks._measure import spread
+from benchmarks._measure import said, shown, spread
 from benchmarks._report import MB, describe, draw_ratios, save
 from benchmarks._variants import AGAIN, LOOP
 
@@ -29,7 +29,7 @@ def tables(results: dict[str, Any]) -> str:
         lines += ["| " + " | ".join([*head, "peak memory: resident", "allocated"]) + " |", "|---|" + "--:|" * 5]
         for name, timed in work["time"].items():
             cold = work["cold"].get(name, {})
-            cells = [f"**{name}**" if name == ONE_GRAPH else name, _ratio(timed["vs_loop"]), _ratio(timed["vs_optax"])]
+            cells = [f"**{name}**" if name == ONE_GRAPH else name, shown(timed["vs_loop"]), shown(timed["vs_optax"])]
             cells.append(f"{cold['first_call']:.1f} s" if name in COMPILED and cold else "")
             cells += [_size(cold[kind], work) if kind in cold else "" for kind in ("resident", "allocated")]
             lines.append("| " + " | ".join(cells) + " |")
@@ -50,7 +50,7 @@ def tables(results: dict[str, Any]) -> str:
     settings = results["settings"]
     versions = ", ".join(f"{name} {results['machine'][name]}" for name in ("jax", "jaxlib", "optax"))
     lines.append(
-        f"Medians over {settings['rounds']} interleaved rounds of the ratio within a round [quartiles]; no optimizer. "
+        f"{said(settings['rounds'], settings['processes'])}; no optimizer. "
         "First call and memory in fresh processes, without caches; what a framework starts once a process is not in "
         f"it. {describe(results['machine'])}, {versions}."
     )
@@ -94,7 +94,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         len(works), 3, figsize=size, squeeze=False, layout="constrained", width_ratios=(1.6, 1, 1)
     )
     for work, (time, first, memory) in zip(works, rows, strict=True):
-        draw_ratios(time, work, COLOURS, bold=ONE_GRAPH, margin=0.22, label="median and quartiles")
+        draw_ratios(time, work, COLOURS, bold=ONE_GRAPH, margin=0.22, label="median, quartiles of rounds")
         names = [name for name in COMPILED if name in work["cold"]]
         _bars(first, names, [work["cold"][name]["first_call"] for name in names], "{:.1f} s")
         first.set_title("first call", fontsize=10, loc="left")

@@ -102,9 +102,54 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def paired(seconds: Mapping[str, Sequence[float]], name: str, base: str) -> Spread:
+Seconds = Mapping[str, Sequence[float]]
+"""Of every contestant in one process, an entry a round."""
+
+
+def paired(seconds: Seconds, name: str, base: str) -> Spread:
     """Spread over the rounds of (time of `name` / time of `base`), both taken from the same round."""
     return spread([mine / other for mine, other in zip(seconds[name], seconds[base], strict=True)])
+
+
+class Ratio(NamedTuple):
+    """Time over another contestant's, both of the same round: within processes and between them."""
+
+    median: float
+    """Of the processes' medians."""
+    low: float
+    high: float
+    """Quartiles of all rounds."""
+    least: float
+    most: float
+    """The lowest and the highest median of a process."""
+
+
+def ratio(processes: Sequence[Seconds], name: str, base: str) -> Ratio:
+    """Of `name` to `base` in several processes, which ran at different times."""
+    each = [paired(seconds, name, base).median for seconds in processes]
+    rounds = paired(pooled(processes), name, base)
+    return Ratio(statistics.median(each), rounds.low, rounds.high, min(each), max(each))
+
+
+def pooled(processes: Sequence[Seconds]) -> dict[str, list[float]]:
+    """The rounds of all processes."""
+    return {name: [elapsed for seconds in processes for elapsed in seconds[name]] for name in processes[0]}
+
+
+def shown(measured: Mapping[str, float]) -> str:
+    """A `Ratio` in a table: the median, the quartiles of rounds, the range of processes."""
+    return (
+        f"{measured['median']:.3f} [{measured['low']:.3f}, {measured['high']:.3f}] "
+        f"({measured['least']:.3f} to {measured['most']:.3f})"
+    )
+
+
+def said(rounds: int, processes: int) -> str:
+    """What a table says of its figures."""
+    return (
+        f"Ratios within a round, of {rounds} interleaved rounds in each of {processes} processes that ran at different times: "
+        "median of the processes' medians [quartiles of all rounds] (lowest to highest median of a process)"
+    )
 
 
 def allocated_peak(run: Run, device: torch.device) -> int:

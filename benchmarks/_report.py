@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from benchmarks._measure import said, shown
 from benchmarks._variants import AGAIN, FLOOR, LOOP, OURS
 
 STYLES = {  # colour, marker, size: the memory lines lie on each other, so the markers are rings around a dot
@@ -41,7 +43,7 @@ def tables(results: dict[str, Any]) -> str:
         head += ["peak memory / parameters", *["resident"] * resident] if memory else ["µs a micro-batch over the loop"]
         lines += ["| " + " | ".join(head) + " |", "|---|" + "--:|" * (len(head) - 1)]
         for name, timed in work["time"].items():
-            cells = [f"**{name}**" if name == OURS else name, _ratio(timed["vs_loop"]), _ratio(timed["vs_floor"])]
+            cells = [f"**{name}**" if name == OURS else name, shown(timed["vs_loop"]), shown(timed["vs_floor"])]
             if memory:
                 steps = str(work["steps"]) if str(work["steps"]) in memory["allocated"][LOOP] else "4"
                 source = LOOP if name == AGAIN else name
@@ -49,20 +51,16 @@ def tables(results: dict[str, Any]) -> str:
                 sizes = [f"{peak / work['parameter_bytes']:.2f} x ({peak / MB:.0f} MB)" for peak in peaks]
                 cells += [""] * len(sizes) if name == AGAIN else sizes
             else:
-                pairs = zip(timed["rounds"], work["time"][LOOP]["rounds"], strict=True)
+                pairs = zip(*(chain(*work["time"][of]["rounds"]) for of in (name, LOOP)), strict=True)
                 cells.append(f"{median(mine - loop for mine, loop in pairs) / work['steps'] * 1e6:+.0f}")
             lines.append("| " + " | ".join(cells) + " |")
         lines.append("")
     settings = results["settings"]
     lines.append(
-        f"Medians over {settings['rounds']} interleaved rounds of the ratio within a round [quartiles]; no optimizer. "
+        f"{said(settings['rounds'], settings['processes'])}; no optimizer. "
         f"Peak memory over module and batch. {describe(results['machine'])}."
     )
     return "\n".join(lines)
-
-
-def _ratio(measured: dict[str, float]) -> str:
-    return f"{measured['median']:.3f} [{measured['low']:.3f}, {measured['high']:.3f}]"
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -84,7 +82,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
     )
     colours = {name: colour for name, (colour, _, _) in STYLES.items()}
     for work, (time, fixed, grown) in zip(works, rows, strict=True):
-        draw_ratios(time, work, colours, bold=OURS, margin=0.16, label="median and quartiles of paired rounds")
+        draw_ratios(time, work, colours, bold=OURS, margin=0.16, label="median, quartiles of rounds")
         _draw_memory(fixed, work, "allocated", "the batch is fixed")
         _draw_memory(grown, work, "allocated_fixed_microbatch", "the micro-batch is fixed")
     lines, names = rows[0][1].get_legend_handles_labels()
@@ -95,11 +93,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
 def draw_ratios(
     axes: Any, work: dict[str, Any], colours: Mapping[str, str], *, bold: str, margin: float, label: str
 ) -> None:
-    """A line a contestant: the median of its ratio to the hand-written loop's time, over the quartiles."""
+    """A line a contestant: the median of its ratio to the hand-written loop's time, over quartiles and processes."""
     names = list(work["time"])
     for place, name in enumerate(names):
         ratio = work["time"][name]["vs_loop"]
         axes.plot([ratio["low"], ratio["high"]], [place, place], color=colours[name], linewidth=6, alpha=0.3)
+        axes.plot([ratio["least"], ratio["most"]], [place, place], color=colours[name], linewidth=1.5)
         axes.plot(ratio["median"], place, "o", color=colours[name], markersize=7)
         text = {"xytext": (8, 0), "textcoords": "offset points", "va": "center", "fontsize": 9, "color": colours[name]}
         axes.annotate(f"{ratio['median']:.3f}", (ratio["high"], place), **text)

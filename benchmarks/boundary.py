@@ -1,17 +1,19 @@
 """What the boundary costs: one accumulated gradient over two ranks, gradacc against DDP and Accelerate.
 
-    python -m benchmarks.boundary [--rounds 21] [--quick] [--links loopback slow]
+    python -m benchmarks.boundary [--processes 3] [--rounds 9] [--quick] [--links loopback slow]
 
 **Where.** Two processes with gloo, started by torchrun, one thread each, on *loopback*: both on this machine; and on a
 *slow* link: two hosts made of network namespaces, joined by a veth pair whose ends send 400 Mbit/s (`tc … tbf`). The
-latter needs Linux, root and iproute2, and is left out with a message elsewhere; it is removed afterwards, come what may.
+latter needs Linux, root and iproute2, and is left out with a message elsewhere; it is removed afterwards, come what
+may.
 
-**Time.** The variants of `benchmarks._synced` take turns in one pair of processes, once a round, in a balanced order. All
-ranks wait for each other before every timing, and the slower one's time counts. What is reported is the median over the
-rounds of the ratio to another variant's time *in the same round*, with the quartiles. Accelerate runs twice a round, under
-two names: the second row's distance from 1 is the noise. No variant takes an optimizer step; every variant frees its
-gradients inside the clock. Before anything is timed, every variant's gradient is checked against the one that one process
-computes from both ranks' examples.
+**Time.** The variants of `benchmarks._synced` take turns in one pair of processes, once a round, in a balanced order.
+All ranks wait for each other before every timing, and the slower one's time counts. At the tables' number of steps
+several pairs do so, at different times. A ratio is to another variant's time *in the same round*; reported are the
+median of the pairs' medians, the quartiles of all rounds, and the lowest and the highest median of a pair. Accelerate
+runs twice a round, under two names: the second row's distance from 1 is the noise. No variant takes an optimizer step;
+every variant frees its gradients inside the clock. Before anything is timed, every variant's gradient is checked
+against the one that one process computes from both ranks' examples.
 
 **Bytes and collectives.** Bytes by the interface's own counter, headers included; collectives by torch's CommDebugMode.
 Both at every number of steps, for the same global batch.
@@ -71,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     results: dict[str, Any] = {
         "machine": machine(torch.device("cpu"), ("accelerate",)),
         "settings": {
+            "processes": options.processes,
             "rounds": options.rounds,
             "other_rounds": options.other_rounds,
             "warmup": options.warmup,
@@ -98,7 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _measured(hosts: Sequence[Host], options: argparse.Namespace, name: str, steps: int) -> Any:
-    """What a fresh pair of ranks finds (Accelerate keeps its number of steps for as long as a process lives)."""
+    """What fresh pairs of ranks find (Accelerate keeps its number of steps for as long as a process lives)."""
+    pairs = [_pair(hosts, options, name, steps) for _ in range(options.processes if steps == MAIN else 1)]
+    return {**pairs[0], "seconds": [pair["seconds"] for pair in pairs]}
+
+
+def _pair(hosts: Sequence[Host], options: argparse.Namespace, name: str, steps: int) -> Any:
     print(f"{LINKS[name].title}: {steps} micro-batches", file=sys.stderr)
     rounds = options.rounds if steps == MAIN else options.other_rounds
     with tempfile.TemporaryDirectory() as folder:
@@ -120,8 +128,9 @@ def _rounded(value: Any) -> Any:
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     summary = (__doc__ or "").partition("\n")[0]
     parser = argparse.ArgumentParser(prog="python -m benchmarks.boundary", description=summary)
+    parser.add_argument("--processes", type=int, default=3, help="pairs of ranks at 4 micro-batches, one elsewhere (3)")
     parser.add_argument(
-        "--rounds", type=int, default=21, help="timed rounds at 4 micro-batches, a third elsewhere (21)"
+        "--rounds", type=int, default=9, help="timed rounds of each at 4 micro-batches, fewer elsewhere (9)"
     )
     parser.add_argument("--warmup", type=int, default=2, help="rounds before them that are dropped (2)")
     parser.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS), help="which (both)")
@@ -135,7 +144,8 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.steps = STEPS
     if options.quick:
         options.rounds, options.warmup, options.workload, options.steps = 3, 1, "tiny", (1, MAIN)
-    options.other_rounds = max(options.rounds // 3, 3)
+        options.processes = 1
+    options.other_rounds = max(options.rounds // 2, 3)
     return options
 
 

@@ -39,7 +39,17 @@ import torch
 
 from benchmarks._compiled_report import draw, tables
 from benchmarks._compiled_variants import CONTESTANTS, EAGER, ONE_GRAPH, OPTAX, check, graph_nodes
-from benchmarks._measure import allocated_peak, fresh, interleaved, machine, paired, ran_task, resident_peak, spread
+from benchmarks._measure import (
+    allocated_peak,
+    fresh,
+    interleaved,
+    machine,
+    pooled,
+    ran_task,
+    ratio,
+    resident_peak,
+    spread,
+)
 from benchmarks._variants import AGAIN, LOOP
 from benchmarks._workloads import WORKLOADS, Workload
 
@@ -55,9 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     results: dict[str, Any] = {
         "machine": machine(CPU, ("jax", "jaxlib", "optax")),
-        "settings": {"rounds": options.rounds, "warmup": options.warmup},
+        "settings": {"processes": options.processes, "rounds": options.rounds, "warmup": options.warmup},
         "workloads": {},
     }
+    timed: dict[str, list[Any]] = {workload: [] for workload in options.workloads}
+    for _ in range(options.processes):
+        for workload in options.workloads:
+            timed[workload].append(_run("time", options, workload))
     for workload in options.workloads:
         work = WORKLOADS[workload](CPU)
         names = (LOOP, EAGER, ONE_GRAPH, OPTAX) if options.quick else [name for name in CONTESTANTS if name != AGAIN]
@@ -65,7 +79,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "title": work.title,
             "steps": work.steps,
             "parameter_bytes": work.parameter_bytes,
-            **_run("time", options, workload),
+            "time": _times(timed[workload]),
+            "neighbours": {
+                name: _middle([each["neighbours"][name] for each in timed[workload]]) for name in (LOOP, OPTAX)
+            },
             "cold": {name: _run("cold", options, workload, name, work.steps) for name in names},
             "growth": _growth(options, workload),
             "nodes": {str(steps): _run("nodes", options, workload, ONE_GRAPH, steps) for steps in NODE_STEPS},
@@ -77,6 +94,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _times(found: Sequence[Any]) -> dict[str, Any]:
+    """What all processes found, of every contestant."""
+    processes = [each["seconds"] for each in found]
+    return {
+        name: {
+            "vs_loop": ratio(processes, name, LOOP)._asdict(),
+            "vs_optax": ratio(processes, name, OPTAX)._asdict(),
+            "seconds": spread(pooled(processes)[name])._asdict(),
+            "gradient_error": max(each["errors"][name] for each in found),
+            "rounds": [[round(elapsed, 7) for elapsed in seconds[name]] for seconds in processes],
+        }
+        for name in CONTESTANTS
+    }
+
+
+def _middle(found: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The process with the median median."""
+    return sorted(found, key=lambda each: each["median"])[len(found) // 2]
+
+
 def time_task(options: argparse.Namespace) -> dict[str, Any]:
     """Check all contestants, then time them in turns; then the loop and JAX after each other and after themselves."""
     work = WORKLOADS[options.workload](CPU)
@@ -85,16 +122,8 @@ def time_task(options: argparse.Namespace) -> dict[str, Any]:
     runs = {name: contestant.run for name, contestant in contestants.items()}
     seconds = interleaved(runs, rounds=options.rounds, warmup=options.warmup, device=CPU)
     return {
-        "time": {
-            name: {
-                "vs_loop": paired(seconds, name, LOOP)._asdict(),
-                "vs_optax": paired(seconds, name, OPTAX)._asdict(),
-                "seconds": spread(seconds[name])._asdict(),
-                "gradient_error": errors[name],
-                "rounds": [round(elapsed, 7) for elapsed in seconds[name]],
-            }
-            for name in CONTESTANTS
-        },
+        "seconds": seconds,
+        "errors": errors,
         "neighbours": _neighbours({name: runs[name] for name in (LOOP, OPTAX)}, options),
     }
 
@@ -189,8 +218,9 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compiled", description=(__doc__ or "").partition("\n")[0]
     )
-    parser.add_argument("--rounds", type=int, default=31, help="timed rounds (31)")
-    parser.add_argument("--warmup", type=int, default=3, help="rounds before them that are dropped (3)")
+    parser.add_argument("--processes", type=int, default=5, help="that time everything, at different times (5)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each (9)")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before them that are dropped (2)")
     parser.add_argument("--pairs", type=int, default=5, help="first calls at few and at many steps (5)")
     parser.add_argument("--threads", type=int, help="of PyTorch's CPU kernels and of JAX's (PyTorch's default)")
     results = Path(__file__).parent / "results"
@@ -203,7 +233,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.quick:
-        options.rounds, options.warmup, options.pairs = 3, 1, 1
+        options.processes, options.rounds, options.warmup, options.pairs = 1, 3, 1, 1
     return options
 
 

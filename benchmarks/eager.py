@@ -1,12 +1,14 @@
 """Time and memory of one accumulated gradient, eager: gradacc against the loops that it replaces.
 
-    python -m benchmarks.eager [--rounds 31] [--device cuda] [--quick]
+    python -m benchmarks.eager [--processes 5] [--rounds 9] [--device cuda] [--quick]
 
-**Time.** All variants of `benchmarks._variants` take turns in one process, once a round, in a balanced order. What is
-reported is the median over the rounds of the ratio to another variant's time *in the same round*, with the quartiles:
-what slows the whole machine down cancels. The hand-written loop runs twice a round, under two names: the second row's
-distance from 1 is the noise. No variant takes an optimizer step; every variant frees its gradients inside the clock.
-Before anything is timed, every variant's gradient is checked against the large batch's.
+**Time.** All variants of `benchmarks._variants` take turns in one process, once a round, in a balanced order, and
+several processes do so at different times (all workloads, then all of them again). A ratio is to another variant's time
+*in the same round*, so that what slows the whole machine down cancels; reported are the median of the processes'
+medians, the quartiles of all rounds, and the lowest and the highest median of a process, which is what another run may
+find. The hand-written loop runs twice a round, under two names: the second row's distance from 1 is the noise. No
+variant takes an optimizer step; every variant frees its gradients inside the clock. Before anything is timed, every
+variant's gradient is checked against the large batch's.
 
 **Memory.** The peak over what was there before the call (module, batch), in sizes of the parameters and in 10⁶ bytes.
 *allocated*: every tensor, exact (torch.profiler's allocation records; on CUDA the caching allocator's maximum).
@@ -27,7 +29,17 @@ from typing import Any
 
 import torch
 
-from benchmarks._measure import allocated_peak, fresh, interleaved, machine, paired, ran_task, resident_peak, spread
+from benchmarks._measure import (
+    allocated_peak,
+    fresh,
+    interleaved,
+    machine,
+    pooled,
+    ran_task,
+    ratio,
+    resident_peak,
+    spread,
+)
 from benchmarks._report import draw, tables
 from benchmarks._variants import AGAIN, FLOOR, LOOP, VARIANTS, check
 from benchmarks._workloads import WORKLOADS
@@ -42,16 +54,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     results: dict[str, Any] = {
         "machine": machine(torch.device(options.device), ("accelerate", "lightning-fabric")),
-        "settings": {"rounds": options.rounds, "warmup": options.warmup, "steps": STEPS},
+        "settings": {
+            "processes": options.processes,
+            "rounds": options.rounds,
+            "warmup": options.warmup,
+            "steps": STEPS,
+        },
         "workloads": {},
     }
+    timed: dict[str, list[Any]] = {workload: [] for workload in options.workloads}
+    for _ in range(options.processes):
+        for workload in options.workloads:
+            timed[workload].append(_run("time", options, workload))
     for workload in options.workloads:
         work = WORKLOADS[workload](torch.device("cpu"))
         results["workloads"][workload] = {
             "title": work.title,
             "steps": work.steps,
             "parameter_bytes": work.parameter_bytes,
-            **_run("time", options, workload),
+            "time": _times(timed[workload]),
         }
         if work.memory:
             results["workloads"][workload]["memory"] = _memory(options, workload)
@@ -60,6 +81,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     draw(results, options.out / "eager.png")
     print(tables(results))
     return 0
+
+
+def _times(found: Sequence[Any]) -> dict[str, Any]:
+    """What all processes found, of every variant."""
+    processes = [each["seconds"] for each in found]
+    return {
+        name: {
+            "vs_loop": ratio(processes, name, LOOP)._asdict(),
+            "vs_floor": ratio(processes, name, FLOOR)._asdict(),
+            "seconds": spread(pooled(processes)[name])._asdict(),
+            "gradient_error": max(each["errors"][name] for each in found),
+            "rounds": [[round(elapsed, 7) for elapsed in seconds[name]] for seconds in processes],
+        }
+        for name in VARIANTS
+    }
 
 
 def _memory(options: argparse.Namespace, workload: str) -> dict[str, Any]:
@@ -81,18 +117,7 @@ def time_task(options: argparse.Namespace) -> dict[str, Any]:
     if work.threads is not None:
         torch.set_num_threads(work.threads)
     seconds = interleaved(runs, rounds=options.rounds, warmup=options.warmup, device=device, repeats=work.repeats)
-    return {
-        "time": {
-            name: {
-                "vs_loop": paired(seconds, name, LOOP)._asdict(),
-                "vs_floor": paired(seconds, name, FLOOR)._asdict(),
-                "seconds": spread(seconds[name])._asdict(),
-                "gradient_error": errors[name],
-                "rounds": [round(elapsed, 7) for elapsed in seconds[name]],
-            }
-            for name in VARIANTS
-        }
-    }
+    return {"seconds": seconds, "errors": errors}
 
 
 def allocated_task(options: argparse.Namespace) -> dict[str, Any]:
@@ -141,8 +166,9 @@ def _steps(options: argparse.Namespace) -> tuple[int, ...]:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.eager", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--rounds", type=int, default=31, help="timed rounds (31)")
-    parser.add_argument("--warmup", type=int, default=3, help="rounds before them that are dropped (3)")
+    parser.add_argument("--processes", type=int, default=5, help="that time everything, at different times (5)")
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds of each (9)")
+    parser.add_argument("--warmup", type=int, default=2, help="rounds before them that are dropped (2)")
     parser.add_argument("--threads", type=int, help="of torch's CPU kernels (its default; 1 is less noisy when shared)")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     results = Path(__file__).parent / "results"
@@ -154,7 +180,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.quick:
-        options.rounds, options.warmup = 3, 1
+        options.processes, options.rounds, options.warmup = 2, 3, 1
     return options
 
 

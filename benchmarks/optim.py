@@ -1,12 +1,13 @@
 """Time and memory of one optimizer step, eager: gradacc.optim against torch.optim on a model's parameters.
 
-    python -m benchmarks.optim [--rounds 31] [--device cuda] [--workload gpt] [--out benchmarks/results]
+    python -m benchmarks.optim [--processes 5] [--rounds 9] [--device cuda] [--workload gpt] [--out benchmarks/results]
 
-Every contestant has its own copies of the parameters, gradients and state of `benchmarks._workloads`' model, and they take
-turns in one process, once a round, in a balanced order (`benchmarks._measure`). What is reported is the median over the
-rounds of the ratio to torch.optim's own `foreach` step of the same rule (AdamW, or SGD with momentum) *in the same round*,
-with the quartiles; AdamW's runs twice a round, under two names: the second row's distance from 1 is the noise. Before
-anything is timed, five steps of each are checked against torch's: to the last bit on a CPU, to float32's rounding elsewhere.
+Every contestant has its own copies of the parameters, gradients and state of `benchmarks._workloads`' model, and they
+take turns in one process, once a round, in a balanced order (`benchmarks._measure`); several processes do so. What is
+reported is the ratio to torch.optim's own `foreach` step of the same rule (AdamW, or SGD with momentum) *in the same
+round*: the median of the processes' medians, the quartiles of all rounds, the range of the processes; AdamW's runs
+twice a round, under two names: the second row's distance from 1 is the noise. Before anything is timed, five steps of
+each are checked against torch's: to the last bit on a CPU, to float32's rounding elsewhere.
 
 *Peak memory* is what a step allocates at its highest point over what was there before, in sizes of the parameters.
 
@@ -24,7 +25,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks._measure import allocated_peak, interleaved, machine, paired, spread
+from benchmarks._measure import (
+    allocated_peak,
+    fresh,
+    interleaved,
+    machine,
+    pooled,
+    ran_task,
+    ratio,
+    said,
+    shown,
+    spread,
+)
+from benchmarks._report import describe
 from benchmarks._workloads import WORKLOADS
 from gradacc import optim
 
@@ -61,8 +74,34 @@ FUNCTIONAL: dict[str, tuple[Callable[[], optim.Optimizer], bool]] = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, write the figures, and print them as a Markdown table."""
     options = _parse(arguments)
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    if ran_task(options, TASKS):
+        return 0
+    passed = [word for name in _PASSED for word in (f"--{name}", str(getattr(options, name)))]
+    passed += ["--threads", str(options.threads)] if options.threads is not None else []
+    found = [fresh("benchmarks.optim", ["--task", "time", *passed]) for _ in range(options.processes)]
+    processes = [each["seconds"] for each in found]
+    results = {
+        "machine": machine(torch.device(options.device)),
+        "title": found[0]["title"],
+        "processes": options.processes,
+        "rounds": options.rounds,
+        "steps": {
+            name: {
+                "seconds": spread(pooled(processes)[name])._asdict(),
+                "vs_foreach": ratio(processes, name, base(name))._asdict(),
+                "peak": found[0]["peaks"][name],
+            }
+            for name in processes[0]
+        },
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "optim.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+    return 0
+
+
+def time_task(options: argparse.Namespace) -> dict[str, Any]:
+    """Check all contestants, then time them in turns."""
     device = torch.device(options.device)
     work = WORKLOADS[options.workload](device)
     params = {name: leaf.detach() for name, leaf in sorted(work.module.named_parameters())}  # the order of our leaves
@@ -72,23 +111,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     runs = {name: imperative(params, grads, **kwargs)[0] for name, kwargs in IMPERATIVE.items()}
     runs |= {name: functional(make(), params, grads, donate)[0] for name, (make, donate) in FUNCTIONAL.items()}
     seconds = interleaved(runs, rounds=options.rounds, warmup=3, device=device, repeats=options.repeats)
-    results = {
-        "machine": machine(device),
-        "title": work.title,
-        "rounds": options.rounds,
-        "steps": {
-            name: {
-                "seconds": spread(seconds[name])._asdict(),
-                "vs_foreach": paired(seconds, name, base(name))._asdict(),
-                "peak": allocated_peak(run, device) / size,
-            }
-            for name, run in runs.items()
-        },
-    }
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "optim.json").write_text(json.dumps(results, indent=1) + "\n")
-    print(table(results))
-    return 0
+    peaks = {name: allocated_peak(run, device) / size for name, run in runs.items()}
+    return {"title": work.title, "seconds": seconds, "peaks": peaks}
+
+
+TASKS = {"time": time_task}
+_PASSED = ("rounds", "repeats", "workload", "device")
 
 
 def base(name: str) -> str:
@@ -146,10 +174,9 @@ def table(results: dict[str, Any]) -> str:
     """Markdown."""
     lines = [f"| {results['title']}: one step | ms | time / foreach | peak memory / parameters |", "|---|--:|--:|--:|"]
     for name, row in results["steps"].items():
-        ratio = row["vs_foreach"]
-        shown = f"{ratio['median']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
-        lines.append(f"| {name} | {row['seconds']['median'] * 1e3:.2f} | {shown} | {row['peak']:.2f} x |")
-    return "\n".join(lines)
+        over = shown(row["vs_foreach"])
+        lines.append(f"| {name} | {row['seconds']['median'] * 1e3:.2f} | {over} | {row['peak']:.2f} x |")
+    return "\n".join([*lines, "", f"{said(results['rounds'], results['processes'])}. {describe(results['machine'])}."])
 
 
 def _from_torch(**kwargs: Any) -> optim.Optimizer:
@@ -162,11 +189,13 @@ def _groups() -> optim.Optimizer:
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--rounds", type=int, default=31)
+    parser.add_argument("--processes", type=int, default=5, help="that time everything, one after the other (5)")
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--repeats", type=int, default=1, help="steps a timing")
     parser.add_argument("--workload", choices=sorted(WORKLOADS), default="gpt")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--task", help=argparse.SUPPRESS)
     results = Path(__file__).parent / "results"
     parser.add_argument("--out", type=Path, default=results, help="folder (benchmarks/results)")
     return parser.parse_args(arguments)
