@@ -200,6 +200,7 @@ def test_everything_public_has_a_docstring_with_an_example():
         "AccumulatorState",
         "AllReduce",
         "Apply",
+        "Nonfinite",
         "Reduction",
         "TensorTree",
     }
@@ -213,6 +214,7 @@ def test_everything_public_has_a_docstring_with_an_example():
         "all_reduce",
         "checkpoint",
         "data",
+        "Kept",
         "functional",
         "Mean",
         "optim",
