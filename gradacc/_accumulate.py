@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, Unpack, overload
+from typing import Any, NamedTuple, Unpack, overload
 
 import torch
 from torch import Tensor
 
-from gradacc import _call, _connect, _loop, _options, _split, _sync, _tree, _weights
+from gradacc import _call, _connect, _lengths, _loop, _options, _split, _sync, _tree, _weights
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
 from gradacc._options import AccumulateOptions, Nonfinite, Options, Reduction
@@ -171,6 +171,16 @@ def accumulate_and_value(
     return _grad_and_value("accumulate_and_value", loss_fn, given)
 
 
+class _Lasting(NamedTuple):
+    """What a ``grad_fn`` has from one call to the next."""
+
+    agreed: _sync.Agreed | None
+    counting: _sync.Agreed | None
+    """Of the calls that count weights."""
+    note: Callable[[int], None]
+    """Of the lists for which it is compiled."""
+
+
 def _grad_and_value(name: str, loss_fn: Callable[..., Any], given: _options.Given) -> Callable[..., Any]:
     options = _options.options(name, loss_fn, given)
     agreed = counting = None
@@ -178,10 +188,11 @@ def _grad_and_value(name: str, loss_fn: Callable[..., Any], given: _options.Give
         agreed = _sync.Agreed(name, loss_fn, options.sync.group)
         if options.weights is not None:
             counting = _sync.Agreed(f"{name}, weights", options.weights, options.sync.group)
+    lasting = _Lasting(agreed, counting, _lengths.lengths(name))
 
     @functools.wraps(loss_fn, updated=())  # the __dict__ of a compiled loss holds Dynamo's marks, which are not ours
     def grad_fn(*args: Any, **kwargs: Any) -> Any:
-        return _run(options, agreed, counting, loss_fn, args, kwargs)
+        return _run(options, lasting, loss_fn, args, kwargs)
 
     return grad_fn
 
@@ -197,15 +208,14 @@ def _without_value(grad_and_value: Callable[..., Any], has_aux: bool) -> Callabl
 
 def _run(
     options: Options,
-    agreed: _sync.Agreed | None,
-    counting: _sync.Agreed | None,
+    lasting: _Lasting,
     loss_fn: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     """One call of ``grad_fn``: ``finalize . sync . fold . init``."""
-    divisors = None if options.weights is None else _weights.divisors(options, options.weights, counting, args)
-    boundary = _sync.connect(options, agreed)
+    divisors = None if options.weights is None else _weights.divisors(options, options.weights, lasting.counting, args)
+    boundary = _sync.connect(options, lasting.agreed)
     try:
         differentiated, batch = _call.positions(options, args)
         params, treedef = _call.parameters(options, args, differentiated)
@@ -217,6 +227,8 @@ def _run(
         divided = _split.microbatches(options, args, differentiated, batch)
         if divided.cut is not None and divided.cut.runs and divided.cut.runs[0].size == 1:
             _call.warn_unsplit(options, args, kwargs, differentiated, batch)
+        if divided.cut is None and torch.compiler.is_compiling():
+            divided = divided._replace(parts=_lengths.counting(divided.parts, lasting.note))
         buffer, sums, empty = _loop.run(fold, divided, boundary)
     except BaseException as error:
         boundary.fail(error)
@@ -225,7 +237,8 @@ def _run(
     results = _loop.finish(fold, buffer, sums, boundary, lambda sums: _loop.typed(fold, sums, empty))
     if call is None:
         return results
-    again = _why_not_again(boundary.crosses, args[batch]) or functools.partial(_run, options, None, None, loss_fn)
+    alone = lasting._replace(agreed=None, counting=None)
+    again = _why_not_again(boundary.crosses, args[batch]) or functools.partial(_run, options, alone, loss_fn)
     return _connect.connect(options.name, call, results, buffer.closed_over(), again)
 
 

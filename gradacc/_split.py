@@ -150,13 +150,18 @@ def runs(total: int, steps: int | None = None, microbatch_size: int | None = Non
     if steps is None:
         size = microbatch_size or total
         count, rest = total // size, total % size
-        return [Run(0, size, count)] * (count > 0) + [Run(count * size, rest, 1)] * (rest > 0)
+        return [Run(0, size, count)] * (count > 0) + [Run(count * size, _plain_one(rest), 1)] * (rest > 0)
     if total < steps:
         return [Run(0, 1, total)]
-    size, larger = total // steps, total % steps
+    size, larger = _plain_one(total // steps), total % steps
     if larger == 0:
         return [Run(0, size, steps)]
     return [Run(0, size + 1, larger), Run(larger * (size + 1), size, steps - larger)]
+
+
+def _plain_one(size: int) -> int:
+    """A size, and 1 itself where it is that: of a symbolic one Inductor of torch 2.13 makes a wrong outer product."""
+    return 1 if size == 1 else size
 
 
 def cuts(total: int, steps: int | None = None, microbatch_size: int | None = None) -> Iterator[tuple[int, int]]:

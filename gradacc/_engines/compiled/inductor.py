@@ -18,6 +18,11 @@ NOTE [what a loop compiles]
     The first call is mostly C++ that Inductor writes and compiles, a file a kernel. A loop's counter would be three of them,
     and a zero for each shape of accumulator one: these are calls of ATen instead (in torch's words, they "fall back").
 
+NOTE [symbols of a loop]
+    Where batches are of several sizes, a loop runs over ``n // size`` micro-batches. Inductor compiles its body as a function
+    of its own, which must be given ``n`` itself if the size of one of its operands is made of it. A body that does not use
+    ``n`` is not given it, which is an error of Inductor's. So it is.
+
 NOTE [the order of writes]
     Inductor's ``while_loop`` (which a ``scan`` becomes) takes the carries that its body writes to in the order of the first
     write, and needs that of the carries. So the body begins with a write of each to itself, in that order, which compiles
@@ -34,12 +39,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import free_symbols
 
 if TYPE_CHECKING:
     from torch._inductor.pattern_matcher import Match
     from torch.fx import Graph, Node
 
-VERSION = 2
+VERSION = 3
 """Of the rewrites: another number with every change of them."""
 
 _MARK = "sum of gradients"
@@ -129,13 +135,16 @@ def register_rewrites() -> None:
     @register_graph_pattern(CallFunctionVarArgs(hop.scan), pass_dict=patterns)
     def loops(match: Match, *_: Any) -> None:
         graph: Any = match.graph
-        changed = [_rewrite_loop(graph, node) for node in graph.find_nodes(op="call_function", target=hop.scan)]
-        if any(changed):
+        scans = graph.find_nodes(op="call_function", target=hop.scan)
+        changed = [_rewrite_loop(graph, node) for node in scans]
+        if any(changed) or any(_symbols(node.args[1:]) for node in scans):
             others = graph.find_nodes(op="call_function", target=hop.while_loop)
             decompose(graph.owning_module)  # as Inductor does later; all scans, which are then not matched any more
             for node in graph.find_nodes(op="call_function", target=hop.while_loop):
                 if node not in others:
-                    _simplify_counter(graph, node)
+                    if any(changed):
+                        _simplify_counter(graph, node)
+                    _add_symbols(graph, node)
 
 
 def _rewrite_sum(graph: Graph, node: Node, buffer: Node, gradient: Node, storage: Callable[[Node], object]) -> None:
@@ -218,6 +227,35 @@ def _simplify_counter(graph: Graph, node: Node) -> None:
     if [scalar.target for scalar in scalars] == [aten.full.default, aten.lt.Scalar, aten.add.Tensor]:
         for scalar in scalars:
             scalar.meta["should_fallback"] = True
+
+
+def _symbols(operands: Any) -> set[Any]:
+    """What the sizes and strides of operands, and numbers among them, are made of."""
+    values = [node.meta["val"] for part in operands for node in part if isinstance(node, torch.fx.Node)]
+    return {symbol for value in values for symbol in free_symbols(value)}
+
+
+def _add_symbols(graph: Graph, node: Node) -> None:
+    """Give a loop the numbers that its operands' sizes are made of; NOTE [symbols of a loop]."""
+    cond, body, carried, more = node.args
+    given = {_symbol(operand) for operand in (*carried, *more)}  # type: ignore[misc]  # nodes
+    numbers = {_symbol(number): number for number in graph.find_nodes(op="placeholder")}
+    missing = [numbers[symbol] for symbol in sorted(_symbols(node.args[2:]) - given, key=str) if symbol in numbers]
+    if not missing:
+        return
+    node.args = (cond, body, carried, (*more, *missing))  # type: ignore[misc]  # nodes
+    for part in (cond, body):
+        module: Any = getattr(graph.owning_module, str(part.target))  # type: ignore[union-attr]  # nodes
+        with module.graph.inserting_before(_after_placeholders(module.graph)):
+            for number in missing:
+                module.graph.placeholder(f"gradacc_{number.name}").meta["val"] = number.meta["val"]
+        module.recompile()
+
+
+def _symbol(operand: Any) -> Any:
+    """Of a number that is one; None of anything else."""
+    value = operand.meta.get("val") if isinstance(operand, torch.fx.Node) else None
+    return value.node.expr if isinstance(value, torch.SymInt) and value.node.expr.is_symbol else None
 
 
 def _is_sum(result: Any) -> bool:

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from gradacc import _sums
 from gradacc._engines import Buffer
@@ -46,7 +47,7 @@ def run(name: str, step: Step, buffer: Buffer, sums: Sums, cut: Cut) -> tuple[Bu
         start = buffer, sums
         buffer, sums = step(*start, cut.at(run.offset, run.size))
         rest = functools.partial(_unrolled, step, buffer, sums, cut, run)
-        if run.repeats <= UNROLLED or not loops:
+        if statically_known_true(run.repeats <= UNROLLED) or not loops:
             buffer, sums = rest()
         else:
             whole = functools.partial(_scan, step, start, (buffer, sums), cut, run)

@@ -17,7 +17,7 @@ from torch.fx import GraphModule
 import gradacc
 from gradacc import Mean
 from gradacc._engines.compiled import attempt
-from tests.helpers import assert_trees_close, some_slow
+from tests.helpers import assert_trees_close, some_slow, value_of
 from tests.workers import Failed
 
 D = torch.float64
@@ -225,6 +225,131 @@ def test_at_most_one_more_graph_for_other_batch_sizes(sizes, loss):
     for size in sizes:
         assert_trees_close(_numbers(compiled(PARAMS, data(size))), _numbers(grad_fn(PARAMS, data(size))))
     assert len(backend.graphs) <= 2
+
+
+def _graphs_of(loss, options, sizes, backend="eager"):
+    """How many graphs a compiled function has made after batches of these sizes, each with the large batch's results."""
+    torch._dynamo.reset()
+    graphs = Counting(backend)
+    grad_fn = gradacc.accumulate_and_value(loss, has_aux=loss is with_aux, **options)
+    compiled = torch.compile(grad_fn, fullgraph=True, backend=graphs)
+    for size in sizes:
+        actual = compiled(PARAMS, data(size))
+        assert_trees_close(_numbers(actual), _numbers(grad_fn(PARAMS, data(size))))
+        large = torch.func.grad(lambda p, batch: value_of(loss(p, batch)[0] if loss is with_aux else loss(p, batch)))
+        assert_trees_close(actual[0], large(PARAMS, data(size)))
+    return len(graphs.graphs)
+
+
+@pytest.mark.parametrize(
+    ("loss", "backend"),
+    some_slow(
+        [*itertools.product([plain, weighted, counted, with_aux], ["eager"]), (with_aux, "aot_eager")],
+        (with_aux, "eager"),
+        (weighted, "eager"),
+    ),
+)
+def test_any_number_of_micro_batches_of_one_size_is_two_graphs(loss, backend):
+    """Of a ramp of 1 to 12: one for the first, and one for all others."""
+    assert _graphs_of(loss, {"microbatch_size": 2}, range(2, 26, 2), backend) == 2
+
+
+@pytest.mark.parametrize("loss", some_slow([plain, counted], plain))
+def test_a_smaller_last_micro_batch_may_have_any_size(loss):
+    """None, of one example, of several."""
+    assert _graphs_of(loss, {"microbatch_size": 4}, [8, 14, 15, 19, 20, 17, 13, 16, 11, 6, 22, 23, 25, 28]) <= 4
+
+
+@pytest.mark.parametrize(
+    ("loss", "order"), some_slow([(plain, 1), (summed, 1), (plain, -1)], (plain, 1)), ids=["up", "sums", "down"]
+)
+def test_any_remainder_by_the_steps_is_five_graphs_at_most(loss, order):
+    options = {"steps": 8, "reduction": "sum" if loss is summed else "mean"}
+    assert _graphs_of(loss, options, range(16, 36)[::order]) <= 5
+
+
+def test_a_batch_whose_size_is_marked_dynamic_is_one_graph():
+    """`torch._dynamo.mark_dynamic` raises where a size is fixed by what is traced."""
+    torch._dynamo.reset()
+    graphs = Counting("eager")
+    grad_fn = gradacc.accumulate_and_value(plain, microbatch_size=2)
+    compiled = torch.compile(grad_fn, fullgraph=True, backend=graphs)
+    for size in (6, 20, 4, 8):
+        batch = {name: leaf for name, leaf in data(size).items() if name != "m"}
+        for leaf in batch.values():
+            torch._dynamo.mark_dynamic(leaf, 0)
+        assert_trees_close(compiled(PARAMS, batch), grad_fn(PARAMS, batch))
+    assert len(graphs.graphs) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor imports it
+@pytest.mark.parametrize(
+    ("loss", "options", "sizes"),
+    [
+        (plain, {"microbatch_size": 3}, (8, 9, 16, 17, 18, 19, 20)),
+        (plain, {"steps": 3}, (9, 12, 3, 4, 5)),
+        (weighted, {"microbatch_size": 3}, (9, 18, 6, 12)),
+    ],
+    ids=["rest of one example", "micro-batches of one example", "a body that does not use the batch's size"],
+)
+def test_inductor_of_several_sizes(loss, options, sizes):
+    """Of a size that is symbolic, and 1, Inductor of torch 2.13 makes a wrong outer product; NOTE [symbols of a loop]."""
+    assert _graphs_of(loss, options, sizes, "inductor") <= 6
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor imports it
+def test_inductor_of_a_batch_that_is_cut_in_the_graph_before():
+    """Its size is no number of the graph, but made of one."""
+    torch._dynamo.reset()
+    grad_fn = gradacc.accumulate(weighted, microbatch_size=2)
+
+    def step(params, batch):
+        return grad_fn(params, {name: leaf[: len(leaf) // 2] for name, leaf in batch.items()})
+
+    compiled = torch.compile(step, fullgraph=True)
+    for size in (24, 32, 40, 12):
+        assert_trees_close(compiled(PARAMS, data(size)), step(PARAMS, data(size)))
+
+
+def test_lists_of_several_lengths_are_right_and_warn_at_the_third():
+    torch._dynamo.reset()
+    graphs = Counting("eager")
+    grad_fn = gradacc.accumulate_and_value(plain)
+    compiled = torch.compile(grad_fn, fullgraph=True, backend=graphs)
+
+    def call(number):
+        window = [{name: leaf[n : n + 2] for name, leaf in data(6).items()} for n in range(number)]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            actual = compiled(PARAMS, window)
+        assert_trees_close(_numbers(actual), _numbers(grad_fn(PARAMS, window)))
+        return [str(warning.message) for warning in caught]
+
+    assert not call(4)
+    assert not call(3)
+    (message,) = call(1)
+    assert message.startswith("accumulate_and_value: compiled for lists of 1, 3 and 4 micro-batches.")
+    assert "accumulate(torch.compile(loss_fn))" in message
+    assert not call(2)
+    assert not call(3)
+    assert len(graphs.graphs) == 4
+
+
+def test_what_the_warning_of_lists_names_makes_one_graph_and_two():
+    torch._dynamo.reset()
+    loss, cut = Counting("eager"), Counting("eager")
+    by_loss = gradacc.accumulate(torch.compile(plain, fullgraph=True, backend=loss))
+    by_size = torch.compile(gradacc.accumulate(plain, microbatch_size=2), fullgraph=True, backend=cut)
+    for number in range(1, 13):
+        window = [data(2 * n) for n in range(1, number + 1)]
+        window = [{name: leaf[:2] for name, leaf in part.items()} for part in window]
+        batch = {name: torch.cat([part[name] for part in window]) for name in window[0]}
+        expected = torch.func.grad(plain)(PARAMS, batch)
+        assert_trees_close(by_loss(PARAMS, window), expected)
+        assert_trees_close(by_size(PARAMS, batch), expected)
+    assert (len(loss.graphs), len(cut.graphs)) == (1, 2)
 
 
 @pytest.mark.parametrize("name", some_slow(["aux, few steps", "Mean over a number", "tuple argnums"], "tuple argnums"))
