@@ -237,7 +237,7 @@ def _run(
     results = _loop.finish(fold, buffer, sums, boundary, lambda sums: _loop.typed(fold, sums, empty))
     if call is None:
         return results
-    alone = lasting._replace(agreed=None, counting=None)
+    alone = _Lasting(None, None, lasting.note)
     again = _why_not_again(boundary.crosses, args[batch]) or functools.partial(_run, options, alone, loss_fn)
     return _connect.connect(options.name, call, results, buffer.closed_over(), again)
 

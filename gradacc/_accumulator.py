@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Unpack, overload
 import torch
 from torch import Tensor
 
-from gradacc import _call, _connect, _donated, _loop, _options, _split, _state, _state_text, _sums, _sync, _tree
+from gradacc import _call, _connect, _donated, _loop, _options, _split, _state, _state_text, _sums, _sync, _tree, _where
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
 from gradacc._engines import eager
@@ -242,6 +242,9 @@ def _update(
     with engine.guard():
         after = _donated.written_by("accumulator.update", before, more) if donate and readable else more()
     return after if call is None else _connect.connect(options.name, call, after, closed, _NO_GRAPH)
+
+
+_where.whole_or_not_at_all(_update)
 
 
 class _RaisedError(Exception):

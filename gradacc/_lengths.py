@@ -33,8 +33,8 @@ def lengths(name: str) -> Callable[[int], None]:
                 f"{name}: compiled for lists of {first}, {second} and {third} micro-batches. Each number of micro-batches is a "
                 "graph of its own, and after 8 of them (torch.compile's recompile_limit) torch raises with fullgraph=True, and "
                 "without it no longer compiles. accumulate(torch.compile(loss_fn)) compiles one micro-batch, for any number of "
-                "them. Micro-batches of one size can be concatenated to one batch and cut with microbatch_size=, which is one "
-                "graph for any number"
+                "them. Micro-batches of one size can be concatenated to one batch and cut with microbatch_size=, which is two "
+                "graphs for any number"
             )
 
     mark: Any = note

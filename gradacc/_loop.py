@@ -82,13 +82,21 @@ def loss_of(
         named = own.admit(kwargs)
         try:
             with own.calling(rest, passes):
-                out = loss_fn(*positional, **named)
+                out = _called(options.name, functools.partial(loss_fn, *positional, **named))
         except Exception as error:
             _call.note_unsplit(error, options, args, kwargs)
             raise
         return _loss.outcome(options, out, microbatch.sizes)
 
     return loss
+
+
+def _called(name: str, loss: Callable[[], Any]) -> Any:
+    if not torch.compiler.is_dynamo_compiling():
+        return loss()
+    from gradacc._engines.compiled import explain
+
+    return explain.explained(name, loss)
 
 
 def run(

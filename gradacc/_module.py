@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from gradacc import _closed, _left, _own_tensors, _replicas, _reuse, _traced
+from gradacc import _closed, _left, _own_tensors, _replicas, _reuse, _traced, _where
 from gradacc._describe import describe
 
 
@@ -142,7 +142,7 @@ def _applied(
     return output, {name: buffer.detach() for name, buffer in updated.items() if buffer is not None}
 
 
-_traced.whole_or_not_at_all(_applied)
+_where.whole_or_not_at_all(_applied)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ NOTE [while Dynamo traces]
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -57,16 +56,6 @@ class Looks(NamedTuple):
         output = torch.func.functional_call(self.traced, named, inputs, kwargs)
         tensors.update({name: named[f"{self.prefix}{name}"] for name in tensors})
         return output
-
-
-def whole_or_not_at_all(function: Callable[..., Any]) -> None:
-    """Dynamo traces the function as a part of what calls it, or leaves it and all that it calls alone.
-
-    Else, where something in it cannot be traced, Dynamo would run a part of it as it is and compile the rest.
-    """
-    ways = torch._C._dynamo.eval_frame
-    skip = ways._FrameExecStrategy(ways._FrameAction.SKIP, ways._FrameAction.SKIP)
-    ways.set_code_exec_strategy(inspect.unwrap(function).__code__, skip)
 
 
 def looks(plan: _replicas.ModuleTree) -> Looks:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +48,16 @@ def loops() -> bool:
 def functorch_is_active() -> bool:
     """Whether a functorch transform is."""
     return bool(torch._C._are_functorch_transforms_active())
+
+
+def whole_or_not_at_all(function: Callable[..., Any]) -> None:
+    """Dynamo traces the function as a part of what calls it, or leaves it and all that it calls alone.
+
+    Else, where something in it cannot be traced, Dynamo would run a part of it as it is and compile the rest.
+    """
+    ways = torch._C._dynamo.eval_frame
+    skip = ways._FrameExecStrategy(ways._FrameAction.SKIP, ways._FrameAction.SKIP)
+    ways.set_code_exec_strategy(inspect.unwrap(function).__code__, skip)
 
 
 @contextmanager

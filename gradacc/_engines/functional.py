@@ -21,7 +21,7 @@ from gradacc import _left
 from gradacc._engines import Buffer, Deliver
 from gradacc._loss import Outcome
 from gradacc._sums import Contribution
-from gradacc._where import loops
+from gradacc._where import loops, whole_or_not_at_all
 
 
 class Tape(NamedTuple):
@@ -103,6 +103,11 @@ def backward(buffer: Buffer, tape: Tape, counts: Contribution, deliver: Deliver 
             for sofar, grad, dtype in zip(before, grads, buffer.dtypes, strict=True)
         ]
     return buffer._replace(grads=summed, arrived=buffer.arrived or depends)
+
+
+# After a break in the loss a graph would begin inside of the transform, and another one have its tensors as inputs.
+whole_or_not_at_all(forward)
+whole_or_not_at_all(backward)
 
 
 def _times_share(grad: Tensor, share: float | Tensor, dtype: torch.dtype) -> Tensor:

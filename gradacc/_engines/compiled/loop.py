@@ -36,7 +36,10 @@ State = tuple[Buffer, Sums]
 Step = Callable[[Buffer, Sums, Microbatch], State]
 
 UNROLLED = 4
-"""Micro-batches of a run up to which the loop is unrolled: an unrolled one needs no zeros, and fuses across micro-batches."""
+"""Micro-batches of a run up to which the loop is unrolled: an unrolled one needs no zeros, and fuses across micro-batches.
+
+A symbolic number of them, where batches are of several sizes, is a loop however small: unrolled it would be fixed.
+"""
 
 
 def run(name: str, step: Step, buffer: Buffer, sums: Sums, cut: Cut) -> tuple[Buffer, Sums]:
