@@ -133,5 +133,6 @@ def _is_near(one: float | Tensor, other: float | Tensor) -> Any:
     if isinstance(one, Tensor) or isinstance(other, Tensor):
         a, b = (torch.as_tensor(number).to(torch.float64) for number in (one, other))
         return (a == b) | (((a != a.round()) | (b != b.round())) & ((a - b).abs() <= NEAR * b.abs()))
-    whole = float(one).is_integer() and float(other).is_integer()
+    # float() would fix a number that Dynamo holds symbolic.
+    whole = all(isinstance(number, int) or number.is_integer() for number in (one, other))
     return one == other if whole else math.isclose(one, other, rel_tol=NEAR)

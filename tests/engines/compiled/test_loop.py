@@ -254,6 +254,23 @@ def test_any_number_of_micro_batches_of_one_size_is_two_graphs(loss, backend):
     assert _graphs_of(loss, {"microbatch_size": 2}, range(2, 26, 2), backend) == 2
 
 
+def test_weights_that_are_counted_before_may_be_any_number_too():
+    """A number of examples is compared with the loss's own, without fixing it."""
+
+    def loss(params, batch):
+        return {"real": weighted(params, batch), "each": counted(params, batch)}
+
+    torch._dynamo.reset()
+    graphs = Counting("eager")
+    grad_fn = gradacc.accumulate(
+        loss, microbatch_size=3, weights=lambda batch: {"real": batch["m"].sum(), "each": len(batch["x"])}
+    )
+    compiled = torch.compile(grad_fn, fullgraph=True, backend=graphs)
+    for size in (9, 18, 6, 24):
+        assert_trees_close(compiled(PARAMS, data(size)), grad_fn(PARAMS, data(size)))
+    assert len(graphs.graphs) == 2
+
+
 @pytest.mark.parametrize("loss", some_slow([plain, counted], plain))
 def test_a_smaller_last_micro_batch_may_have_any_size(loss):
     """None, of one example, of several."""
