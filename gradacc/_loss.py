@@ -258,8 +258,12 @@ def _pair(out: Any) -> str:
 
 def _sum_of(losses: tuple[Any, ...]) -> str:
     """How to return several losses."""
-    means = are_means(losses, some=True)
-    return "Return a tuple of nothing but gradacc.Means, for the sum of their values" if means else "Return their sum"
+    if are_means(losses, some=True):
+        return "Return a tuple of nothing but gradacc.Means, for the sum of their values"
+    return (
+        "Return each as a gradacc.Mean(total, number), in a tuple, list or dict; or their sum, where each is a mean over the "
+        "same examples"
+    )
 
 
 def _is_number(value: Any) -> bool:

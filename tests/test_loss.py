@@ -123,7 +123,7 @@ LOSSES = {
     "tuple of losses": (
         lambda p, b: (linear(p, b), linear(p, b)),
         TypeError,
-        "a tuple of 2; pass has_aux=True .* the loss alone is differentiated. Or are they several losses. Return their sum",
+        "a tuple of 2; pass has_aux=True .* Or are they several losses. Return each as a gradacc.Mean.*or their sum",
     ),
     "two kinds": (
         lambda p, b: gradacc.Mean(linear(p, b), 1) if b["x"][0] == 0 else linear(p, b),

@@ -144,8 +144,8 @@ def _interaction(evidence: Evidence, measured: Probe, parts: _additive.Parts, to
             )
         return unknown(
             f"weights of its parts explain the large batch nearly, but not fully (off by {residual:.1e}). A sum of means over "
-            "different things may look so (return them as a tuple of gradacc.Means), and a ratio of sums over the batch (Dice, "
-            "F1) of data that are whole numbers."
+            "different things may look so (return them as a tuple of gradacc.Means), a product of means over the batch (a "
+            "router's balance), and a ratio of sums (Dice, F1) of data that are whole numbers."
         )
     why = f"no weights make the large batch the weighted mean of its parts (the best are off by {residual:.1e})"
     if shaken is not None and not depends:
