@@ -32,7 +32,8 @@ def backward(
     """`Engine.backward`, and what is left of the micro-batch to be summed. NOTE [micro-batches that are dropped]"""
     before = buffer.grads
     own = engine.backward(buffer._replace(grads=[None] * len(before)), tape, counts._replace(growth=1.0), None)
-    grads, finite = own.grads, _is_finite([*outcome.targets, *(grad for grad in own.grads if grad is not None)])
+    grads = own.grads
+    finite = _is_finite([*_that_count(outcome, counts), *(grad for grad in grads if grad is not None)])
     if finite is True:
         return own._replace(grads=engine.merge(before, grads, (counts.growth, 1.0), True)), outcome, counts
     left = _masked(outcome, finite)
@@ -44,6 +45,15 @@ def backward(
     grads = [None if grad is None else torch.where(finite.to(grad.device), grad, 0) for grad in grads]
     counts = counts._replace(share=share, dropped=(~finite).to(torch.int64))
     return own._replace(grads=engine.merge(before, grads, (counts.growth, 1.0), True)), left, counts
+
+
+def _that_count(outcome: Outcome, counts: Contribution) -> list[Tensor]:
+    """The targets, but one of weight 0, which contributes nothing whatever it is; 0 where that is not read."""
+    return [
+        target if own.keeps is None else torch.where(own.keeps, target, 0.0)
+        for target, own in zip(outcome.targets, counts.passes, strict=True)
+        if own is not None
+    ]
 
 
 def _is_finite(tensors: Sequence[Tensor]) -> bool | Tensor:

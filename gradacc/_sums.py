@@ -324,7 +324,8 @@ def _check_weight(name: str, sums: Sums) -> None:
     weight = sums.weight
     if isinstance(weight, Tensor) or torch.compiler.is_compiling():
         return
-    if weight == math.inf:
+    found = [weight] + [part.mean.weight for part in terms(sums)[0] if isinstance(part, Total)]
+    if any(number == math.inf for number in found if not isinstance(number, Tensor) or number.is_cpu):
         raise ValueError(
             f"{name}: the weights of all micro-batches add up to more than float64 holds (1.8e308). Divide totals and weights "
             "by the same number"
@@ -413,7 +414,21 @@ def _merged_value(name: str, one: tuple[Any, float | Tensor], other: tuple[Any, 
         return _parts.add(name, _parts.times(a, share), _parts.times(b, by), str)
     parts, treedef = _tree.flatten(a, is_part)
     pairs = zip(parts, _tree.flatten(b, is_part)[0], strict=True)
-    return _tree.unflatten(treedef, [_parts.add(name, x, y, str) for x, y in pairs])
+    return _tree.unflatten(treedef, [_checked(name, x, _parts.add(name, x, y, str)) for x, y in pairs])
+
+
+def _checked(name: str, before: Part, after: Part) -> Part:
+    """A term with one more micro-batch: whole numbers that are more than int64 holds begin again below 0."""
+    assert isinstance(before, Total)
+    assert isinstance(after, Total)
+    old, new = before.mean.weight, after.mean.weight
+    if not isinstance(new, Tensor) or new.is_floating_point() or not new.is_cpu or _where.transforming():
+        return after
+    if bool(new < old):
+        raise ValueError(
+            f"{name}: the weights of a Mean are integers and add up to more than int64 holds. Return them as floating numbers"
+        )
+    return after
 
 
 def _times_zero(value: Any) -> Any:

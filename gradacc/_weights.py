@@ -90,7 +90,10 @@ def _count(
     differentiated, batch = positions
     dims = _call.in_dims(options, args, differentiated, batch)
     split = [args[n] for n, dim in enumerate(dims) if dim is not None]
-    if options.steps is not None or options.microbatch_size is not None or options.split is not None:
+    if options.steps is not None or options.microbatch_size is not None:
+        # Containers of its own, as the loss has.
+        return _counted(options, weights(*(_tree.map_tensors(lambda leaf: leaf, arg) for arg in split)), nothing)
+    if options.split is not None:
         return _counted(options, weights(*split), nothing)
     sums, parts = _sums.NOTHING, args[batch]
     if not _batch.is_iterable(parts):

@@ -117,6 +117,24 @@ def test_an_infinite_loss_with_a_finite_gradient(engine):
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_a_term_of_weight_0_is_no_reason(engine):
+    """A NaN in the value of nothing: the mean of no boxes."""
+
+    def loss(p, b):
+        boxes = (p["b"] * b["n"]).sum() + b["nan"].sum()
+        return [Mean(each(p, b).sum(), len(b["x"])), Mean(boxes, b["n"].sum())]
+
+    b = batch() | {"n": torch.tensor([0, 0, 0, 0, 2, 0, 1], dtype=D), "nan": torch.zeros(7, dtype=D)}
+    b["nan"][0] = math.nan  # where the second term weighs nothing
+    whole = lambda p: each(p, b).mean() + p["b"]  # noqa: E731
+    grads, kept = ENGINES[engine](
+        lambda: gradacc.accumulate_and_value(loss, microbatch_size=2, nonfinite="drop")(PARAMS, b)
+    )
+    assert kept.dropped == 0
+    assert_trees_close(grads, torch.func.grad(whole)(PARAMS))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_aux(engine):
     """Sums and averages are without them; what is concatenated has a row an example."""
 

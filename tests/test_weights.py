@@ -116,6 +116,18 @@ def test_what_cannot_be_read_and_is_wrong_is_nan():
         assert bool(grads.isnan().all()) != is_right
 
 
+def test_the_caller_keeps_its_containers():
+    def popped(b):
+        return {"a": len(b.pop("x")), "b": b.pop("n").sum()}
+
+    def of_dict(w, b):
+        return {"a": Mean((w * b["x"]).sum(), len(b["x"])), "b": Mean((w * b["x"]).sum(), b["n"].sum())}
+
+    batch = {"x": X, "n": torch.ones(7)}
+    gradacc.accumulate(of_dict, steps=3, weights=popped)(W, batch)
+    assert set(batch) == {"x", "n"}
+
+
 def test_nothing_anywhere():
     grads, value = gradacc.accumulate_and_value(loss, weights=right)(W, [])
     assert grads == 0

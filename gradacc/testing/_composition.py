@@ -27,6 +27,7 @@ def explain(evidence: Evidence, probe: Probe, tolerance: float) -> Diagnosis:
     return (
         _reduction(evidence, parts, tolerance)
         or _weights(evidence, parts, tolerance)
+        or _weights_of_terms(probe, parts.number, tolerance)
         or _constant(parts, tolerance)
         or _nonlinear(parts, tolerance)
         or _interaction(evidence, probe, parts, tolerance)
@@ -82,6 +83,22 @@ def _weights(evidence: Evidence, parts: _additive.Parts, tolerance: float) -> Di
         + ("" if evidence.probe.options.reduction == "mean" else ', and leave reduction="sum" out')
         + ".",
     )
+
+
+def _weights_of_terms(probe: Probe, number: int, tolerance: float) -> Diagnosis | None:
+    """Of a loss that is several means: whether the total of one is itself a mean."""
+    for place in itertools.count():
+        parts = result_or_none(partial(_additive.measure, probe.of_term(place), number))
+        if parts is None:
+            return None
+        if _is_mean_of_totals(parts, tolerance):
+            return Diagnosis(
+                "weights",
+                f"the Mean at place {place} of those that the loss returns has a total that is itself a mean: totals of parts "
+                "of the batch do not add up, they average.",
+                "return Mean(total, weight) with the sum as total: its value is total / weight.",
+            )
+    return None
 
 
 def _is_mean_of_totals(parts: _additive.Parts, tolerance: float) -> bool:

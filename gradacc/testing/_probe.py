@@ -23,7 +23,7 @@ from torch import Tensor
 
 from gradacc import _accumulate, _loop, _loss, _tree
 from gradacc._dtypes import is_inexact
-from gradacc._mean import Mean, value_of
+from gradacc._mean import Mean, flatten, value_of
 from gradacc._options import Options
 from gradacc.testing import _sandbox
 
@@ -116,6 +116,18 @@ class Probe(NamedTuple):
             given=self.given | {"dtype": None},
             options=self.options._replace(dtype=None),
         )
+
+    def of_term(self, place: int) -> Probe:
+        """Of a loss that returns several means: one of them alone."""
+
+        def alone(*args: Any) -> Any:
+            value = _loss.returned(self.options, self.loss_fn(*args))[0]
+            if isinstance(value, (Tensor, Mean)):
+                raise ValueError("the loss is one mean")
+            mean = flatten(value)[0][place]
+            return (mean, None) if self.options.has_aux else mean
+
+        return self._replace(loss_fn=alone)
 
     def parameters(self) -> tuple[list[Tensor], _tree.TreeDef]:
         """What is differentiated: leaves and structure."""

@@ -304,6 +304,14 @@ def test_half_precision_of_many_tokens(engine):
     assert_trees_close(grads, torch.tensor([-1.0, -1.0], dtype=torch.float16))
 
 
+@pytest.mark.parametrize(("weight", "message"), [(torch.tensor(2**61), "integers and add up"), (1e308, "1.8e308")])
+def test_weights_that_add_up_to_too_much(weight, message):
+    """As of one `Mean`, there is an error: an integer would begin again below 0."""
+    loss = lambda p, b: [Mean((p * b).sum(), weight), Mean((p * b).sum(), len(b))]  # noqa: E731
+    with pytest.raises(ValueError, match=f"^accumulate: the weights.*{message}"):
+        gradacc.accumulate(loss, steps=4)(torch.ones((), dtype=D), torch.ones(8, dtype=D))
+
+
 def test_aux_is_averaged_over_examples():
     def loss(p, b):
         return detection(p, b), {"mean": b["x"].mean(), "each": b["x"], "tokens": Mean(b["x"].sum(), 3)}
@@ -355,6 +363,17 @@ def test_check_accumulation_finds_it_exact():
         for weights in (None, count(loss)):
             report = gradacc.testing.check_accumulation(loss, PARAMS, data(8), weights=weights)
             assert report.exact, report
+
+
+def test_check_accumulation_names_a_total_that_is_a_mean():
+    def loss(p, b):
+        return {"label": classes(p, b), "mean": Mean(hidden(p, b).square().mean(), 1)}
+
+    report = gradacc.testing.check_accumulation(loss, PARAMS, data(9))
+    assert report.cause == "weights"
+    assert "the Mean at place 1 of those that the loss returns has a total that is itself a mean" in report.why
+    # As is one alone.
+    assert gradacc.testing.check_accumulation(lambda p, b: loss(p, b)["mean"], PARAMS, data(9)).cause == "weights"
 
 
 # --- ranks
