@@ -230,6 +230,7 @@ def test_an_ensemble(counted):
         assert_trees_close([(mean.total / mean.weight)[member] for mean in value], values)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor imports it
 @pytest.mark.parametrize("backend", some_slow(["aot_eager", "inductor"], "aot_eager"))
 @pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("size", [3, 1])
