@@ -136,6 +136,20 @@ def pooled(processes: Sequence[Seconds]) -> dict[str, list[float]]:
     return {name: [elapsed for seconds in processes for elapsed in seconds[name]] for name in processes[0]}
 
 
+def times(found: Sequence[Mapping[str, Any]], names: Sequence[str], bases: Mapping[str, str]) -> dict[str, Any]:
+    """What all processes found of every contestant; ``bases``: under which keys its ratios to which others are."""
+    processes = [each["seconds"] for each in found]
+    return {
+        name: {
+            **{key: ratio(processes, name, base)._asdict() for key, base in bases.items()},
+            "seconds": spread(pooled(processes)[name])._asdict(),
+            "gradient_error": max(each["errors"][name] for each in found),
+            "rounds": [[round(elapsed, 7) for elapsed in seconds[name]] for seconds in processes],
+        }
+        for name in names
+    }
+
+
 def shown(measured: Mapping[str, float]) -> str:
     """A `Ratio` in a table: the median, the quartiles of rounds, the range of processes."""
     return (

@@ -39,17 +39,7 @@ import torch
 
 from benchmarks._compiled_report import draw, tables
 from benchmarks._compiled_variants import CONTESTANTS, EAGER, ONE_GRAPH, OPTAX, check, graph_nodes
-from benchmarks._measure import (
-    allocated_peak,
-    fresh,
-    interleaved,
-    machine,
-    pooled,
-    ran_task,
-    ratio,
-    resident_peak,
-    spread,
-)
+from benchmarks._measure import allocated_peak, fresh, interleaved, machine, ran_task, resident_peak, spread, times
 from benchmarks._variants import AGAIN, LOOP
 from benchmarks._workloads import WORKLOADS, Workload
 
@@ -79,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "title": work.title,
             "steps": work.steps,
             "parameter_bytes": work.parameter_bytes,
-            "time": _times(timed[workload]),
+            "time": times(timed[workload], list(CONTESTANTS), {"vs_loop": LOOP, "vs_optax": OPTAX}),
             "neighbours": {
                 name: _middle([each["neighbours"][name] for each in timed[workload]]) for name in (LOOP, OPTAX)
             },
@@ -92,21 +82,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     draw(results, options.out / "compiled.png")
     print(tables(results))
     return 0
-
-
-def _times(found: Sequence[Any]) -> dict[str, Any]:
-    """What all processes found, of every contestant."""
-    processes = [each["seconds"] for each in found]
-    return {
-        name: {
-            "vs_loop": ratio(processes, name, LOOP)._asdict(),
-            "vs_optax": ratio(processes, name, OPTAX)._asdict(),
-            "seconds": spread(pooled(processes)[name])._asdict(),
-            "gradient_error": max(each["errors"][name] for each in found),
-            "rounds": [[round(elapsed, 7) for elapsed in seconds[name]] for seconds in processes],
-        }
-        for name in CONTESTANTS
-    }
 
 
 def _middle(found: Sequence[dict[str, float]]) -> dict[str, float]:

@@ -29,17 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks._measure import (
-    allocated_peak,
-    fresh,
-    interleaved,
-    machine,
-    pooled,
-    ran_task,
-    ratio,
-    resident_peak,
-    spread,
-)
+from benchmarks._measure import allocated_peak, fresh, interleaved, machine, ran_task, resident_peak, times
 from benchmarks._report import draw, tables
 from benchmarks._variants import AGAIN, FLOOR, LOOP, VARIANTS, check
 from benchmarks._workloads import WORKLOADS
@@ -72,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "title": work.title,
             "steps": work.steps,
             "parameter_bytes": work.parameter_bytes,
-            "time": _times(timed[workload]),
+            "time": times(timed[workload], list(VARIANTS), {"vs_loop": LOOP, "vs_floor": FLOOR}),
         }
         if work.memory:
             results["workloads"][workload]["memory"] = _memory(options, workload)
@@ -81,21 +71,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     draw(results, options.out / "eager.png")
     print(tables(results))
     return 0
-
-
-def _times(found: Sequence[Any]) -> dict[str, Any]:
-    """What all processes found, of every variant."""
-    processes = [each["seconds"] for each in found]
-    return {
-        name: {
-            "vs_loop": ratio(processes, name, LOOP)._asdict(),
-            "vs_floor": ratio(processes, name, FLOOR)._asdict(),
-            "seconds": spread(pooled(processes)[name])._asdict(),
-            "gradient_error": max(each["errors"][name] for each in found),
-            "rounds": [[round(elapsed, 7) for elapsed in seconds[name]] for seconds in processes],
-        }
-        for name in VARIANTS
-    }
 
 
 def _memory(options: argparse.Namespace, workload: str) -> dict[str, Any]:
