@@ -33,15 +33,13 @@ NOTE [derivatives of a second run]
 from __future__ import annotations
 
 import cmath
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import get_device_states, set_device_states
 
-from gradacc import _tree
+from gradacc import _surroundings, _tree
 from gradacc._dtypes import is_inexact
 from gradacc._where import functorch_is_active, inside_a_loss, transforming
 
@@ -49,24 +47,12 @@ Function = Callable[[Sequence[Tensor]], Sequence[Any]]
 """A function of tensors, differentiable where grad mode is enabled; what is no tensor of its results has no derivative."""
 
 
-class Surroundings(NamedTuple):
-    """What a loss depends on beside its arguments: torch's random numbers, and autocast."""
-
-    cpu: Tensor
-    device: str
-    devices: list[int]
-    states: list[Tensor]
-    autocast: list[tuple[str, torch.dtype, bool]]
-    """``(device, dtype, enabled)`` of each kind of device."""
-    cached: bool
-
-
 class Call(NamedTuple):
     """A call whose results are to be connected, before it is made; empty where no argument requires grad."""
 
     leaves: list[Any]
     treedef: _tree.TreeDef | None
-    surroundings: Surroundings | None
+    surroundings: _surroundings.Surroundings | None
     sources: list[Tensor]
     """Leaves that require grad."""
 
@@ -84,7 +70,8 @@ def call_to_connect(arguments: tuple[Any, ...], params: Sequence[Tensor], rest: 
         return Call([], None, None, [])
     leaves, treedef = _tree.flatten(arguments)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    return Call(leaves, treedef, _surroundings(tensors), [tensor for tensor in tensors if tensor.requires_grad])
+    sources = [tensor for tensor in tensors if tensor.requires_grad]
+    return Call(leaves, treedef, _surroundings.of(tensors), sources)
 
 
 def connect(name: str, call: Call, results: Any, closed: Iterable[Tensor], run: Callable[..., Any] | str) -> Any:
@@ -192,14 +179,14 @@ def _again(
     """The call as a function of its tensors; ``seen``: which leaf of the results is the value, and what numbers there were."""
     moves = [isinstance(leaf, Tensor) and not leaf.is_inference() for leaf in call.leaves]
     kept = [None if moved else leaf for leaf, moved in zip(call.leaves, moves, strict=True)]
-    treedef, surroundings, (value, before) = call.treedef, call.surroundings, seen
+    treedef, around, (value, before) = call.treedef, call.surroundings, seen
     assert treedef is not None
-    assert surroundings is not None
+    assert around is not None
 
     def again(tensors: Sequence[Tensor]) -> Sequence[Any]:
         left = iter(tensors)
         leaves = [next(left) if moved else _without_inference(leaf) for leaf, moved in zip(kept, moves, strict=True)]
-        with _restored(surroundings), inside_a_loss():
+        with _surroundings.restored(around), inside_a_loss():
             results = _tree.flatten(run(*_tree.unflatten(treedef, leaves)))[0]
         for i, number in before.items():
             what = "value" if i == value else f"number behind it ({i - value}, of the weight and aux)"
@@ -247,31 +234,3 @@ def _refusal(message: str) -> Function:
 def _without_inference(leaf: Any) -> Any:
     """An inference tensor can neither be saved nor take part in a graph; a copy can."""
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
-
-
-def _surroundings(tensors: Sequence[Tensor]) -> Surroundings:
-    kinds = sorted({tensor.device.type for tensor in tensors} - {"meta"} | {"cpu"})
-    device = next((kind for kind in kinds if kind != "cpu"), "cpu")
-    return Surroundings(
-        torch.get_rng_state(),
-        device,
-        *get_device_states(*tensors),
-        [
-            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-            for kind in kinds
-            if torch.amp.is_autocast_available(kind)
-        ],
-        torch.is_autocast_cache_enabled(),
-    )
-
-
-@contextmanager
-def _restored(surroundings: Surroundings) -> Iterator[None]:
-    """With the random numbers and the autocast of then; afterwards those of now."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(surroundings.devices, device_type=surroundings.device))
-        torch.set_rng_state(surroundings.cpu)
-        set_device_states(surroundings.devices, surroundings.states, device_type=surroundings.device)
-        for kind, dtype, enabled in surroundings.autocast:
-            stack.enter_context(torch.autocast(kind, dtype, enabled, surroundings.cached))
-        yield
