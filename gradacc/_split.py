@@ -75,34 +75,51 @@ def undivided(options: Options, args: Sequence[Any], differentiated: Sequence[in
     return _counted(options, tuple(args), _call.in_dims(options, args, differentiated, batch))
 
 
-def _slice(options: Options, args: Sequence[Any], dims: Sequence[Any]) -> Microbatches:
+class Splittable(NamedTuple):
+    """What is split of a call's arguments."""
+
+    flat: dict[int, tuple[list[Any], _tree.TreeDef]]
+    """By position: leaves and structure."""
+    dims: dict[int, list[int | None]]
+    """For each leaf, where it is split; None where it is passed whole."""
+    total: int
+    """The number of examples."""
+
+
+def splittable(name: str, args: Sequence[Any], dims: Sequence[Any]) -> Splittable:
+    """What ``dims``, an entry for each argument, split of them, checked."""
     split = [n for n, dim in enumerate(dims) if dim is not None]
     flat = {n: _tree.flatten(args[n]) for n in split}
-    leaf_dims = {n: _leaf_dims(options, dims[n], args[n], n) for n in split}
+    leaf_dims = {n: _leaf_dims(name, dims[n], args[n], n) for n in split}
     paths = {n: _tree.paths(treedef, f"args[{n}]") for n, (_, treedef) in flat.items()}
     sizes = [
-        _sizes.splittable(options.name, *leaf)
-        for n in split
-        for leaf in zip(flat[n][0], leaf_dims[n], paths[n], strict=True)
+        _sizes.splittable(name, *leaf) for n in split for leaf in zip(flat[n][0], leaf_dims[n], paths[n], strict=True)
     ]
     for n in split:
         if any(path.endswith(".batch_sizes") for path in paths[n]):
-            _batch.check_packed(options.name, args[n], leaf_dims[n], f"args[{n}]")
-    total = _sizes.batch_size(options.name, sizes, [path for n in split for path in paths[n]])
+            _batch.check_packed(name, args[n], leaf_dims[n], f"args[{n}]")
+    total = _sizes.batch_size(name, sizes, [path for n in split for path in paths[n]])
     for n, (leaves, _) in flat.items():
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
-            _batch.check_lists(options.name, args[n], leaf_dims[n], f"args[{n}]", total)
+            _batch.check_lists(name, args[n], leaf_dims[n], f"args[{n}]", total)
         # Most batches have fewer tensors than examples, and so no list of tensors that is as long.
         if len(leaves) >= total > 1:
             is_all = all(n == m for m in flat)
-            _batch.check_tensor_lists(options.name, args[n], leaf_dims[n], f"args[{n}]", total, is_all)
+            _batch.check_tensor_lists(name, args[n], leaf_dims[n], f"args[{n}]", total, is_all)
+    return Splittable(
+        flat,
+        {
+            n: [dim if isinstance(leaf, Tensor) else None for leaf, dim in zip(leaves, leaf_dims[n], strict=True)]
+            for n, (leaves, _) in flat.items()
+        },
+        total,
+    )
 
-    dims_of = [
-        dim if isinstance(leaf, Tensor) else None
-        for n in split
-        for leaf, dim in zip(flat[n][0], leaf_dims[n], strict=True)
-    ]
-    everything = [leaf for n in split for leaf in flat[n][0]]
+
+def _slice(options: Options, args: Sequence[Any], dims: Sequence[Any]) -> Microbatches:
+    flat, leaf_dims, total = splittable(options.name, args, dims)
+    dims_of = [dim for n in flat for dim in leaf_dims[n]]
+    everything = [leaf for leaves, _ in flat.values() for leaf in leaves]
 
     def with_leaves(leaves: Sequence[Any], size: int) -> Microbatch:
         part, left = list(args), iter(leaves)
@@ -205,7 +222,7 @@ def _counted(options: Options, args: tuple[Any, ...], dims: Sequence[Any]) -> Mi
         if options.in_dims is None:  # nothing was said, and nothing is split: what has a size along dim 0 has one
             sizes += [leaf.size(0) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
             continue
-        each, paths = _leaf_dims(options, dim, args[n], n), _tree.paths(treedef, f"args[{n}]")
+        each, paths = _leaf_dims(options.name, dim, args[n], n), _tree.paths(treedef, f"args[{n}]")
         sizes += [
             _sizes.size(options.name, leaf, d, path)
             for leaf, d, path in zip(leaves, each, paths, strict=True)
@@ -216,10 +233,10 @@ def _counted(options: Options, args: tuple[Any, ...], dims: Sequence[Any]) -> Mi
     return Microbatch(args, tuple(different), empty)
 
 
-def _leaf_dims(options: Options, dims: Any, tree: Any, position: int) -> list[Any]:
+def _leaf_dims(name: str, dims: Any, tree: Any, position: int) -> list[Any]:
     try:
         return _tree.broadcast_prefix(dims, tree)
     except ValueError as error:
         raise ValueError(
-            f"{options.name}: in_dims[{position}]={dims} is not a pytree prefix of args[{position}]: {error}"
+            f"{name}: in_dims[{position}]={dims} is not a pytree prefix of args[{position}]: {error}"
         ) from error

@@ -21,7 +21,12 @@ def transforming() -> bool:
     That is where a functorch transform (vmap, grad, jvp, …) is active, a level of forward-mode differentiation, or Dynamo's
     tracing; and inside the loss of another ``grad_fn``, whose gradient goes through this one's result.
     """
-    return torch.compiler.is_compiling() or functorch_is_active() or forward_ad._current_level >= 0 or _inside.get()
+    return under_transform() or _inside.get()
+
+
+def under_transform() -> bool:
+    """The same but for a loss of the eager engine, in which plain autograd records."""
+    return torch.compiler.is_compiling() or functorch_is_active() or forward_ad._current_level >= 0
 
 
 def is_inside_a_loss() -> bool:
