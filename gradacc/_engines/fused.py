@@ -52,7 +52,7 @@ _SMALLEST = 1 << 15
 """Elements from which a parameter is worth a hook in Python."""
 
 
-class _Use(NamedTuple):
+class Use(NamedTuple):
     """A node of which a parameter is an operand."""
 
     node: Any
@@ -78,10 +78,31 @@ def install(
     its gradient over. ``keeps``: nothing is added where it is given and False, whatever the operands are.
     ``done(index)`` is called when all uses of a fused parameter have been added.
     """
+    found = find(uses, leaves, buffers)
+    fused = set(found)
+    if not fused:
+        return [], fused
+    task: list[int] = []
+    root.register_prehook(partial(_note_task, task))
+    edges = []
+    for index in fused:
+        buffer, left = buffers[index], set(range(len(found[index])))
+        assert buffer is not None
+        for number, (node, operand, add, transposed) in enumerate(found[index]):
+            target, padding = buffer.t() if transposed else buffer, getattr(node, "_saved_padding_idx", 0)
+            added = partial(_note_added, left, number, index, done)
+            use = partial(_hook, task, partial(add, padding, target), [operand], keeps, added)
+            node.register_prehook(use)  # which does not hold the node: a cycle, never freed
+            edges.append(GradientEdge(node, 0))
+    return edges, fused
+
+
+def find(uses: Mapping[Node, int], leaves: Sequence[Tensor], buffers: Sequence[Tensor | None]) -> dict[int, list[Use]]:
+    """What can be fused of a graph: by the index of its leaf, the nodes that use it, all of them."""
     indices = {id(leaf): i for i, leaf in enumerate(leaves) if _suits(leaf, buffers[i])}
     if not indices or torch.is_anomaly_enabled():
-        return [], set()
-    found: dict[int, list[_Use]] = {}
+        return {}
+    found: dict[int, list[Use]] = {}
     expected: dict[int, int] = {}
     for node in uses:
         operands = _FUSED.get(type(node).__name__)
@@ -98,24 +119,15 @@ def install(
             index = indices.get(id(parent.variable))
             operand = None if index is None else _plain(node, other)
             if index is not None and operand is not None:
-                found.setdefault(index, []).append(_Use(node, operand, add, transposed))
+                found.setdefault(index, []).append(Use(node, operand, add, transposed))
                 expected[index] = uses[parent]
-    fused = {index for index, nodes in found.items() if len(nodes) == expected[index]}
-    if not fused:
-        return [], fused
-    task: list[int] = []
-    root.register_prehook(partial(_note_task, task))
-    edges = []
-    for index in fused:
-        buffer, left = buffers[index], set(range(len(found[index])))
-        assert buffer is not None
-        for number, (node, operand, add, transposed) in enumerate(found[index]):
-            target, padding = buffer.t() if transposed else buffer, getattr(node, "_saved_padding_idx", 0)
-            added = partial(_note_added, left, number, index, done)
-            use = partial(_hook, task, partial(add, padding, target), [operand], keeps, added)
-            node.register_prehook(use)  # which does not hold the node: a cycle, never freed
-            edges.append(GradientEdge(node, 0))
-    return edges, fused
+    return {index: nodes for index, nodes in found.items() if len(nodes) == expected[index]}
+
+
+def add(use: Use, buffer: Tensor, grad: Tensor) -> None:
+    """``grad``, of a use's node, as a part of the parameter's gradient into its ``buffer``."""
+    grad = grad if grad.layout == torch.strided else grad.to_dense()
+    use.add(getattr(use.node, "_saved_padding_idx", 0), buffer.t() if use.transposed else buffer, use.other, grad)
 
 
 def _suits(leaf: Tensor, buffer: Tensor | None) -> bool:
