@@ -103,13 +103,13 @@ def connect(name: str, call: Call, results: Any, closed: Iterable[Tensor], run: 
         value = len(_tree.flatten(results[0])[0])  # the leaf behind the gradients: a loss, or the total of a Mean
         numbers = {i: _number(leaf) for i, leaf in enumerate(leaves) if i >= value and _is_number(leaf)}
         function = _again(name, call, run, places, (value, numbers))
-    connected: Any = _Connection.apply(function, len(tensors), outputs, *tensors, *others)  # type: ignore[no-untyped-call]  # torch's
+    connected: Any = Connection.apply(function, len(tensors), outputs, *tensors, *others)  # type: ignore[no-untyped-call]  # torch's
     for i, leaf in zip(places, connected, strict=True):
         leaves[i] = leaf
     return _tree.unflatten(treedef, leaves)
 
 
-class _Connection(torch.autograd.Function):
+class Connection(torch.autograd.Function):
     """``outputs = function(tensors)``, computed before; ``others`` are what the function uses beside its arguments."""
 
     @staticmethod
@@ -125,21 +125,21 @@ class _Connection(torch.autograd.Function):
         tensors, others = ctx.saved_tensors[: ctx.count], ctx.saved_tensors[ctx.count :]
         given = [i for i, cotangent in enumerate(cotangents) if cotangent is not None]
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:][: ctx.count]) if needed]
-        pulled = _pullback(ctx.function, ctx.count, others, given, wanted)
+        pulled = pullback(ctx.function, ctx.count, others, given, wanted)
         arguments = [*tensors, *(cotangents[i] for i in given)]
         if not torch.is_grad_enabled() or functorch_is_active():  # (vectorized derivatives are connected by themselves)
             found: Any = pulled(arguments)
         else:
             with torch.no_grad():
                 numbers = pulled(arguments)
-            found = _Connection.apply(pulled, len(arguments), numbers, *arguments, *others)  # type: ignore[no-untyped-call]  # torch's
+            found = Connection.apply(pulled, len(arguments), numbers, *arguments, *others)  # type: ignore[no-untyped-call]  # torch's
         grads = [None] * ctx.count
         for i, grad in zip(wanted, found, strict=False):
             grads[i] = grad
         return None, None, None, *grads, *found[len(wanted) :]
 
 
-def _pullback(
+def pullback(
     function: Function, count: int, others: Sequence[Tensor], given: Sequence[int], wanted: Sequence[int]
 ) -> Function:
     """``pulled(tensors and cotangents)``: derivatives of the ``given`` results by the ``wanted`` tensors, and by the others.

@@ -104,9 +104,7 @@ class Mean:
     def __add__(self, other: Mean) -> Mean:
         if not isinstance(other, Mean):
             _refuse_sum(other)
-        both = Mean(self.total + other.total, self.weight + other.weight)
-        object.__setattr__(both, "_pooled", True)
-        return both
+        return as_pooled(Mean(self.total + other.total, self.weight + other.weight))
 
     def __radd__(self, other: int) -> Mean:
         if isinstance(other, int) and other == 0:  # what `sum(means)` starts from
@@ -131,8 +129,7 @@ class Mean:
         if not isinstance(factor, numbers.Real) and not (isinstance(factor, Tensor) and factor.ndim == 0):
             _refuse(f"a Mean {words} {describe(number)}", "it with a number or a 0-dim tensor")
         scaled = Mean(func(self.total, factor), self.weight)
-        object.__setattr__(scaled, "_pooled", self._pooled)
-        return scaled
+        return as_pooled(scaled) if self._pooled else scaled
 
     def __rtruediv__(self, other: object) -> NoReturn:
         _refuse(f"{describe(other)} divided by a Mean", _VALUE)
@@ -223,6 +220,12 @@ def _quotient_or_zero(mean: Mean) -> Tensor:
         return mean.total / mean.weight if mean.weight else torch.zeros_like(mean.total)
     nothing = mean.weight == 0
     return torch.where(nothing, 0.0, torch.where(nothing, 0.0, mean.total) / torch.where(nothing, 1, mean.weight))
+
+
+def as_pooled(mean: Mean) -> Mean:
+    """A new mean, marked as made by ``+``: NOTE [one sum, two meanings]."""
+    object.__setattr__(mean, "_pooled", True)
+    return mean
 
 
 def with_plain_weight(mean: Mean) -> Mean:

@@ -90,26 +90,24 @@ def splittable(name: str, args: Sequence[Any], dims: Sequence[Any]) -> Splittabl
     """What ``dims``, an entry for each argument, split of them, checked."""
     split = [n for n, dim in enumerate(dims) if dim is not None]
     flat = {n: _tree.flatten(args[n]) for n in split}
-    leaf_dims = {n: _leaf_dims(name, dims[n], args[n], n) for n in split}
+    own = {n: leaf_dims(name, dims[n], args[n], n) for n in split}
     paths = {n: _tree.paths(treedef, f"args[{n}]") for n, (_, treedef) in flat.items()}
-    sizes = [
-        _sizes.splittable(name, *leaf) for n in split for leaf in zip(flat[n][0], leaf_dims[n], paths[n], strict=True)
-    ]
+    sizes = [_sizes.splittable(name, *leaf) for n in split for leaf in zip(flat[n][0], own[n], paths[n], strict=True)]
     for n in split:
         if any(path.endswith(".batch_sizes") for path in paths[n]):
-            _batch.check_packed(name, args[n], leaf_dims[n], f"args[{n}]")
+            _batch.check_packed(name, args[n], own[n], f"args[{n}]")
     total = _sizes.batch_size(name, sizes, [path for n in split for path in paths[n]])
     for n, (leaves, _) in flat.items():
         if not all(isinstance(leaf, Tensor) for leaf in leaves):
-            _batch.check_lists(name, args[n], leaf_dims[n], f"args[{n}]", total)
+            _batch.check_lists(name, args[n], own[n], f"args[{n}]", total)
         # Most batches have fewer tensors than examples, and so no list of tensors that is as long.
         if len(leaves) >= total > 1:
             is_all = all(n == m for m in flat)
-            _batch.check_tensor_lists(name, args[n], leaf_dims[n], f"args[{n}]", total, is_all)
+            _batch.check_tensor_lists(name, args[n], own[n], f"args[{n}]", total, is_all)
     return Splittable(
         flat,
         {
-            n: [dim if isinstance(leaf, Tensor) else None for leaf, dim in zip(leaves, leaf_dims[n], strict=True)]
+            n: [dim if isinstance(leaf, Tensor) else None for leaf, dim in zip(leaves, own[n], strict=True)]
             for n, (leaves, _) in flat.items()
         },
         total,
@@ -117,14 +115,14 @@ def splittable(name: str, args: Sequence[Any], dims: Sequence[Any]) -> Splittabl
 
 
 def _slice(options: Options, args: Sequence[Any], dims: Sequence[Any]) -> Microbatches:
-    flat, leaf_dims, total = splittable(options.name, args, dims)
-    dims_of = [dim for n in flat for dim in leaf_dims[n]]
+    flat, own, total = splittable(options.name, args, dims)
+    dims_of = [dim for n in flat for dim in own[n]]
     everything = [leaf for leaves, _ in flat.values() for leaf in leaves]
 
     def with_leaves(leaves: Sequence[Any], size: int) -> Microbatch:
         part, left = list(args), iter(leaves)
-        for n, (own, treedef) in flat.items():
-            part[n] = _tree.unflatten(treedef, [next(left) for _ in own])
+        for n, (inside, treedef) in flat.items():
+            part[n] = _tree.unflatten(treedef, [next(left) for _ in inside])
         return Microbatch(tuple(part), (size,))
 
     def at(offset: int, size: int) -> Microbatch:
@@ -222,7 +220,7 @@ def _counted(options: Options, args: tuple[Any, ...], dims: Sequence[Any]) -> Mi
         if options.in_dims is None:  # nothing was said, and nothing is split: what has a size along dim 0 has one
             sizes += [leaf.size(0) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
             continue
-        each, paths = _leaf_dims(options.name, dim, args[n], n), _tree.paths(treedef, f"args[{n}]")
+        each, paths = leaf_dims(options.name, dim, args[n], n), _tree.paths(treedef, f"args[{n}]")
         sizes += [
             _sizes.size(options.name, leaf, d, path)
             for leaf, d, path in zip(leaves, each, paths, strict=True)
@@ -233,7 +231,7 @@ def _counted(options: Options, args: tuple[Any, ...], dims: Sequence[Any]) -> Mi
     return Microbatch(args, tuple(different), empty)
 
 
-def _leaf_dims(name: str, dims: Any, tree: Any, position: int) -> list[Any]:
+def leaf_dims(name: str, dims: Any, tree: Any, position: int) -> list[Any]:
     try:
         return _tree.broadcast_prefix(dims, tree)
     except ValueError as error:

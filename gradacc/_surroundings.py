@@ -40,13 +40,18 @@ def of(tensors: Sequence[Tensor]) -> Surroundings:
     )
 
 
+def rewind(surroundings: Surroundings) -> None:
+    """Torch's random numbers as they were then."""
+    torch.set_rng_state(surroundings.cpu)
+    set_device_states(surroundings.devices, surroundings.states, device_type=surroundings.device)
+
+
 @contextmanager
 def restored(surroundings: Surroundings) -> Iterator[None]:
     """With the random numbers and the autocast of then; afterwards those of now."""
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(surroundings.devices, device_type=surroundings.device))
-        torch.set_rng_state(surroundings.cpu)
-        set_device_states(surroundings.devices, surroundings.states, device_type=surroundings.device)
+        rewind(surroundings)
         for kind, dtype, enabled in surroundings.autocast:
             stack.enter_context(torch.autocast(kind, dtype, enabled, surroundings.cached))
         yield

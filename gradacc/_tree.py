@@ -95,14 +95,27 @@ def _kind(treedef: TreeDef, entries: tuple[Any, ...]) -> str:
     return name if entries and all(isinstance(entry, str) for entry in entries) else f"{name} of {len(entries)}"
 
 
-def broadcast_prefix(prefix: Any, tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
+def broadcast_prefix(
+    prefix: Any,
+    tree: Any,
+    is_leaf: Callable[[Any], bool] | None = None,
+    is_entry: Callable[[Any], bool] | None = None,
+) -> list[Any]:
     """One entry of ``prefix`` for every leaf of ``tree``; ``None`` is an entry like any other.
+
+    ``is_entry``: what else is one, of what would be nodes of ``prefix``.
 
     Raises:
         ValueError: ``prefix`` is not a prefix of ``tree``.
     """
     flatten(tree, is_leaf)  # adopts what only torch's registry knows
-    boxes = optree.tree_map(_Box, prefix, is_leaf=lambda x: x is None, namespace=NAMESPACE, none_is_leaf=True)
+    boxes = optree.tree_map(
+        _Box,
+        prefix,
+        is_leaf=lambda x: x is None or (is_entry is not None and is_entry(x)),
+        namespace=NAMESPACE,
+        none_is_leaf=True,
+    )
     entries, outer = optree.tree_flatten(
         boxes, namespace=NAMESPACE
     )  # boxes also because Dynamo breaks at constant leaves

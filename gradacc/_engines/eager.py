@@ -319,7 +319,7 @@ def _take_leaf_grads(grads: list[Tensor | None], leaves: Sequence[Tensor], first
         leaf.grad = None
         if grads[i] is None:
             assert grad is not None
-            grads[i] = _as_buffer(grad)
+            grads[i] = as_buffer(grad)
     return [i for i, _, _ in found]
 
 
@@ -353,7 +353,7 @@ def _without_inference(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor
 
 
-def _as_buffer(grad: Tensor) -> Tensor:
+def as_buffer(grad: Tensor) -> Tensor:
     """A first gradient as a buffer of ours: dense, in a storage of its own; NOTE [buffers that nobody else holds]."""
     if grad.layout != torch.strided:
         return grad.to_dense()
@@ -373,7 +373,7 @@ def _with_own_storage(grads: Sequence[Tensor | None]) -> set[int]:
 def _to_add_to(grad: Tensor, donated: bool) -> Tensor:
     """A state's gradient, to be added to: itself if it may be, else a copy."""
     if donated and not grad.is_inference() and not grad.requires_grad:
-        return _as_buffer(grad)
+        return as_buffer(grad)
     return grad.detach().clone()
 
 

@@ -61,6 +61,8 @@ class Use(NamedTuple):
     add: Add
     transposed: bool
     """Whether the operand is the parameter's transpose."""
+    padding: int
+    """Of an embedding, the row that gets no gradient."""
 
 
 def install(
@@ -88,8 +90,8 @@ def install(
     for index in fused:
         buffer, left = buffers[index], set(range(len(found[index])))
         assert buffer is not None
-        for number, (node, operand, add, transposed) in enumerate(found[index]):
-            target, padding = buffer.t() if transposed else buffer, getattr(node, "_saved_padding_idx", 0)
+        for number, (node, operand, add, transposed, padding) in enumerate(found[index]):
+            target = buffer.t() if transposed else buffer
             added = partial(_note_added, left, number, index, done)
             use = partial(_hook, task, partial(add, padding, target), [operand], keeps, added)
             node.register_prehook(use)  # which does not hold the node: a cycle, never freed
@@ -119,7 +121,8 @@ def find(uses: Mapping[Node, int], leaves: Sequence[Tensor], buffers: Sequence[T
             index = indices.get(id(parent.variable))
             operand = None if index is None else _plain(node, other)
             if index is not None and operand is not None:
-                found.setdefault(index, []).append(Use(node, operand, add, transposed))
+                padding = getattr(node, "_saved_padding_idx", 0)
+                found.setdefault(index, []).append(Use(node, operand, add, transposed, padding))
                 expected[index] = uses[parent]
     return {index: nodes for index, nodes in found.items() if len(nodes) == expected[index]}
 
@@ -127,7 +130,7 @@ def find(uses: Mapping[Node, int], leaves: Sequence[Tensor], buffers: Sequence[T
 def add(use: Use, buffer: Tensor, grad: Tensor) -> None:
     """``grad``, of a use's node, as a part of the parameter's gradient into its ``buffer``."""
     grad = grad if grad.layout == torch.strided else grad.to_dense()
-    use.add(getattr(use.node, "_saved_padding_idx", 0), buffer.t() if use.transposed else buffer, use.other, grad)
+    use.add(use.padding, buffer.t() if use.transposed else buffer, use.other, grad)
 
 
 def _suits(leaf: Tensor, buffer: Tensor | None) -> bool:

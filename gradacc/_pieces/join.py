@@ -1,0 +1,454 @@
+"""What pieces returned, as what the whole would have returned.
+
+============  ===================================  ========================================================
+``out``       of pieces that returned ``y_1, …``   cotangent of piece i, of the result's ``c``
+============  ===================================  ========================================================
+``concat``    ``cat([y_1, …], dim)``               the part of ``c`` that ``y_i`` is
+``stack``     ``stack([y_1, …], dim)``             ``c.select(dim, i)``
+``sum``       ``y_1 + …``                          ``c``
+``mean``      ``(n_1 y_1 + …) / (n_1 + …)``        ``n_i / (n_1 + …) c``
+``max``       ``stack([y_1, …]).amax(0)``          `torch.amax`'s: ties share it
+``min``       ``stack([y_1, …]).amin(0)``          likewise
+a value       ``finalize(… update(init(y_1), …))`` autograd's
+============  ===================================  ========================================================
+
+The first four are linear: a piece's cotangent is known without its output. The outputs of the others are kept for the backward
+pass. Sums are made in what `accumulate` sums in (float32 for half precision, int64 for integers and bools), and cast back once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from gradacc import _batch, _dtypes, _tree, _where
+from gradacc._describe import describe
+from gradacc._mean import Mean, as_pooled
+from gradacc._parts import widened
+
+WAYS = ("concat", "sum", "mean", "max", "min", "stack")
+
+
+class Reducer(Protocol):
+    """A user's own way to put together one leaf of what pieces returned; a `gradacc.Accumulator` has these, too."""
+
+    @property
+    def init(self) -> Callable[[Any], Any]:
+        """``init(leaf) -> state``: of the first piece's leaf, without having counted it."""
+
+    @property
+    def update(self) -> Callable[[Any, Any], Any]:
+        """``update(state, leaf) -> state``, pure."""
+
+    @property
+    def finalize(self) -> Callable[[Any], Any]:
+        """``finalize(state) -> leaf``"""
+
+
+class Outs(NamedTuple):
+    """What a caller says of the output."""
+
+    name: str
+    out: Any
+    """A pytree prefix of the output: one of `WAYS`, or a `Reducer`."""
+    dims: Any
+    """A pytree prefix of the output: ints."""
+    dtype: torch.dtype | None
+    """What is summed in."""
+
+
+class Leaf(NamedTuple):
+    """One leaf of the output."""
+
+    path: str
+    out: Any
+    dim: int
+
+
+class Output(NamedTuple):
+    """The output of a piece."""
+
+    leaves: list[Any]
+    treedef: _tree.TreeDef
+    pooled: tuple[bool, ...]
+    """Of each `Mean` in it, whether ``+`` made it."""
+
+
+class Place(NamedTuple):
+    """One piece among all."""
+
+    piece: int
+    """How many are before it."""
+    size: int | None
+    """Its examples."""
+    total: int | None
+    """All examples,"""
+    pieces: int | None
+    """and all pieces; None where they come from an iterable."""
+
+    @property
+    def share(self) -> float:
+        """Of all examples; where their number is not known, its own number of them."""
+        if self.total is not None:
+            return self.size / self.total if self.total and self.size is not None else 1.0
+        return float("nan") if self.size is None else float(self.size)
+
+
+def is_reducer(value: Any) -> bool:
+    """Whether it has a reducer's functions."""
+    return all(callable(getattr(value, name, None)) for name in ("init", "update", "finalize"))
+
+
+def is_entry(value: Any) -> bool:
+    """What is no node of a prefix."""
+    return isinstance(value, str) or is_reducer(value)
+
+
+def is_linear(leaf: Leaf) -> bool:
+    """Whether a piece's cotangent is known without its output."""
+    return leaf.out in ("concat", "sum", "mean", "stack")
+
+
+def flatten(output: Any) -> Output:
+    """Leaves and structure; a `Mean` is two leaves, and its total exactly 0 where its weight is."""
+    nodes, outer = _tree.flatten(output, is_mean)
+    means = [node for node in nodes if is_mean(node)]
+    if means:
+        nodes = [_without_nothing(node) if is_mean(node) else node for node in nodes]
+        output = _tree.unflatten(outer, nodes)
+    leaves, treedef = _tree.flatten(output)
+    return Output(leaves, treedef, tuple(mean._pooled for mean in means))
+
+
+def _without_nothing(mean: Mean) -> Mean:
+    """A micro-batch of weight 0 contributes exactly 0, and no gradient, whatever its total is."""
+    total, weight = mean.total, mean.weight
+    if not isinstance(total, Tensor):
+        return mean
+    if not isinstance(weight, Tensor):
+        return Mean(total if weight else torch.zeros_like(total), weight)
+    if weight.ndim == 0 and weight.is_cpu and _where.is_readable(weight):
+        return Mean(total if weight else torch.zeros_like(total), weight)
+    return Mean(torch.where(weight == 0, 0, total) if weight.ndim == 0 else total, weight)
+
+
+def unflatten(leaves: Sequence[Any], like: Output) -> Any:
+    """The inverse, of what pieces returned together."""
+    tree = _tree.unflatten(like.treedef, leaves)
+    if any(like.pooled):
+        pooled = iter(like.pooled)
+        nodes, treedef = _tree.flatten(tree, is_mean)
+        nodes = [as_pooled(node) if is_mean(node) and next(pooled) else node for node in nodes]
+        tree = _tree.unflatten(treedef, nodes)
+    return tree
+
+
+def is_mean(node: Any) -> bool:
+    """A mean that has not been divided: its total and weight add up without being told."""
+    return isinstance(node, Mean)
+
+
+def described(outs: Outs, like: Output) -> list[Leaf]:
+    """What becomes of each leaf."""
+    output = _tree.unflatten(like.treedef, like.leaves)
+    nodes, _ = _tree.flatten(output, is_mean)
+    try:
+        ways = _tree.broadcast_prefix(outs.out, output, is_mean, is_entry)
+    except ValueError as error:
+        raise ValueError(
+            f"{outs.name}: out={outs.out} is not a pytree prefix of what func returned: {error}"
+        ) from error
+    try:
+        dims = _tree.broadcast_prefix(outs.dims, output, is_mean)
+    except ValueError as error:
+        raise ValueError(
+            f"{outs.name}: out_dims={outs.dims} is not a pytree prefix of what func returned: {error}"
+        ) from error
+    paths, found = iter(_tree.paths(like.treedef, "output")), []
+    for node, way, dim in zip(nodes, ways, dims, strict=True):
+        if isinstance(dim, bool) or not isinstance(dim, int):
+            raise TypeError(f"{outs.name}: out_dims has {describe(dim)}; an entry is an int")
+        if is_mean(node):
+            found += [Leaf(next(paths), "sum", dim) for _ in _tree.flatten(node)[0]]
+        else:
+            found.append(Leaf(next(paths), way, dim))
+    return found
+
+
+def check_alike(outs: Outs, first: Output, other: Output) -> None:
+    """Every piece returns the same structure."""
+    if first.treedef != other.treedef:
+        raise ValueError(
+            f"{outs.name}: func returned {first.treedef} for one piece and {other.treedef} for another; what is put together "
+            "has one structure"
+        )
+
+
+def examples(places: Sequence[Place]) -> float:
+    """What shares add up to."""
+    return 1.0 if places[0].total is not None else sum(place.share for place in places)
+
+
+def together(outs: Outs, outputs: Sequence[Any], places: Sequence[Place]) -> tuple[list[Any], Output]:
+    """All pieces at once: the leaves of the result, and the output of the first piece."""
+    flat = [flatten(output) for output in outputs]
+    first = flat[0]
+    for other in flat[1:]:
+        check_alike(outs, first, other)
+    leaves = described(outs, first)
+    shares = examples(places)
+    values = [whole(outs, leaf, [output.leaves[i] for output in flat], places, shares) for i, leaf in enumerate(leaves)]
+    return values, first
+
+
+class State(NamedTuple):
+    """Of one leaf, what there is of it after some pieces."""
+
+    value: Any = None
+    """What is summed, a state of a reducer's; the memory of all pieces, where there is one."""
+    pieces: tuple[Any, ...] = ()
+    """One tensor a piece, where there is no such memory."""
+    filled: int = 0
+    """How much of it is filled, along ``dim``."""
+
+
+def add(outs: Outs, leaf: Leaf, state: State, value: Any, place: Place) -> State:
+    """With one piece more; in place, but for what the first returned."""
+    check_leaf(outs, leaf, value, place)
+    if leaf.out in ("concat", "stack"):
+        if not isinstance(value, Tensor):
+            return State(pieces=(*state.pieces, value))
+        value = value.unsqueeze(_stack_dim(leaf, value)) if leaf.out == "stack" else value
+        return _written(outs, leaf, state, value, place)
+    if is_reducer(leaf.out):
+        start = leaf.out.init(value) if place.piece == 0 else state.value
+        return State(leaf.out.update(start, value))
+    own = _summable(outs, leaf, value, place)
+    if place.piece == 0:
+        return State(own)
+    if not isinstance(own, Tensor):
+        return State(_reduced(leaf, [state.value, own]))
+    _check_shapes(outs, leaf, state.value, own)
+    if leaf.out in ("max", "min"):
+        return State((torch.maximum if leaf.out == "max" else torch.minimum)(state.value, own))
+    # The first sum is new memory: the first term may be the caller's.
+    return State(state.value + own if place.piece == 1 else state.value.add_(own))
+
+
+def total(outs: Outs, leaf: Leaf, state: State, value: Any, examples: float) -> Any:
+    """What the whole would have returned; ``value``: what a piece did; ``examples``: what shares add up to."""
+    if leaf.out in ("concat", "stack"):
+        if not isinstance(value, Tensor):
+            return _numbers(outs, leaf, state.pieces)
+        rest = state.value if state.value is None else state.value.narrow(_dim(leaf, value), 0, state.filled)
+        if rest is None or state.filled < state.value.size(_dim(leaf, value)):
+            return _joined([*([] if rest is None else [rest]), *state.pieces], _dim(leaf, value))
+        return state.value
+    if is_reducer(leaf.out):
+        return leaf.out.finalize(state.value)
+    return _finished(outs, leaf, state.value, value, examples)
+
+
+def whole(outs: Outs, leaf: Leaf, values: Sequence[Any], places: Sequence[Place], examples: float) -> Any:
+    """The same of all pieces at once: a pure function of ``values``."""
+    for value, place in zip(values, places, strict=True):
+        check_leaf(outs, leaf, value, place)
+    if leaf.out in ("concat", "stack"):
+        if not isinstance(values[0], Tensor):
+            return _numbers(outs, leaf, values)
+        for value in values:
+            _check_pieces(outs, leaf, values[0], value)
+        if leaf.out == "stack":
+            return torch.stack(list(values), _stack_dim(leaf, values[0]))
+        return _joined(values, _dim(leaf, values[0]))
+    if is_reducer(leaf.out):
+        state = leaf.out.init(values[0])
+        for value in values:
+            state = leaf.out.update(state, value)
+        return leaf.out.finalize(state)
+    terms = [_summable(outs, leaf, value, place) for value, place in zip(values, places, strict=True)]
+    if isinstance(terms[0], Tensor):
+        for term in terms:
+            _check_shapes(outs, leaf, terms[0], term)
+    return _finished(outs, leaf, _reduced(leaf, terms), values[0], examples)
+
+
+def cotangent(leaf: Leaf, whole: Tensor, value: Tensor, at: tuple[Place, int, float]) -> Tensor:
+    """Of a linear leaf of one piece: the table in this module's docstring.
+
+    ``at``: its place, how much of the result earlier pieces are, what all shares add up to.
+    """
+    place, before, examples = at
+    if leaf.out == "concat":
+        dim = _dim(leaf, value)
+        return whole.narrow(dim, before, value.size(dim))
+    if leaf.out == "stack":
+        return whole.select(_stack_dim(leaf, value), place.piece)
+    if leaf.out == "mean":
+        whole = whole * (place.share / examples)
+    return whole.to(value.dtype)
+
+
+def length(leaf: Leaf, value: Any) -> int:
+    """How much of a concatenation a piece is."""
+    return value.size(_dim(leaf, value)) if leaf.out == "concat" and isinstance(value, Tensor) else 0
+
+
+def check_leaf(outs: Outs, leaf: Leaf, value: Any, place: Place) -> None:
+    """Whether what func returned can be put together as it is said."""
+    if leaf.out not in WAYS and not is_reducer(leaf.out):
+        raise ValueError(
+            f"{outs.name}: out has {describe(leaf.out) if not isinstance(leaf.out, str) else repr(leaf.out)} for {leaf.path}; "
+            f"it must be one of {', '.join(map(repr, WAYS))}, or have the functions init, update and finalize"
+        )
+    if leaf.out == "mean" and place.total is None and place.size is None:
+        raise ValueError(
+            f"{outs.name}: {leaf.path} is averaged with the numbers of examples, and the tensors of a piece have different "
+            "sizes along in_dims; return gradacc.Mean(total, weight)"
+        )
+    if not isinstance(value, Tensor):
+        if isinstance(value, (bool, int, float, complex)) or leaf.out == "concat" or is_reducer(leaf.out):
+            return
+        raise TypeError(
+            f"{outs.name}: {leaf.path} is {describe(value)}, of which there is no {leaf.out}; return a tensor"
+        )
+    if leaf.out in ("concat", "stack") and not _batch.is_dense(value):
+        raise TypeError(
+            f"{outs.name}: {leaf.path} is {describe(value)} and layout {value.layout}, which cannot be put together by "
+            f"{leaf.out!r}; return it dense"
+        )
+    if leaf.out == "concat":
+        if value.ndim == 0:
+            raise ValueError(
+                f"{outs.name}: {leaf.path} is a 0-dim tensor, which cannot be concatenated: say what the whole would have "
+                "returned, out='sum', 'mean' (weighted by examples), 'max', 'min', or 'stack' for one a piece; or return "
+                "gradacc.Mean(total, weight)"
+            )
+        _check_dim(outs, leaf, value.ndim, value)
+    if leaf.out == "stack":
+        _check_dim(outs, leaf, value.ndim + 1, value)
+    if leaf.out == "mean" and not _dtypes.is_inexact(value):
+        raise TypeError(
+            f"{outs.name}: {leaf.path} is a tensor of {value.dtype}, whose mean would be rounded; return it as a floating "
+            "tensor, or gradacc.Mean(total, weight)"
+        )
+
+
+def _check_dim(outs: Outs, leaf: Leaf, ndim: int, value: Tensor) -> None:
+    if not -ndim <= leaf.dim < ndim:
+        raise ValueError(f"{outs.name}: out_dims has {leaf.dim} for {leaf.path}, {describe(value)}")
+
+
+def _dim(leaf: Leaf, value: Tensor) -> int:
+    """Of a piece's tensor, that of a concatenation; for a stack, ``value`` is what was returned."""
+    return _stack_dim(leaf, value) if leaf.out == "stack" else leaf.dim % value.ndim
+
+
+def _stack_dim(leaf: Leaf, value: Tensor) -> int:
+    return leaf.dim % (value.ndim + 1)
+
+
+def _written(outs: Outs, leaf: Leaf, state: State, value: Tensor, place: Place) -> State:
+    """A piece in the memory of all of them, where their number is known and it has a row for each example."""
+    stacks, dim = leaf.out == "stack", leaf.dim % value.ndim
+    rows = value.size(dim)
+    if place.piece == 0:
+        full = place.pieces if stacks else place.total
+        if full is None or place.pieces == 1 or not (stacks or rows == place.size):
+            return State(pieces=(value,))
+        shape = [full if d == dim else size for d, size in enumerate(value.shape)]
+        memory = value.new_empty(shape)
+        memory.narrow(dim, 0, rows).copy_(value)
+        return State(memory, (), rows)
+    like = state.pieces[0] if state.value is None else state.value
+    _check_pieces(outs, leaf._replace(out="concat", dim=dim), like, value)
+    if state.value is None or state.pieces or state.filled + rows > state.value.size(dim):
+        return state._replace(pieces=(*state.pieces, value))
+    state.value.narrow(dim, state.filled, rows).copy_(value)
+    return state._replace(filled=state.filled + rows)
+
+
+def _check_pieces(outs: Outs, leaf: Leaf, first: Tensor, other: Any) -> None:
+    """All of one dtype, and of one shape but along the dimension of a concatenation."""
+    fits = isinstance(other, Tensor) and (first.dtype, first.device, first.ndim) == (
+        other.dtype,
+        other.device,
+        other.ndim,
+    )
+    dim = _dim(leaf, first) if leaf.out == "concat" else -1
+    if not fits or any(a != b for d, (a, b) in enumerate(zip(first.shape, other.shape, strict=True)) if d != dim):
+        raise ValueError(
+            f"{outs.name}: {leaf.path} is {_kind(first)} in one piece and {_kind(other)} in another, which cannot be put "
+            f"together by {leaf.out!r}. Pad it to one shape, or reduce it: out='sum', or a gradacc.Mean"
+        )
+
+
+def _check_shapes(outs: Outs, leaf: Leaf, first: Any, other: Any) -> None:
+    if not isinstance(first, Tensor) or not isinstance(other, Tensor) or first.shape != other.shape:
+        raise ValueError(
+            f"{outs.name}: {leaf.path} is {_kind(first)} in one piece and {_kind(other)} in another, which are not reduced to "
+            f"one by {leaf.out!r}. Sum over the examples first"
+        )
+
+
+def _kind(value: Any) -> str:
+    if not isinstance(value, Tensor):
+        return describe(value)
+    hidden = torch.compiler.is_compiling()
+    return f"{str(value.dtype).removeprefix('torch.')}{'' if hidden else list(value.shape)}"
+
+
+def _numbers(outs: Outs, leaf: Leaf, values: Sequence[Any]) -> Any:
+    """What is no tensor: the same of every piece, or one tensor of all."""
+    if leaf.out == "stack":
+        return torch.stack([torch.as_tensor(value) for value in values])
+    if any(type(value) is not type(values[0]) or value != values[0] for value in values):
+        different = next(value for value in values if value != values[0])
+        raise ValueError(
+            f"{outs.name}: {leaf.path} is {describe(values[0])} in one piece and {describe(different)} in another, which "
+            "cannot be concatenated: say what the whole would have returned (out='sum', 'mean', 'max', 'min'), or return a "
+            "tensor"
+        )
+    return values[0]
+
+
+def _joined(values: Sequence[Tensor], dim: int) -> Tensor:
+    return values[0] if len(values) == 1 else torch.cat(list(values), dim)
+
+
+def _summable(outs: Outs, leaf: Leaf, value: Any, place: Place) -> Any:
+    """A term of a sum, in what is summed in."""
+    if not isinstance(value, Tensor):
+        return value * place.share if leaf.out == "mean" else value
+    if leaf.out in ("max", "min"):
+        return value
+    own = widened(value if value.layout == torch.strided else value.to_dense())
+    if outs.dtype is not None and _dtypes.is_inexact(own):
+        own = own.to(outs.dtype.to_complex() if own.is_complex() else outs.dtype)
+    return own * place.share if leaf.out == "mean" and place.share != 1.0 else own
+
+
+def _reduced(leaf: Leaf, terms: Sequence[Any]) -> Any:
+    if leaf.out in ("max", "min"):
+        if not isinstance(terms[0], Tensor):
+            return max(terms) if leaf.out == "max" else min(terms)
+        if len(terms) == 1:
+            return terms[0]
+        stacked = torch.stack(list(terms))
+        return stacked.amax(0) if leaf.out == "max" else stacked.amin(0)
+    result = terms[0]
+    for term in terms[1:]:
+        result = result + term
+    return result
+
+
+def _finished(outs: Outs, leaf: Leaf, reduced: Any, value: Any, examples: float) -> Any:
+    """Divided, and in the dtype that the whole would have had."""
+    if leaf.out == "mean" and examples != 1.0:
+        reduced = reduced / examples
+    if not isinstance(value, Tensor) or leaf.out in ("max", "min") or not _dtypes.is_inexact(value):
+        return reduced
+    return reduced if outs.dtype is not None else reduced.to(value.dtype)

@@ -1,0 +1,347 @@
+"""One node of plain autograd for all pieces of a call.
+
+.. code-block:: text
+
+    recompute:  forward    y_i = func(x_i, w)                       keeps x and w
+                backward   run func(x_i, w) again; x_i's and w's gradients from the part of the cotangent that is y_i's
+    forward:    forward    s = sum_i func(x_i, w)                   0-dim; takes its gradients g on the way
+                backward   cotangent * g
+
+NOTE [pieces in grad mode]
+    In both ways every piece runs in grad mode in the forward pass, and its graph is given up when it is done: so it is known
+    what is differentiable, and what the function closes over, of every piece, whatever branch it takes. It costs the memory of
+    the graph of one piece, which the backward pass needs too.
+
+NOTE [derivatives of derivatives]
+    With ``create_graph`` the gradients are computed as they are without, and connected by `_connect.Connection` to the plain
+    function of all pieces, which a second backward pass runs, and differentiates twice. It keeps what that keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, NamedTuple
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from gradacc import _connect, _surroundings, _where
+from gradacc._engines import eager
+from gradacc._pieces import closed, composite, join, pull
+from gradacc._pieces.divide import Piece, Pieces
+from gradacc._pieces.pull import CLOSED, REPLACED, SOURCE, Call, Gradients, Key
+
+Backward = Literal["auto", "recompute", "forward"]
+
+
+class Joined:
+    """What pieces returned, so far."""
+
+    def __init__(self, outs: join.Outs, of: Pieces) -> None:
+        self.outs, self.of = outs, of
+        self.places: list[join.Place] = []
+        self.first: join.Output | None = None
+        self.leaves: list[join.Leaf] = []
+        self.states: list[join.State] = []
+        self.lengths: list[list[int]] = []
+        """Of each piece, how much of each concatenation it is."""
+
+    def add(self, flat: join.Output, piece: Piece) -> join.Place:
+        """One piece more."""
+        place = join.Place(len(self.places), piece.size, self.of.total, self.of.number)
+        if self.first is None:
+            self.first = flat
+            self.leaves = join.described(self.outs, flat)
+            self.states = [join.State() for _ in self.leaves]
+        join.check_alike(self.outs, self.first, flat)
+        self.states = [
+            join.add(self.outs, leaf, state, value, place)
+            for leaf, state, value in zip(self.leaves, self.states, flat.leaves, strict=True)
+        ]
+        self.lengths.append([join.length(leaf, value) for leaf, value in zip(self.leaves, flat.leaves, strict=True)])
+        self.places.append(place)
+        return place
+
+    @property
+    def nonlinear(self) -> list[int]:
+        """Leaves whose pieces are needed for the backward pass."""
+        return [i for i, leaf in enumerate(self.leaves) if not join.is_linear(leaf)]
+
+    def results(self) -> list[Any]:
+        """Of all, each in memory of its own."""
+        if self.first is None:
+            raise ValueError(
+                f"{self.outs.name}: the iterable of pieces is empty, and what func returns for nothing is not known. Pass one "
+                "empty piece, or a batch with steps= or microbatch_size="
+            )
+        examples = join.examples(self.places)
+        found = [
+            join.total(self.outs, leaf, state, value, examples)
+            for leaf, state, value in zip(self.leaves, self.states, self.first.leaves, strict=True)
+        ]
+        # One piece's own output may be in the caller's memory.
+        return [eager.as_buffer(value) if isinstance(value, Tensor) else value for value in found]
+
+
+class Plan(NamedTuple):
+    """What the backward pass needs, but for tensors."""
+
+    call: Call
+    pieces: list[Piece]
+    sources: list[Any]
+    """None where it is a tensor,"""
+    tensors: list[int]
+    """as these are."""
+    joined: Joined
+    differentiable: list[int]
+    """Leaves of the output."""
+    inputs: list[Key]
+    """Of the node."""
+    gradients: Gradients | None
+    """Taken with the forward pass, where they were."""
+    around: _surroundings.Surroundings
+    inside: bool
+    """Whether a loss of the eager engine was running."""
+
+
+def run(name: str, func: Callable[..., Any], of: Pieces, outs: join.Outs, backward: Backward) -> Any:
+    """What the whole would have returned, connected to what requires grad."""
+    joined = Joined(outs, of)
+    if not torch.is_grad_enabled():
+        for piece in of.parts:
+            joined.add(join.flatten(composite.called(func, piece, of.sources)), piece)
+        results = joined.results()
+        assert joined.first is not None
+        return join.unflatten(results, joined.first)
+    around = _surroundings.of([leaf for leaf in of.sources if isinstance(leaf, Tensor)])
+    fold = _Fold(Call(name, func), joined, backward)
+    for piece in of.parts:
+        fold.step(piece)
+    results = joined.results()
+    assert joined.first is not None
+    if fold.differentiable:
+        results = _connected(fold, results, around)
+    return join.unflatten(results, joined.first)
+
+
+class _Fold:
+    """The forward pass over pieces."""
+
+    def __init__(self, call: Call, joined: Joined, backward: Backward) -> None:
+        self.call, self.joined, self.backward = call, joined, backward
+        self.pieces: list[Piece] = []
+        self.differentiable: dict[int, None] = {}
+        self.kept: list[list[Any]] = []
+        self.gradients = None if backward == "recompute" else Gradients(joined.outs.dtype)
+
+    def step(self, piece: Piece) -> None:
+        """One piece."""
+        call, sources = self.call, self.joined.of.sources
+        for n in range(len(self.joined.of.sources)):
+            leaf = sources[n]
+            if isinstance(leaf, Tensor) and leaf.is_inference():
+                sources[n] = leaf = leaf.clone()
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                call.sources.add(n)
+        ran = pull.run(call, piece, sources)
+        place = self.joined.add(ran.output, piece)
+        self.pieces.append(piece)
+        self.differentiable.update(dict.fromkeys(ran.roots))
+        self.kept.append([ran.output.leaves[i] for i in self.joined.nonlinear])
+        if self.gradients is None or not ran.roots:
+            return
+        why = self._why_not_forward(ran)
+        if why is None:
+            ((i, root),) = ran.roots.items()
+            share = place.share if self.joined.leaves[i].out == "mean" else 1.0
+            self.gradients.add(ran, piece, sources, {i: torch.full_like(root, share)})
+        elif self.backward == "forward":
+            raise ValueError(
+                f"{call.name}: backward='forward' needs one differentiable output that is 0-dim and summed, {why}"
+            )
+        else:
+            self.gradients = None
+
+    def _why_not_forward(self, ran: pull.Ran) -> str | None:
+        """Why gradients cannot be taken with the forward pass, where they cannot."""
+        leaves = self.joined.leaves
+        if len(self.differentiable) > 1:
+            paths = " and ".join(leaves[i].path for i in sorted(self.differentiable))
+            return f"and func returned several: {paths}. detach() those that are only looked at, or use backward='auto'"
+        (i,) = self.differentiable
+        root = ran.roots[i]
+        if root.ndim or leaves[i].out not in ("sum", "mean"):
+            shape = tuple(root.shape)
+            return (
+                f"and {leaves[i].path} is of shape {shape} and put together by {leaves[i].out!r}. Use backward='auto'"
+            )
+        if self.backward == "auto" and any(leaf.dtype == torch.float16 for _, leaf in ran.whole):
+            # Undivided, they may be larger than float16 holds.
+            return "and a sum of float16 gradients may overflow before it is divided"
+        return None
+
+
+def _connected(fold: _Fold, results: list[Any], around: _surroundings.Surroundings) -> list[Any]:
+    """The results, with the node of all pieces as their graph."""
+    call, joined = fold.call, fold.joined
+    sources = joined.of.sources
+    alive = {number: leaf for number, leaf in ((n, held()) for n, held in call.closed.items()) if leaf is not None}
+    call.closed = {number: ref(leaf) for number, leaf in alive.items()}
+    inputs: list[tuple[Key, Tensor]] = [((SOURCE, n), sources[n]) for n in sorted(call.sources)]
+    inputs += [((REPLACED, n), tensor) for n, tensor in enumerate(call.replaced)]
+    inputs += [((CLOSED, n), leaf) for n, leaf in alive.items()]
+    differentiable = sorted(fold.differentiable)
+    plan = Plan(
+        call,
+        fold.pieces,
+        [None if isinstance(leaf, Tensor) else leaf for leaf in sources],
+        [n for n, leaf in enumerate(sources) if isinstance(leaf, Tensor)],
+        joined,
+        differentiable,
+        [key for key, _ in inputs],
+        fold.gradients,
+        around,
+        _where.is_inside_a_loss(),
+    )
+    joined.states = []
+    saved = [leaf for leaf in sources if isinstance(leaf, Tensor)]
+    kept = [value for values in fold.kept for value in values]
+    outputs: Any = _Pieces.apply(  # type: ignore[no-untyped-call]  # torch's
+        plan, saved, kept, [results[i] for i in differentiable], *(tensor for _, tensor in inputs)
+    )
+    for i, output in zip(differentiable, outputs, strict=True):
+        results[i] = output
+    return results
+
+
+class _Pieces(torch.autograd.Function):
+    """The node: ``outputs``, computed before, and their derivatives."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, plan: Plan, sources: list[Tensor], kept: list[Any], outputs: list[Tensor], *inputs: Tensor
+    ) -> Any:
+        ctx.plan, ctx.counts = plan, (len(sources), len(kept))
+        ctx.save_for_backward(*sources, *kept, *inputs)
+        ctx.set_materialize_grads(False)
+        return tuple(outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+        plan, (first, second) = ctx.plan, ctx.counts
+        # Read in any case: what has changed in place since, or was freed by a backward pass, is an error here.
+        saved = ctx.saved_tensors
+        held, kept, inputs = saved[:first], saved[first : first + second], saved[first + second :]
+        given = {i: c for i, c in zip(plan.differentiable, cotangents, strict=True) if c is not None}
+        count = sum(key[0] != CLOSED for key in plan.inputs)
+        tensors, others = inputs[:count], inputs[count:]
+        needed = ctx.needs_input_grad[4:]
+        wanted = [n for n in range(count) if needed[n]]
+        function = _function(plan, held, count)
+        order = [plan.differentiable.index(i) for i in given]
+        pulled = _connect.pullback(function, count, others, order, wanted)
+        arguments = [*tensors, *given.values()]
+        if _where.functorch_is_active():
+            found: Any = pulled(arguments)
+        else:
+            with torch.no_grad():
+                grads = _gradients(plan, held, kept, given)
+                last = not torch._C._autograd._get_current_graph_task_keep_graph()
+                found = _taken(plan, grads, given, inputs, last)
+            found = [*(found[n] for n in wanted), *found[count:]]
+            if torch.is_grad_enabled():
+                # NOTE [derivatives of derivatives]
+                found = _connect.Connection.apply(pulled, len(arguments), found, *arguments, *others)  # type: ignore[no-untyped-call]  # torch's
+        results = [None] * count
+        for n, grad in zip(wanted, found, strict=False):
+            results[n] = grad
+        return None, None, None, None, *results, *found[len(wanted) :]
+
+
+def _sources(plan: Plan, held: Sequence[Tensor]) -> list[Any]:
+    """All of them, with the tensors that were kept."""
+    left = iter(held)
+    tensors = set(plan.tensors)
+    return [next(left) if n in tensors else value for n, value in enumerate(plan.sources)]
+
+
+def _function(plan: Plan, held: Sequence[Tensor], count: int) -> _connect.Function:
+    """The differentiable outputs as a function of the inputs, but for leaves that are closed over."""
+
+    def function(tensors: Sequence[Tensor]) -> Sequence[Any]:
+        sources, aliases = _sources(plan, held), []
+        for (kind, n), tensor in zip(plan.inputs[:count], tensors, strict=True):
+            if kind == SOURCE:
+                sources[n] = tensor
+            else:
+                aliases.append(tensor)
+        whole = plan.joined.of._replace(sources=sources, parts=plan.pieces)
+        with _surroundings.restored(plan.around), _inside(plan), closed.replacing(plan.call.replaced, aliases):
+            values, _ = composite.run(plan.call.func, whole, plan.joined.outs)
+        return [values[i] for i in plan.differentiable]
+
+    return function
+
+
+def _gradients(plan: Plan, held: Sequence[Tensor], kept: Sequence[Tensor], given: dict[int, Tensor]) -> Gradients:
+    """Of the inputs: those that were taken, or those of each piece, run again."""
+    if plan.gradients is not None:
+        return plan.gradients
+    joined, sources = plan.joined, _sources(plan, held)
+    grads, shares = Gradients(joined.outs.dtype), join.examples(joined.places)
+    if not given:
+        return grads
+    call = Call(plan.call.name, plan.call.func, plan.call.sources, plan.call.replaced, plan.call.closed, again=True)
+    of_kept = _of_kept(plan, kept, given)
+    before = [0] * len(joined.leaves)
+    with _surroundings.restored(plan.around), _inside(plan):
+        for piece, place, lengths in zip(plan.pieces, joined.places, joined.lengths, strict=True):
+            ran = pull.run(call, piece, sources)
+            own = {}
+            for i, cotangent in given.items():
+                leaf, value = joined.leaves[i], ran.output.leaves[i]
+                if i in of_kept:
+                    own[i] = of_kept[i][place.piece]
+                elif i in ran.roots:
+                    own[i] = join.cotangent(leaf, cotangent, value, (place, before[i], shares))
+            grads.add(ran, piece, sources, {i: cotangent for i, cotangent in own.items() if cotangent is not None})
+            before = [sofar + length for sofar, length in zip(before, lengths, strict=True)]
+            del ran
+    pull.check_strange(call)
+    return grads
+
+
+def _of_kept(plan: Plan, kept: Sequence[Tensor], given: dict[int, Tensor]) -> dict[int, Sequence[Tensor | None]]:
+    """Cotangents of the pieces of leaves that are not linear."""
+    joined = plan.joined
+    found: dict[int, Sequence[Tensor | None]] = {}
+    step = len(joined.nonlinear)
+    for at, i in enumerate(joined.nonlinear):
+        if i in given:
+            with torch.enable_grad():
+                values = [value.detach().requires_grad_() for value in kept[at::step]]
+                total = join.whole(joined.outs, joined.leaves[i], values, joined.places, join.examples(joined.places))
+            found[i] = torch.autograd.grad(total, values, given[i], allow_unused=True)
+    return found
+
+
+def _taken(
+    plan: Plan, grads: Gradients, given: dict[int, Tensor], inputs: Sequence[Tensor], last: bool
+) -> list[Tensor | None]:
+    """For each input its gradient, times the cotangent of the one output where it was taken without."""
+    if plan.gradients is None:
+        return [grads.take(key, tensor) for key, tensor in zip(plan.inputs, inputs, strict=True)]
+    if not given:
+        return [None] * len(inputs)
+    (i,) = given
+    factor = given[i]
+    if plan.joined.leaves[i].out == "mean":
+        factor = factor / join.examples(plan.joined.places)
+    return [grads.take(key, tensor, factor, not last) for key, tensor in zip(plan.inputs, inputs, strict=True)]
+
+
+def _inside(plan: Plan) -> AbstractContextManager[None]:
+    """In a loss of the eager engine, as the first run was."""
+    return _where.inside_a_loss() if plan.inside else nullcontext()

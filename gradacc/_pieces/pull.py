@@ -1,0 +1,245 @@
+"""One piece of a call that plain autograd differentiates: run, and run backward into gradients of the whole call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, TypeAlias
+from weakref import ref
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node
+from torch.utils.hooks import RemovableHandle
+
+from gradacc import _dtypes, _surroundings
+from gradacc._engines import eager, fused
+from gradacc._pieces import closed, join
+from gradacc._pieces.divide import Piece
+
+SOURCE, REPLACED, CLOSED = "source", "replaced", "closed"
+
+Key: TypeAlias = tuple[str, int]
+"""An input of the node: a source that is differentiated, or what is closed over, by its number among them."""
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """What the pieces of a call have in common."""
+
+    name: str
+    func: Callable[..., Any]
+    sources: set[int] = field(default_factory=set)
+    """The numbers of those that are differentiated."""
+    replaced: list[Tensor] = field(default_factory=list)
+    """What the function closes over and is replaced: NOTE [closed-over tensors]."""
+    closed: dict[int, ref[Tensor]] = field(default_factory=dict)
+    """By identity, leaves that it closes over, or made itself, which are gone with their piece."""
+    strange: list[ref[Tensor]] = field(default_factory=list)
+    """Of a second run, leaves that the first had not."""
+    again: bool = False
+    """Whether this is a second run."""
+
+
+class Ran(NamedTuple):
+    """One piece after its forward pass."""
+
+    output: join.Output
+    """Of values without their graphs."""
+    roots: dict[int, Tensor]
+    """By the number of a leaf of the output that is differentiable: it, with a node of our own as its graph."""
+    whole: list[tuple[Key, Tensor]]
+    """Leaves of the graph whose gradients are summed over pieces,"""
+    parts: list[tuple[Key, Tensor, int]]
+    """and those whose gradients are a part of the whole's, along a dimension."""
+    uses: dict[Node, int]
+    """The nodes of the graph, each with the number of edges that lead to it."""
+    hooked: bool
+    """Whether hooks were registered meanwhile, maybe on nodes of the graph."""
+
+
+def run(call: Call, piece: Piece, sources: Sequence[Any]) -> Ran:
+    """Run one piece, in grad mode."""
+    before = None if call.again else _surroundings.of([leaf for leaf in sources if isinstance(leaf, Tensor)])
+    ran, foreign = _run(call, piece, sources, None)
+    if foreign is None:
+        return ran
+    if before is None:
+        raise _changed(call)
+    del ran
+    _surroundings.rewind(before)
+    ran, foreign = _run(call, piece, sources, foreign)
+    if foreign is not None:
+        raise ValueError(
+            f"{call.name}: func closes over a tensor that requires grad and is not a leaf, or has hooks, and gives it to a "
+            "function that hides it (a custom autograd.Function, a scripted one): its gradient would be lost. Pass it to func "
+            "as an argument (in_dims=None where it is whole)"
+        )
+    return ran
+
+
+def check_strange(call: Call) -> None:
+    """After a second run: it closed over nothing else than the first.
+
+    Raises:
+        RuntimeError: it did.
+    """
+    if any(leaf() is not None for leaf in call.strange):
+        raise _changed(call)
+
+
+def _changed(call: Call) -> RuntimeError:
+    return RuntimeError(
+        f"{call.name}: func, run again in the backward pass, uses a tensor that requires grad and that it did not use in the "
+        "forward pass, so that its gradient would be lost. Pass what it uses as arguments, and change nothing in between"
+    )
+
+
+def _run(
+    call: Call, piece: Piece, sources: Sequence[Any], wanted: Callable[[Tensor], bool] | None
+) -> tuple[Ran, Callable[[Tensor], bool] | None]:
+    """And what it closes over and is to be replaced, where there is something left."""
+    whole: list[tuple[Key, Tensor]] = []
+    parts: list[tuple[Key, Tensor, int]] = []
+    arguments = piece.leaves(sources)
+    for at, (source, dim) in enumerate(piece.picks):
+        if source in call.sources:
+            key, leaf = (SOURCE, source), arguments[at].detach().requires_grad_()
+            arguments[at] = leaf
+            if dim is None:
+                whole.append((key, leaf))
+            else:
+                parts.append((key, leaf, dim))
+    aliases = [tensor.detach().requires_grad_() for tensor in call.replaced]
+    since, hooks = closed.now(), RemovableHandle.next_id
+    with torch.enable_grad():
+        with closed.replacing(call.replaced, aliases, wanted):
+            output = join.flatten(piece.call(call.func, arguments))
+        roots = {
+            i: value.view_as(value)
+            for i, value in enumerate(output.leaves)
+            if isinstance(value, Tensor) and value.requires_grad
+        }
+    whole += [((REPLACED, n), alias) for n, alias in enumerate(aliases)]
+    own = [leaf for _, leaf in whole] + [leaf for _, leaf, _ in parts]
+    graph = closed.graph([root.grad_fn for root in roots.values() if root.grad_fn is not None], own, since)
+    hooked = [leaf for leaf in graph.leaves if leaf._backward_hooks]
+    if graph.edges or hooked:
+        foreign = closed.wanted(graph.edges, hooked)
+    else:
+        foreign = None
+        whole += [((CLOSED, id(leaf)), leaf) for leaf in graph.leaves if _is_closed(call, leaf)]
+    output = output._replace(leaves=[value.detach() if isinstance(value, Tensor) else value for value in output.leaves])
+    return Ran(output, roots, whole, parts, graph.uses, hooks != RemovableHandle.next_id), foreign
+
+
+def _is_closed(call: Call, leaf: Tensor) -> bool:
+    """Whether a leaf is an input of the node, as far as it can be known."""
+    known = call.closed.get(id(leaf))
+    if known is not None and known() is leaf:
+        return True
+    if call.again:
+        call.strange.append(ref(leaf))
+        return False
+    call.closed[id(leaf)] = ref(leaf)
+    return True
+
+
+class Gradients:
+    """Of every input of the node, over pieces."""
+
+    def __init__(self, dtype: torch.dtype | None) -> None:
+        self.dtype = dtype
+        self.sums: dict[Key, Tensor] = {}
+        """Of what every piece has whole, in the accumulators' dtype."""
+        self.parts: dict[Key, tuple[Tensor, int]] = {}
+        """Of what is split: all of it, and the dimension."""
+        self.filled: dict[Key, list[tuple[int, int]]] = {}
+        """Where there is something in it: offset and size."""
+
+    def add(self, ran: Ran, piece: Piece, sources: Sequence[Any], cotangents: dict[int, Tensor]) -> None:
+        """A piece's: the vector-Jacobian product with ``cotangents``, by the number of the leaf of the output."""
+        pairs = [(ran.roots[i], cotangent) for i, cotangent in cotangents.items() if i in ran.roots]
+        if not pairs:
+            return
+        leaves = [leaf for _, leaf in ran.whole]
+        buffers = [self._fusible(key, leaf) for key, leaf in ran.whole]
+        found = {} if ran.hooked else fused.find(ran.uses, leaves, buffers)
+        rest = [n for n in range(len(leaves)) if n not in found]
+        uses = [(n, use) for n, uses in found.items() for use in uses]
+        inputs: list[Any] = [
+            *(leaves[n] for n in rest),
+            *(leaf for _, leaf, _ in ran.parts),
+            *(GradientEdge(use.node, 0) for _, use in uses),
+        ]
+        grads: list[Tensor | None] = list(
+            torch.autograd.grad([root for root, _ in pairs], inputs, [c for _, c in pairs], allow_unused=True)
+        )
+        del inputs
+        for at, n in enumerate(rest):
+            key, leaf = ran.whole[n]
+            self._sum(key, leaf, grads[at])
+            grads[at] = None
+        for at, (key, _, dim) in enumerate(ran.parts, len(rest)):
+            self._put(key, sources[key[1]], (dim, piece), grads[at])
+            grads[at] = None
+        for at, (n, use) in enumerate(uses, len(rest) + len(ran.parts)):
+            buffer, grad = buffers[n], grads[at]
+            grads[at] = None
+            if grad is not None:
+                assert buffer is not None
+                fused.add(use, buffer, grad)
+
+    def take(self, key: Key, like: Tensor, factor: Tensor | None = None, keep: bool = False) -> Tensor | None:
+        """An input's, times ``factor``, in its dtype; it is given up, unless it is to be kept."""
+        if key in self.parts:
+            grad, dim = self.parts[key]
+            self._fill(grad, dim, self.filled[key])
+        elif key in self.sums:
+            grad = self.sums[key]
+        else:
+            return None
+        if not keep:
+            self.parts.pop(key, None)
+            self.sums.pop(key, None)
+        if factor is not None:
+            factor = factor.to(device=grad.device, dtype=grad.dtype)
+            grad = grad * factor if keep else grad.mul_(factor)
+        return grad.to(like.dtype)
+
+    def _fusible(self, key: Key, leaf: Tensor) -> Tensor | None:
+        """The buffer into which a matrix product may add, where there is one of its dtype."""
+        buffer = self.sums.get(key)
+        return buffer if buffer is not None and buffer.dtype == leaf.dtype else None
+
+    def _sum(self, key: Key, leaf: Tensor, grad: Tensor | None) -> None:
+        if grad is None:
+            return
+        buffer = self.sums.get(key)
+        grad = grad if grad.layout == torch.strided else grad.to_dense()
+        if buffer is None:
+            dtype = _dtypes.dtypes(self.dtype, [leaf])[0][0]
+            self.sums[key] = eager.as_buffer(grad) if grad.dtype == dtype else grad.to(dtype)
+        else:
+            buffer.add_(grad)
+
+    def _put(self, key: Key, source: Tensor, place: tuple[int, Piece], grad: Tensor | None) -> None:
+        """A piece's part of a gradient in its place."""
+        dim, piece = place
+        if grad is None:
+            return
+        if key not in self.parts:
+            self.parts[key], self.filled[key] = (torch.empty_like(source, requires_grad=False), dim), []
+        assert piece.size is not None
+        self.parts[key][0].narrow(dim, piece.offset, piece.size).copy_(grad)
+        self.filled[key].append((piece.offset, piece.size))
+
+    @staticmethod
+    def _fill(grad: Tensor, dim: int, filled: list[tuple[int, int]]) -> None:
+        """Zeros where no piece has put anything."""
+        end = 0
+        for offset, size in [*sorted(filled), (grad.size(dim), 0)]:
+            if offset > end:
+                grad.narrow(dim, end, offset - end).zero_()
+            end = offset + size
+        filled[:] = [(0, grad.size(dim))]
