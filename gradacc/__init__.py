@@ -13,6 +13,7 @@ from gradacc._accumulator import Accumulator, accumulator
 from gradacc._all_reduce import AllReduce, all_reduce
 from gradacc._kept import Kept
 from gradacc._mean import Mean
+from gradacc._microbatch import MicrobatchOptions, microbatch
 from gradacc._module import Apply, functional
 from gradacc._options import AccumulateOptions, AccumulatorOptions, Nonfinite, Reduction
 from gradacc._state import AccumulatorState
@@ -32,6 +33,7 @@ __all__ = [
     "Apply",
     "Kept",
     "Mean",
+    "MicrobatchOptions",
     "Nonfinite",
     "Reduction",
     "TensorTree",
@@ -44,6 +46,7 @@ __all__ = [
     "checkpoint",
     "data",
     "functional",
+    "microbatch",
     "optim",
     "testing",
     "train_step",

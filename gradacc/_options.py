@@ -90,13 +90,7 @@ def options(name: str, loss_fn: Any, given: Given) -> Options:
             f"{name}: loss_fn must be a function of (params, batch), got {describe(loss_fn)}; options are keyword-only, "
             "as in accumulate(loss_fn, steps=4)"
         )
-    ways = [way for way in ("steps", "microbatch_size", "split") if getattr(given, way) is not None]
-    if len(ways) > 1:
-        raise ValueError(f"{name}: got {' and '.join(ways)}; give one of them, or none and an iterable as the batch")
-    if given.split is not None and not callable(given.split):
-        raise TypeError(
-            f"{name}: split must be a function of the batch that yields micro-batches, got {describe(given.split)}"
-        )
+    steps, microbatch_size, split = ways(name, given.steps, given.microbatch_size, given.split)
     if given.in_dims is not None and type(given.in_dims) is not tuple:
         raise TypeError(
             f"{name}: in_dims must be a tuple with an int, None or a pytree prefix for each positional argument, "
@@ -106,22 +100,15 @@ def options(name: str, loss_fn: Any, given: Given) -> Options:
         raise TypeError(f"{name}: has_aux must be True or False, got {describe(given.has_aux)}")
     if given.reduction not in ("mean", "sum"):
         raise ValueError(f"{name}: reduction must be 'mean' or 'sum', got {given.reduction!r}")
-    if given.dtype is not None and not (
-        isinstance(given.dtype, torch.dtype) and given.dtype.is_floating_point and given.dtype.itemsize >= 2
-    ):
-        raise TypeError(
-            f"{name}: dtype must be a floating torch.dtype of 16 bits or more (torch.float32), got {given.dtype!r}"
-        )
+    check_dtype(name, given.dtype)
     _check_weights(name, given)
     if given.sync is not None and not isinstance(given.sync, AllReduce):
         raise TypeError(f"{name}: sync must be gradacc.all_reduce(...), got {describe(given.sync)}")
     return Options(
         name=name,
-        steps=None if given.steps is None else positive_int(name, "steps", given.steps),
-        microbatch_size=None
-        if given.microbatch_size is None
-        else positive_int(name, "microbatch_size", given.microbatch_size),
-        split=given.split,
+        steps=steps,
+        microbatch_size=microbatch_size,
+        split=split,
         in_dims=given.in_dims,
         argnums=_argnums(name, given.argnums),
         has_aux=given.has_aux,
@@ -131,6 +118,33 @@ def options(name: str, loss_fn: Any, given: Given) -> Options:
         nonfinite=given.nonfinite,
         weights=given.weights,
     )
+
+
+def ways(
+    name: str, steps: Any, microbatch_size: Any, split: Any
+) -> tuple[int | None, int | None, Callable[[Any], Any] | None]:
+    """How a batch is divided, checked: at most one of the three is given."""
+    given = {"steps": steps, "microbatch_size": microbatch_size, "split": split}
+    both = [way for way, value in given.items() if value is not None]
+    if len(both) > 1:
+        raise ValueError(f"{name}: got {' and '.join(both)}; give one of them, or none and an iterable as the batch")
+    if split is not None and not callable(split):
+        raise TypeError(
+            f"{name}: split must be a function of the batch that yields micro-batches, got {describe(split)}"
+        )
+    return (
+        None if steps is None else positive_int(name, "steps", steps),
+        None if microbatch_size is None else positive_int(name, "microbatch_size", microbatch_size),
+        split,
+    )
+
+
+def check_dtype(name: str, dtype: Any) -> None:
+    """What is summed in."""
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 2):
+        raise TypeError(
+            f"{name}: dtype must be a floating torch.dtype of 16 bits or more (torch.float32), got {dtype!r}"
+        )
 
 
 def _check_weights(name: str, given: Given) -> None:

@@ -83,18 +83,23 @@ def wanted(edges: Iterable[Edge], leaves: Iterable[Tensor]) -> Callable[[Tensor]
     return lambda tensor: id(tensor) in ids or (tensor.grad_fn, tensor.output_nr) in nodes
 
 
-class _Mode(TorchFunctionMode):
-    """Each tensor that a function of torch is given, replaced."""
+class Mode(TorchFunctionMode):
+    """Each tensor that a function of torch is given, replaced; ``see`` is told what it returns."""
 
-    def __init__(self, replace: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, replace: Callable[[Tensor], Tensor], see: Callable[[Tensor], object] | None = None) -> None:
         super().__init__()
-        self.replace = replace
+        self.replace, self.see = replace, see
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         args, kwargs = torch_pytree.tree_map_only(Tensor, self.replace, (args, dict(kwargs or {})))
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if self.see is not None:
+            for leaf in torch_pytree.tree_leaves(result):
+                if isinstance(leaf, Tensor):
+                    self.see(leaf)
+        return result
 
 
 @contextmanager
@@ -118,5 +123,5 @@ def replacing(
             leaves.append(found)
         return tensor if found is None else found
 
-    with _Mode(replace):
+    with Mode(replace):
         yield

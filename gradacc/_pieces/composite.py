@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from torch.utils.checkpoint import checkpoint
 
 from gradacc._pieces import join
 from gradacc._pieces.divide import Piece, Pieces
@@ -13,11 +16,19 @@ def run(
     func: Callable[..., Any],
     of: Pieces,
     outs: join.Outs,
+    check: Callable[[], None] | None = None,
+    checkpoints: bool = False,
 ) -> tuple[list[Any], join.Output]:
-    """All pieces, then all of them together: a pure function of the sources."""
+    """All pieces, then all of them together: a pure function of the sources. ``check`` is called after each.
+
+    ``checkpoints``: each piece is one, that a compiler understands.
+    """
     outputs, places = [], []
     for index, piece in enumerate(of.parts):
-        outputs.append(called(func, piece, of.sources))
+        own = functools.partial(called, func, piece, of.sources)
+        outputs.append(checkpoint(own, use_reentrant=False) if checkpoints else own())
+        if check is not None:
+            check()
         places.append(join.Place(index, piece.size, of.total, of.number))
     return join.together(outs, outputs, places)
 

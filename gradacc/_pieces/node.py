@@ -106,7 +106,7 @@ class Plan(NamedTuple):
     """Whether a loss of the eager engine was running."""
 
 
-def run(name: str, func: Callable[..., Any], of: Pieces, outs: join.Outs, backward: Backward) -> Any:
+def run(func: Callable[..., Any], of: Pieces, outs: join.Outs, backward: Backward) -> Any:
     """What the whole would have returned, connected to what requires grad."""
     joined = Joined(outs, of)
     if not torch.is_grad_enabled():
@@ -116,7 +116,7 @@ def run(name: str, func: Callable[..., Any], of: Pieces, outs: join.Outs, backwa
         assert joined.first is not None
         return join.unflatten(results, joined.first)
     around = _surroundings.of([leaf for leaf in of.sources if isinstance(leaf, Tensor)])
-    fold = _Fold(Call(name, func), joined, backward)
+    fold = _Fold(Call(outs.name, func), joined, backward)
     for piece in of.parts:
         fold.step(piece)
     results = joined.results()

@@ -1,0 +1,281 @@
+"""A function by pieces under torch.func's transforms: their own kind of node, in the memory of a piece.
+
+.. code-block:: text
+
+    forward    results = join(func(x_i, w) for all i)                       keeps x and w
+    backward   torch.func.vjp of each piece, run again; x_i's put together, w's summed
+    jvp        torch.func.jvp of the whole
+
+`torch.func` refuses `torch.utils.checkpoint`; a custom ``Function`` with ``setup_context`` it takes, with transforms in any
+order around it.
+
+NOTE [closed-over tensors of a transform]
+    The body of such a ``Function`` runs below the transforms, with its inputs unwrapped. A tensor of a transform that the
+    function closes over is not: it would be a constant there, without a word. So the body runs under a mode that sees every
+    tensor that a function of torch is given: where one belongs to a transform, or requires grad, and is neither an input nor
+    made in the body, the body is given up. The piece runs once under the transforms, to find all that it closes over, and
+    everything once more with those as inputs. Where that does not help (a custom ``Function`` of the caller's makes or takes what
+    no mode sees), the plain composite is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradacc import _dtypes, _surroundings
+from gradacc._pieces import closed, composite, join
+from gradacc._pieces.divide import Piece, Pieces
+
+
+@dataclass(slots=True, eq=False)
+class _Plan:
+    """What a call is made of, but for tensors."""
+
+    func: Callable[..., Any]
+    of: Pieces
+    """With None in the place of tensors among its sources."""
+    outs: join.Outs
+    tensors: list[int]
+    """Which of the sources are."""
+    closed: list[Tensor]
+    """What the function closes over, inputs behind the sources."""
+    around: _surroundings.Surroundings
+    first: join.Output | None = None
+    """The structure of the output of a piece, and"""
+    values: list[Any] = field(default_factory=list)
+    """all leaves of the result, of which tensors are not used."""
+
+
+class _ClosesOverError(Exception):
+    """The function closes over something that is no input, in this piece."""
+
+    def __init__(self, piece: int) -> None:
+        super().__init__()
+        self.piece = piece
+
+
+_ATTEMPTS = 4
+"""How often pieces may be found to close over something new."""
+
+
+def run(func: Callable[..., Any], of: Pieces, outs: join.Outs) -> Any:
+    """What the whole would have returned."""
+    of = of._replace(parts=list(of.parts))
+    tensors = [n for n, leaf in enumerate(of.sources) if isinstance(leaf, Tensor)]
+    given = [of.sources[n] for n in tensors]
+    around = _surroundings.of(given)
+    without = of._replace(sources=[None if isinstance(leaf, Tensor) else leaf for leaf in of.sources])
+    plan = _Plan(func, without, outs, tensors, [], around)
+    for _ in range(_ATTEMPTS):
+        try:
+            results = _Node.apply(plan, *given, *plan.closed)  # type: ignore[no-untyped-call]  # torch's
+        except _ClosesOverError as error:
+            _surroundings.rewind(around)
+            plan.closed += _closed_over(plan, of, error.piece)
+            _surroundings.rewind(around)
+            continue
+        assert plan.first is not None
+        left = iter(results)
+        return join.unflatten([next(left) if isinstance(value, Tensor) else value for value in plan.values], plan.first)
+    values, first = composite.run(func, of, outs)
+    return join.unflatten(values, first)
+
+
+class _Node(torch.autograd.Function):
+    """All tensors of the result, of those of the arguments."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(plan: _Plan, *tensors: Tensor) -> Any:
+        done: list[None] = []
+
+        def refuse(_: Tensor) -> Tensor:
+            raise _ClosesOverError(len(done))
+
+        with _meeting(tensors, refuse):
+            values, plan.first = _whole(plan, tensors, lambda: done.append(None))
+        results = [value for value in values if isinstance(value, Tensor)]
+        plan.first = plan.first._replace(leaves=[0] * len(plan.first.leaves))
+        plan.values = [value if not isinstance(value, Tensor) else value.new_empty(()) for value in values]
+        # What is an argument is not a result.
+        inputs = set(map(id, tensors))
+        return tuple(result.clone() if id(result) in inputs else result for result in results)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        plan, *tensors = inputs
+        ctx.plan = plan
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.mark_non_differentiable(*(result for result in output if not _dtypes.is_inexact(result)))
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        plan, tensors = ctx.plan, ctx.saved_tensors
+        needed = [n for n, tensor in enumerate(tensors) if ctx.needs_input_grad[n + 1] and _dtypes.is_inexact(tensor)]
+        with _surroundings.restored(plan.around):
+            found = _pulled(plan, tensors, needed, cotangents)
+        results: list[Tensor | None] = [None] * len(tensors)
+        for n, grad in zip(needed, found, strict=True):
+            results[n] = grad
+        return None, *results
+
+    @staticmethod
+    def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
+        plan, tensors = ctx.plan, ctx.saved_for_forward
+        moved = [n for n, tangent in enumerate(tangents) if tangent is not None and _dtypes.is_inexact(tensors[n])]
+
+        def function(*some: Tensor) -> tuple[Tensor, ...]:
+            values, _ = _whole(plan, _with(tensors, moved, some))
+            return tuple(value for value in values if _is_inexact(value))
+
+        primals, directions = tuple(tensors[n] for n in moved), tuple(tangents[n] for n in moved)
+        with _surroundings.restored(plan.around):
+            found: Any = torch.func.jvp(function, primals, directions)
+        left = iter(found[1])
+        return tuple(next(left) if _is_inexact(value) else None for value in plan.values if isinstance(value, Tensor))
+
+
+def _is_inexact(value: Any) -> bool:
+    """Whether it has a derivative."""
+    return isinstance(value, Tensor) and _dtypes.is_inexact(value)
+
+
+def _with(tensors: Sequence[Tensor], places: Sequence[int], some: Sequence[Tensor]) -> list[Tensor]:
+    """``tensors``, with ``some`` in these places."""
+    found = list(tensors)
+    for n, tensor in zip(places, some, strict=True):
+        found[n] = tensor
+    return found
+
+
+def _filled(plan: _Plan, tensors: Sequence[Tensor]) -> tuple[Pieces, list[Tensor]]:
+    """The call with these tensors, and what stands for what it closes over."""
+    sources = list(plan.of.sources)
+    for n, tensor in zip(plan.tensors, tensors, strict=False):
+        sources[n] = tensor
+    return plan.of._replace(sources=sources), list(tensors[len(plan.tensors) :])
+
+
+def _whole(
+    plan: _Plan, tensors: Sequence[Tensor], check: Callable[[], None] | None = None
+) -> tuple[list[Any], join.Output]:
+    of, aliases = _filled(plan, tensors)
+    with closed.replacing(plan.closed, aliases):
+        return composite.run(plan.func, of, plan.outs, check)
+
+
+def _pulled(plan: _Plan, tensors: Sequence[Tensor], needed: list[int], cotangents: Sequence[Tensor]) -> list[Tensor]:
+    """The vector-Jacobian product, of one piece after another."""
+    of, _ = _filled(plan, tensors)
+    assert plan.first is not None
+    leaves = join.described(plan.outs, plan.first)
+    left = iter(cotangents)
+    all_given = {i: next(left) for i, value in enumerate(plan.values) if isinstance(value, Tensor)}
+    given = {i: cotangent for i, cotangent in all_given.items() if _is_inexact(plan.values[i])}
+    if any(not join.is_linear(leaves[i]) for i in given):
+        return _pulled_whole(plan, tensors, needed, list(given.values()))
+    places = [join.Place(n, piece.size, of.total, of.number) for n, piece in enumerate(of.parts)]
+    shares, before = join.examples(places), [0] * len(leaves)
+    sums: list[Any] = [None] * len(needed)
+    dims = {source: dim for piece in of.parts for source, dim in piece.picks}
+    for piece, place in zip(of.parts, places, strict=True):
+        grads, values = _pulled_piece(plan, piece, tensors, needed, (given, leaves, place, before, shares))
+        before = [sofar + join.length(leaf, value) for sofar, leaf, value in zip(before, leaves, values, strict=True)]
+        for k, grad in enumerate(grads):
+            n = needed[k]
+            if n < len(plan.tensors) and dims.get(plan.tensors[n]) is not None:
+                sums[k] = [*(sums[k] or []), grad]
+            else:
+                wide = grad.to(_dtypes.dtypes(plan.outs.dtype, [grad])[0][0])
+                sums[k] = wide if sums[k] is None else sums[k] + wide
+    return [
+        torch.cat(total, dims[plan.tensors[n]]) if isinstance(total, list) else total.to(tensors[n].dtype)  # type: ignore[arg-type]
+        for n, total in zip(needed, sums, strict=True)
+    ]
+
+
+def _pulled_piece(
+    plan: _Plan, piece: Piece, tensors: Sequence[Tensor], needed: Sequence[int], at: tuple[Any, ...]
+) -> tuple[Sequence[Tensor], list[Any]]:
+    """Of one piece: gradients of its parts of what is needed, and the leaves of its output."""
+    given, leaves, place, before, shares = at
+    of, aliases = _filled(plan, tensors)
+    arguments = piece.leaves(of.sources)
+    where = {source: at for at, (source, _) in enumerate(piece.picks)}
+    picked = [where.get(plan.tensors[n]) if n < len(plan.tensors) else None for n in needed]
+    seen: list[join.Output] = []
+
+    def function(some: list[Tensor]) -> list[Tensor]:
+        own, replaced = list(arguments), list(aliases)
+        for n, at, tensor in zip(needed, picked, some, strict=True):
+            if at is not None:
+                own[at] = tensor
+            elif n >= len(plan.tensors):
+                replaced[n - len(plan.tensors)] = tensor
+        with closed.replacing(plan.closed, replaced):
+            output = join.flatten(piece.call(plan.func, own))
+        seen.append(output)
+        return [output.leaves[i] for i in given]
+
+    some = [arguments[at] if at is not None else tensors[n] for n, at in zip(needed, picked, strict=True)]
+    made: Any = torch.func.vjp(function, some)
+    values, pull = made
+    cots = [
+        join.cotangent(leaves[i], c, value, (place, before[i], shares))
+        for (i, c), value in zip(given.items(), values, strict=True)
+    ]
+    (grads,) = pull(cots)
+    return grads, seen[0].leaves
+
+
+def _pulled_whole(
+    plan: _Plan, tensors: Sequence[Tensor], needed: list[int], cotangents: Sequence[Tensor]
+) -> list[Tensor]:
+    """Of a result that is not linear in its pieces."""
+
+    def function(some: list[Tensor]) -> list[Tensor]:
+        values, _ = _whole(plan, _with(tensors, needed, some))
+        return [value for value in values if _is_inexact(value)]
+
+    made: Any = torch.func.vjp(function, [tensors[n] for n in needed])
+    (grads,) = made[1](list(cotangents))
+    return list(grads)
+
+
+def _closed_over(plan: _Plan, of: Pieces, piece: int) -> list[Tensor]:
+    """What is met in one piece, run under the transforms."""
+    found: dict[int, Tensor] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        found[id(tensor)] = tensor
+        return tensor
+
+    with _meeting([of.sources[n] for n in plan.tensors] + plan.closed, note):
+        composite.called(plan.func, list(of.parts)[piece], of.sources)
+    return list(found.values())
+
+
+@contextmanager
+def _meeting(inputs: Sequence[Tensor], met: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """What is of a transform or requires grad, and is neither an input nor made meanwhile, is ``met``: it takes its place."""
+    made, own = object(), set(map(id, inputs))
+
+    def replace(tensor: Tensor) -> Tensor:
+        if id(tensor) in own or getattr(tensor, _MARK, None) is made:
+            return tensor
+        is_foreign = torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.requires_grad
+        return met(tensor) if is_foreign else tensor
+
+    with closed.Mode(replace, lambda tensor: setattr(tensor, _MARK, made)):
+        yield
+
+
+_MARK = "_gradacc_made_in"
