@@ -62,7 +62,7 @@ def microbatch(
         return torch.cat(outputs)
 
     ``microbatch(func, steps=1)`` is the functional activation checkpoint; ``microbatch(torch.vmap(func), microbatch_size=m)``
-    is `torch.vmap` in chunks. ``docs/microbatch.md`` has the head of a language model, a tiled MLP, and what composes with what.
+    is `torch.vmap` in chunks. ``docs/microbatch.md`` has a language model's head, a tiled MLP, and what composes with what.
 
     Arguments:
         func: any function of tensors (a module, too). Its positional arguments are split, keyword arguments are passed whole.

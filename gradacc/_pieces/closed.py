@@ -77,6 +77,12 @@ def graph(roots: Iterable[Node], own: Iterable[Tensor], since: int) -> Graph:
     return Graph(uses, leaves, list(edges))
 
 
+def leaves(graph: Graph) -> set[int]:
+    """All of its leaves, by identity."""
+    nodes: list[Any] = [node for node in graph.uses if type(node) is _LEAF]
+    return {id(node.variable) for node in nodes}
+
+
 def wanted(edges: Iterable[Edge], leaves: Iterable[Tensor]) -> Callable[[Tensor], bool]:
     """Whether a tensor is one of these."""
     nodes, ids = set(edges), {id(leaf) for leaf in leaves}

@@ -3,7 +3,7 @@
 .. code-block:: text
 
     forward    results = join(func(x_i, w) for all i)                       keeps x and w
-    backward   torch.func.vjp of each piece, run again; x_i's put together, w's summed
+    backward   torch.func.grad of <cotangent, func(x_i, w)>, of each piece, run again; x_i's put together, w's summed
     jvp        torch.func.jvp of the whole
 
 `torch.func` refuses `torch.utils.checkpoint`; a custom ``Function`` with ``setup_context`` it takes, with transforms in any
@@ -14,7 +14,7 @@ NOTE [closed-over tensors of a transform]
     function closes over is not: it would be a constant there, without a word. So the body runs under a mode that sees every
     tensor that a function of torch is given: where one belongs to a transform, or requires grad, and is neither an input nor
     made in the body, the body is given up. The piece runs once under the transforms, to find all that it closes over, and
-    everything once more with those as inputs. Where that does not help (a custom ``Function`` of the caller's makes or takes what
+    everything once more with those as inputs. Where that does not help (a ``Function`` of the caller's makes or takes what
     no mode sees), the plain composite is taken.
 """
 
@@ -187,8 +187,8 @@ def _pulled(plan: _Plan, tensors: Sequence[Tensor], needed: list[int], cotangent
     sums: list[Any] = [None] * len(needed)
     dims = {source: dim for piece in of.parts for source, dim in piece.picks}
     for piece, place in zip(of.parts, places, strict=True):
-        grads, values = _pulled_piece(plan, piece, tensors, needed, (given, leaves, place, before, shares))
-        before = [sofar + join.length(leaf, value) for sofar, leaf, value in zip(before, leaves, values, strict=True)]
+        grads, lengths = _pulled_piece(plan, piece, tensors, needed, (given, leaves, place, before, shares))
+        before = [sofar + length for sofar, length in zip(before, lengths, strict=True)]
         for k, grad in enumerate(grads):
             n = needed[k]
             if n < len(plan.tensors) and dims.get(plan.tensors[n]) is not None:
@@ -204,16 +204,16 @@ def _pulled(plan: _Plan, tensors: Sequence[Tensor], needed: list[int], cotangent
 
 def _pulled_piece(
     plan: _Plan, piece: Piece, tensors: Sequence[Tensor], needed: Sequence[int], at: tuple[Any, ...]
-) -> tuple[Sequence[Tensor], list[Any]]:
-    """Of one piece: gradients of its parts of what is needed, and the leaves of its output."""
+) -> tuple[Sequence[Tensor], list[int]]:
+    """Of one piece: gradients of its parts of what is needed, and how much of each concatenation it is."""
     given, leaves, place, before, shares = at
     of, aliases = _filled(plan, tensors)
     arguments = piece.leaves(of.sources)
     where = {source: at for at, (source, _) in enumerate(piece.picks)}
     picked = [where.get(plan.tensors[n]) if n < len(plan.tensors) else None for n in needed]
-    seen: list[join.Output] = []
+    lengths: list[int] = []
 
-    def function(some: list[Tensor]) -> list[Tensor]:
+    def function(some: list[Tensor]) -> Tensor:
         own, replaced = list(arguments), list(aliases)
         for n, at, tensor in zip(needed, picked, some, strict=True):
             if at is not None:
@@ -222,18 +222,16 @@ def _pulled_piece(
                 replaced[n - len(plan.tensors)] = tensor
         with closed.replacing(plan.closed, replaced):
             output = join.flatten(piece.call(plan.func, own))
-        seen.append(output)
-        return [output.leaves[i] for i in given]
+        lengths.extend(join.length(leaf, value) for leaf, value in zip(leaves, output.leaves, strict=True))
+        results = [output.leaves[i] for i in given]
+        cotangents = [
+            join.cotangent(leaves[i], c, value, (place, before[i], shares))
+            for (i, c), value in zip(given.items(), results, strict=True)
+        ]
+        return _product(results, cotangents)
 
     some = [arguments[at] if at is not None else tensors[n] for n, at in zip(needed, picked, strict=True)]
-    made: Any = torch.func.vjp(function, some)
-    values, pull = made
-    cots = [
-        join.cotangent(leaves[i], c, value, (place, before[i], shares))
-        for (i, c), value in zip(given.items(), values, strict=True)
-    ]
-    (grads,) = pull(cots)
-    return grads, seen[0].leaves
+    return _gradient(function, some), lengths
 
 
 def _pulled_whole(
@@ -241,13 +239,30 @@ def _pulled_whole(
 ) -> list[Tensor]:
     """Of a result that is not linear in its pieces."""
 
-    def function(some: list[Tensor]) -> list[Tensor]:
+    def function(some: list[Tensor]) -> Tensor:
         values, _ = _whole(plan, _with(tensors, needed, some))
-        return [value for value in values if _is_inexact(value)]
+        return _product([value for value in values if _is_inexact(value)], cotangents)
 
-    made: Any = torch.func.vjp(function, [tensors[n] for n in needed])
-    (grads,) = made[1](list(cotangents))
-    return list(grads)
+    return _gradient(function, [tensors[n] for n in needed])
+
+
+def _product(values: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Tensor:
+    """Real, 0-dim, and its gradient by the values is the cotangents."""
+    terms = [
+        (value * (cotangent.conj() if cotangent.is_complex() else cotangent)).sum()
+        for value, cotangent in zip(values, cotangents, strict=True)
+    ]
+    reals = [term.real if term.is_complex() else term for term in terms]
+    total = reals[0]
+    for term in reals[1:]:
+        total = total + term
+    return total
+
+
+def _gradient(function: Callable[[list[Tensor]], Tensor], some: list[Tensor]) -> list[Tensor]:
+    """Not by `torch.func.vjp`: of what a piece does not use, it makes zeros like tensors of a transform that has ended."""
+    found: Any = torch.func.grad(function)(some)
+    return list(found)
 
 
 def _closed_over(plan: _Plan, of: Pieces, piece: int) -> list[Tensor]:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from gradacc import _batch, _dtypes, _tree, _where
+from gradacc import _batch, _dtypes, _tree
 from gradacc._describe import describe
 from gradacc._mean import Mean, as_pooled
 from gradacc._parts import widened
@@ -112,27 +112,29 @@ def is_linear(leaf: Leaf) -> bool:
     return leaf.out in ("concat", "sum", "mean", "stack")
 
 
-def flatten(output: Any) -> Output:
-    """Leaves and structure; a `Mean` is two leaves, and its total exactly 0 where its weight is."""
+def flatten(output: Any, drop: Callable[[Tensor], Tensor] | None = None) -> Output:
+    """Leaves and structure; a `Mean` is two leaves, and its total exactly 0 where its weight is.
+
+    ``drop``: a zero in the place of a total, without its gradient, where that can be known of each piece.
+    """
     nodes, outer = _tree.flatten(output, is_mean)
     means = [node for node in nodes if is_mean(node)]
     if means:
-        nodes = [_without_nothing(node) if is_mean(node) else node for node in nodes]
+        nodes = [_without_nothing(node, drop) if is_mean(node) else node for node in nodes]
         output = _tree.unflatten(outer, nodes)
     leaves, treedef = _tree.flatten(output)
     return Output(leaves, treedef, tuple(mean._pooled for mean in means))
 
 
-def _without_nothing(mean: Mean) -> Mean:
+def _without_nothing(mean: Mean, drop: Callable[[Tensor], Tensor] | None) -> Mean:
     """A micro-batch of weight 0 contributes exactly 0, and no gradient, whatever its total is."""
     total, weight = mean.total, mean.weight
     if not isinstance(total, Tensor):
         return mean
-    if not isinstance(weight, Tensor):
-        return Mean(total if weight else torch.zeros_like(total), weight)
-    if weight.ndim == 0 and weight.is_cpu and _where.is_readable(weight):
-        return Mean(total if weight else torch.zeros_like(total), weight)
-    return Mean(torch.where(weight == 0, 0, total) if weight.ndim == 0 else total, weight)
+    if not isinstance(weight, Tensor) or (drop is not None and weight.ndim == 0 and weight.is_cpu):
+        nothing = torch.zeros_like if drop is None else drop
+        return mean if weight else Mean(nothing(total), weight)
+    return Mean(torch.where(weight == 0, 0, total), weight) if weight.ndim == 0 else mean
 
 
 def unflatten(leaves: Sequence[Any], like: Output) -> Any:

@@ -119,6 +119,7 @@ def run(func: Callable[..., Any], of: Pieces, outs: join.Outs, backward: Backwar
     fold = _Fold(Call(outs.name, func), joined, backward)
     for piece in of.parts:
         fold.step(piece)
+    torch.clear_autocast_cache()
     results = joined.results()
     assert joined.first is not None
     if fold.differentiable:
@@ -243,7 +244,7 @@ class _Pieces(torch.autograd.Function):
         order = [plan.differentiable.index(i) for i in given]
         pulled = _connect.pullback(function, count, others, order, wanted)
         arguments = [*tensors, *given.values()]
-        if _where.functorch_is_active():
+        if _where.functorch_is_active() or any(map(torch._C._functorch.is_legacy_batchedtensor, given.values())):
             found: Any = pulled(arguments)
         else:
             with torch.no_grad():
@@ -331,15 +332,21 @@ def _taken(
     plan: Plan, grads: Gradients, given: dict[int, Tensor], inputs: Sequence[Tensor], last: bool
 ) -> list[Tensor | None]:
     """For each input its gradient, times the cotangent of the one output where it was taken without."""
-    if plan.gradients is None:
-        return [grads.take(key, tensor) for key, tensor in zip(plan.inputs, inputs, strict=True)]
-    if not given:
-        return [None] * len(inputs)
-    (i,) = given
-    factor = given[i]
-    if plan.joined.leaves[i].out == "mean":
-        factor = factor / join.examples(plan.joined.places)
-    return [grads.take(key, tensor, factor, not last) for key, tensor in zip(plan.inputs, inputs, strict=True)]
+    factor = None
+    if plan.gradients is not None:
+        if not given:
+            return [None] * len(inputs)
+        (i,) = given
+        factor = given[i]
+        if plan.joined.leaves[i].out == "mean":
+            factor = factor / join.examples(plan.joined.places)
+    found = []
+    for key, tensor in zip(plan.inputs, inputs, strict=True):
+        grad = grads.take(key, tensor, factor, keep=factor is not None and not last)
+        # As autograd's own nodes do, of what the graph leads to.
+        is_zero = grad is None and key in plan.call.reached
+        found.append(torch.zeros_like(tensor) if is_zero else grad)
+    return found
 
 
 def _inside(plan: Plan) -> AbstractContextManager[None]:

@@ -37,6 +37,8 @@ class Call:
     """By identity, leaves that it closes over, or made itself, which are gone with their piece."""
     strange: list[ref[Tensor]] = field(default_factory=list)
     """Of a second run, leaves that the first had not."""
+    reached: set[Key] = field(default_factory=set)
+    """Inputs to which some graph has led."""
     again: bool = False
     """Whether this is a second run."""
 
@@ -111,10 +113,12 @@ def _run(
             else:
                 parts.append((key, leaf, dim))
     aliases = [tensor.detach().requires_grad_() for tensor in call.replaced]
+    # Else a cast of an earlier piece's, or of before, would lead out of this one's graph.
+    torch.clear_autocast_cache()
     since, hooks = closed.now(), RemovableHandle.next_id
     with torch.enable_grad():
         with closed.replacing(call.replaced, aliases, wanted):
-            output = join.flatten(piece.call(call.func, arguments))
+            output = join.flatten(piece.call(call.func, arguments), _Nothing.apply)
         roots = {
             i: value.view_as(value)
             for i, value in enumerate(output.leaves)
@@ -129,6 +133,10 @@ def _run(
     else:
         foreign = None
         whole += [((CLOSED, id(leaf)), leaf) for leaf in graph.leaves if _is_closed(call, leaf)]
+        leaves = closed.leaves(graph)
+        call.reached.update(
+            key for key, leaf in (*whole, *((key, leaf) for key, leaf, _ in parts)) if id(leaf) in leaves
+        )
     output = output._replace(leaves=[value.detach() if isinstance(value, Tensor) else value for value in output.leaves])
     return Ran(output, roots, whole, parts, graph.uses, hooks != RemovableHandle.next_id), foreign
 
@@ -143,6 +151,19 @@ def _is_closed(call: Call, leaf: Tensor) -> bool:
         return False
     call.closed[id(leaf)] = ref(leaf)
     return True
+
+
+class _Nothing(torch.autograd.Function):
+    """A zero that depends on its argument, which gets no gradient at all: 0 times what may be infinite is none."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        return torch.zeros_like(total)
+
+    @staticmethod
+    def backward(ctx: Any, _: Tensor | None) -> None:
+        return None
 
 
 class Gradients:
@@ -160,7 +181,7 @@ class Gradients:
     def add(self, ran: Ran, piece: Piece, sources: Sequence[Any], cotangents: dict[int, Tensor]) -> None:
         """A piece's: the vector-Jacobian product with ``cotangents``, by the number of the leaf of the output."""
         pairs = [(ran.roots[i], cotangent) for i, cotangent in cotangents.items() if i in ran.roots]
-        if not pairs:
+        if not pairs or not (ran.whole or ran.parts):
             return
         leaves = [leaf for _, leaf in ran.whole]
         buffers = [self._fusible(key, leaf) for key, leaf in ran.whole]

@@ -1,0 +1,486 @@
+"""`gradacc.microbatch`: what it does with a call, and the traps that others fell into."""
+
+import functools
+import gc
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import gradacc
+from gradacc import Mean, microbatch
+
+WAYS = ("auto", "recompute", "forward")
+
+
+def _double(*shape: int, seed: int = 0, grad: bool = False) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_(grad)
+
+
+def _same(actual: object, expected: object) -> None:
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
+
+
+def _head(hidden: Tensor, labels: Tensor, weight: Tensor) -> Mean:
+    loss = F.cross_entropy(hidden @ weight.mT, labels, reduction="sum", ignore_index=-100)
+    return Mean(loss, (labels != -100).sum())
+
+
+@pytest.fixture
+def data() -> tuple[Tensor, Tensor, Tensor]:
+    labels = torch.tensor([-100, -100, 3, 1, 4, -100, 5, 9, 2, 6, 5, 3, 5])
+    return _double(13, 6, grad=True), labels, _double(11, 6, seed=1, grad=True)
+
+
+# What a loss is multiplied by, or divided by, reaches every gradient.
+
+
+@pytest.mark.parametrize("backward", WAYS)
+@pytest.mark.parametrize("factor", [1.0, 0.37, 0.0, -3.0])
+@pytest.mark.parametrize("size", [1, 4, 13, 50])
+def test_a_factor_reaches_every_gradient(data, backward: str, factor: float, size: int) -> None:
+    hidden, labels, weight = data
+    loss = microbatch(_head, microbatch_size=size, in_dims=(0, 0, None), backward=backward)(
+        hidden, labels, weight
+    ).value
+    expected = _head(hidden, labels, weight).value
+    _same(
+        torch.autograd.grad(factor * loss, (hidden, weight)), torch.autograd.grad(factor * expected, (hidden, weight))
+    )
+
+
+@pytest.mark.parametrize("backward", WAYS)
+def test_an_infinite_cotangent_is_no_number_that_looks_right(data, backward: str) -> None:
+    hidden, labels, weight = data
+    loss = microbatch(_head, steps=3, in_dims=(0, 0, None), backward=backward)(hidden, labels, weight).total
+    for grad in torch.autograd.grad(loss, (hidden, weight), torch.tensor(float("inf"), dtype=torch.float64)):
+        assert not grad[grad != 0].isfinite().any()
+        assert not grad.isfinite().all()
+
+
+def test_outputs_of_each_token_with_cotangents_of_each_token(data) -> None:
+    hidden, labels, weight = data
+
+    def losses(hidden: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(hidden @ weight.mT, labels, reduction="none", ignore_index=-100)
+
+    of_each = _double(13, seed=5)
+    for cotangent in (of_each, of_each[:1].expand(13), torch.stack([of_each, of_each], 1)[:, 0]):
+        actual = torch.autograd.grad(microbatch(losses, microbatch_size=3)(hidden, labels), (hidden, weight), cotangent)
+        _same(actual, torch.autograd.grad(losses(hidden, labels), (hidden, weight), cotangent))
+
+
+def test_inputs_that_are_not_contiguous(data) -> None:
+    _, _, weight = data
+    batch = _double(3, 8, 6, seed=2, grad=True)
+    labels = torch.randint(0, 11, (3, 8), generator=torch.Generator().manual_seed(0))
+
+    def whole(hidden: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy((hidden @ weight.mT).flatten(0, 1), labels.flatten(), reduction="sum")
+
+    tiled = microbatch(whole, microbatch_size=3, in_dims=(1, 1), out="sum")
+    for hidden in (
+        batch[:, :-1],
+        batch.transpose(0, 1).contiguous().transpose(0, 1)[:, :-1],
+        batch[:1, :-1].expand(3, 7, 6),
+    ):
+        actual = torch.autograd.grad(tiled(hidden, labels[:, 1:]), (batch, weight))
+        _same(actual, torch.autograd.grad(whole(hidden, labels[:, 1:]), (batch, weight)))
+
+
+@pytest.mark.parametrize("backward", WAYS)
+def test_a_tied_weight_gets_both_gradients(backward: str) -> None:
+    weight = _double(11, 6, grad=True)
+    tokens, labels = torch.arange(9), torch.arange(2, 11)
+
+    def loss(weight: Tensor, head) -> Tensor:
+        return head(F.embedding(tokens, weight).sin(), labels, weight).value
+
+    by_pieces = microbatch(_head, microbatch_size=4, in_dims=(0, 0, None), backward=backward)
+    _same(torch.autograd.grad(loss(weight, by_pieces), weight), torch.autograd.grad(loss(weight, _head), weight))
+
+    def closing(hidden: Tensor, labels: Tensor) -> Mean:
+        return _head(hidden, labels, weight)
+
+    closed = microbatch(closing, microbatch_size=4, backward=backward)
+
+    def loss_closed(head) -> Tensor:
+        return head(F.embedding(tokens, weight).sin(), labels).value
+
+    (first,) = torch.autograd.grad(loss_closed(closed), weight, create_graph=True)
+    (expected,) = torch.autograd.grad(loss_closed(closing), weight, create_graph=True)
+    _same(first, expected)
+    _same(torch.autograd.grad(first.square().sum(), weight), torch.autograd.grad(expected.square().sum(), weight))
+
+
+@pytest.mark.parametrize("backward", ["recompute", "forward"])
+def test_a_frozen_weight_has_no_gradient_and_no_buffer(data, backward: str, monkeypatch) -> None:
+    hidden, labels, weight = data
+    frozen = weight.detach()
+    from gradacc._pieces import pull
+
+    made: list[torch.Size] = []
+    add = pull.Gradients._sum
+    monkeypatch.setattr(
+        pull.Gradients, "_sum", lambda self, key, leaf, grad: (made.append(leaf.shape), add(self, key, leaf, grad))
+    )
+    loss = microbatch(_head, microbatch_size=4, in_dims=(0, 0, None), backward=backward)(hidden, labels, frozen).value
+    _same(torch.autograd.grad(loss, hidden), torch.autograd.grad(_head(hidden, labels, frozen).value, hidden))
+    assert made == []
+
+
+@pytest.mark.parametrize("backward", WAYS)
+def test_nothing_to_learn_from(data, backward: str) -> None:
+    hidden, labels, weight = data
+    nothing = torch.full_like(labels, -100)
+    mean = microbatch(_head, microbatch_size=4, in_dims=(0, 0, None), backward=backward)(hidden, nothing, weight)
+    assert mean.total == 0
+    assert mean.weight == 0
+    for grad in torch.autograd.grad(mean.total, (hidden, weight)):
+        assert not grad.any()
+
+
+@pytest.mark.parametrize("weight_of", [lambda kept: kept.sum(), lambda kept: int(kept.sum())], ids=["tensor", "number"])
+@pytest.mark.parametrize("backward", WAYS)
+def test_a_piece_of_weight_0_adds_nothing_whatever_it_is(backward: str, weight_of) -> None:
+    x = _double(6, grad=True)
+    kept = torch.tensor([False, False, True, True, True, False])
+
+    def mean(x: Tensor, kept: Tensor) -> Mean:
+        own = x[kept]
+        return Mean(own.log1p().sum() if len(own) else (x.sum() * 0 / 0), weight_of(kept))
+
+    actual = microbatch(mean, microbatch_size=2, backward=backward)(x.square(), kept)
+    expected = x.square()[kept].log1p().sum() / 3
+    _same(actual.value, expected)
+    _same(torch.autograd.grad(actual.value, x), torch.autograd.grad(expected, x))
+
+
+@pytest.mark.parametrize("backward", WAYS)
+def test_twice_through_one_graph(data, backward: str) -> None:
+    hidden, labels, weight = data
+    loss = microbatch(_head, microbatch_size=4, in_dims=(0, 0, None), backward=backward)(hidden, labels, weight).value
+    first = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+    kept = [grad.clone() for grad in first]
+    second = torch.autograd.grad(2 * loss, (hidden, weight))
+    _same(first, tuple(kept))
+    _same(second, tuple(2 * grad for grad in kept))
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, (hidden, weight))
+
+
+def test_pieces_of_pieces(data) -> None:
+    hidden, labels, weight = data
+    inner = microbatch(_head, microbatch_size=2, in_dims=(0, 0, None))
+    for backward, again in itertools.product(WAYS, repeat=2):
+        inner = microbatch(_head, microbatch_size=2, in_dims=(0, 0, None), backward=again)
+        loss = microbatch(inner, microbatch_size=5, in_dims=(0, 0, None), backward=backward)(
+            hidden, labels, weight
+        ).value
+        expected = torch.autograd.grad(_head(hidden, labels, weight).value, (hidden, weight))
+        _same(torch.autograd.grad(loss, (hidden, weight)), expected)
+
+
+@pytest.mark.parametrize("backward", WAYS)
+def test_inside_of_accumulate(data, backward: str) -> None:
+    hidden, labels, weight = data
+
+    def loss(weight: Tensor, batch: tuple[Tensor, Tensor], by_pieces: bool) -> Mean:
+        head = microbatch(_head, microbatch_size=2, in_dims=(0, 0, None), backward=backward) if by_pieces else _head
+        return head(batch[0].sin(), batch[1], weight)
+
+    batch, own = (hidden.detach(), labels), weight.detach()
+    expected = torch.func.grad(lambda w: loss(w, batch, False).value)(own)
+    grad_fn = gradacc.accumulate(functools.partial(loss, by_pieces=True), steps=3)
+    _same(grad_fn(own, batch), expected)
+    doubled = torch.vmap(grad_fn, (0, None))(torch.stack([own, 2 * own]), batch)
+    _same(doubled[0], expected)
+
+
+def test_half_precision_is_summed_in_float32() -> None:
+    ones = torch.ones(100_000, 1, dtype=torch.float16)
+    total = microbatch(lambda x: x.sum(), microbatch_size=1000, out="sum", dtype=torch.float32)(ones)
+    assert total.dtype == torch.float32
+    assert total == 100_000
+    halves = microbatch(lambda x: x.sum(), microbatch_size=1000, out="sum")(ones * 0.5)
+    assert halves.dtype == torch.float16
+    assert halves == 50_000  # 0.5 + ... + 0.5 in float16 stops at 1024
+    mean = microbatch(lambda x: x.mean(), microbatch_size=1000, out="mean")(ones)
+    assert mean == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backward", WAYS)
+def test_a_weight_of_half_precision_is_rounded_once(dtype: torch.dtype, backward: str) -> None:
+    weight = torch.ones(1, dtype=dtype, requires_grad=True)
+    x = torch.tensor([256.0, 1.0, -256.0], dtype=dtype)
+    loss = microbatch(lambda x, w: (x * w).sum(), microbatch_size=1, in_dims=(0, None), out="sum", backward=backward)
+    (grad,) = torch.autograd.grad(loss(x, weight), weight)
+    assert grad.dtype == dtype
+    assert grad == 1
+
+
+# What the function closes over.
+
+
+class _Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.inside = nn.Linear(6, 200, dtype=torch.float64)
+        self.outside = nn.Linear(200, 6, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.outside(F.gelu(self.inside(x)))
+
+
+def _grads(module: nn.Module) -> list[Tensor | None]:
+    return [param.grad for param in module.parameters()]
+
+
+@pytest.mark.parametrize("size", [1, 4, 13])
+def test_a_module_whole_as_the_function(size: int) -> None:
+    layer, x = _Layer(), _double(13, 6, grad=True)
+    seen: list[str] = []
+    for name, param in layer.named_parameters():
+        param.register_post_accumulate_grad_hook(lambda _, name=name: seen.append(name))
+    layer(x).square().sum().backward()
+    expected, mine = _grads(layer), x.grad
+    layer.zero_grad()
+    x.grad = None
+    seen.clear()
+    microbatch(layer, microbatch_size=size)(x).square().sum().backward()
+    _same(_grads(layer), expected)
+    _same(x.grad, mine)
+    assert sorted(seen) == sorted(name for name, _ in layer.named_parameters())  # once each
+
+
+def test_nothing_is_added_to_a_closed_over_parameter_before_its_time() -> None:
+    layer, x = _Layer(), _double(13, 6)
+    for backward in ("auto", "forward"):
+        loss = microbatch(lambda x: layer(x).square().sum(), steps=3, out="sum", backward=backward)(x)  # noqa: B023
+        assert _grads(layer) == [None] * 4
+        loss.backward()
+        assert None not in _grads(layer)
+        layer.zero_grad()
+
+
+@pytest.mark.parametrize("backward", WAYS)
+def test_hidden_states_that_are_closed_over(backward: str) -> None:
+    start, weight = _double(13, 6, grad=True), _double(5, 6, seed=3, grad=True)
+    hidden, made = start.sin(), weight * 2
+
+    def loss(index: Tensor) -> Tensor:
+        return (hidden[index] @ made.mT + (hidden[index] @ weight.mT)).square().sum()
+
+    by_pieces = microbatch(loss, microbatch_size=4, out="sum", backward=backward)
+    index = torch.arange(13)
+    expected = torch.autograd.grad(loss(index), (start, weight), retain_graph=True)
+    _same(torch.autograd.grad(by_pieces(index), (start, weight), retain_graph=True), expected)
+    (first,) = torch.autograd.grad(by_pieces(index), start, create_graph=True)
+    (plain,) = torch.autograd.grad(loss(index), start, create_graph=True)
+    _same(
+        torch.autograd.grad(first.square().sum(), (start, weight), retain_graph=True),
+        torch.autograd.grad(plain.square().sum(), (start, weight), retain_graph=True),
+    )
+
+
+def test_hooks_of_a_closed_over_tensor_run_once() -> None:
+    leaf, x = _double(6, grad=True), _double(13, 6)
+    made = leaf * 3
+    for tensor in (leaf, made):
+        seen: list[Tensor] = []
+        handle = tensor.register_hook(seen.append)  # noqa: B023
+        microbatch(lambda x: (x * tensor).sum(), microbatch_size=2, out="sum")(x).backward(retain_graph=True)  # noqa: B023
+        assert len(seen) == 1
+        _same(seen[0], x.sum(0))
+        handle.remove()
+
+
+class _Twice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.clone().mul_(2)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return 2 * grad
+
+
+def test_a_closed_over_tensor_that_no_mode_sees() -> None:
+    leaf, x = _double(6, grad=True), _double(13, 6)
+    by_pieces = microbatch(lambda x: (x * _Twice.apply(leaf)).sum(), microbatch_size=2, out="sum")
+    _same(torch.autograd.grad(by_pieces(x), leaf), (2 * x.sum(0),))
+    made = leaf * 3
+    lost = microbatch(lambda x: (x * _Twice.apply(made)).sum(), microbatch_size=2, out="sum")
+    with pytest.raises(ValueError, match=r"closes over a tensor that requires grad .* Pass it to func as an argument"):
+        lost(x)
+    # Under a transform it is right, by the plain composite.
+    plain = torch.func.grad(lambda w: (x * 2 * w).sum())(leaf.detach())
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Tensor) -> Tensor:
+            return x * 2
+
+        @staticmethod
+        def setup_context(ctx, inputs, output) -> None: ...
+
+        @staticmethod
+        def backward(ctx, grad: Tensor) -> Tensor:
+            return 2 * grad
+
+    def loss(w: Tensor) -> Tensor:
+        return microbatch(lambda x: (x * Twice.apply(w)).sum(), microbatch_size=2, out="sum")(x)
+
+    _same(torch.func.grad(loss)(leaf.detach()), plain)
+
+
+def test_another_branch_in_the_second_run_is_an_error() -> None:
+    one, other, x = _double(6, grad=True), _double(6, seed=1, grad=True), _double(13, 6)
+    chosen = [one]
+    loss = microbatch(lambda x: (x * chosen[0]).sum(), microbatch_size=2, out="sum", backward="recompute")(x)
+    chosen[0] = other
+    with pytest.raises(RuntimeError, match="did not use in the forward pass"):
+        loss.backward()
+    assert one.grad is None
+    assert other.grad is None
+
+
+def test_different_pieces_may_close_over_different_tensors() -> None:
+    experts = [_double(6, seed=n, grad=True) for n in range(3)]
+    made = [expert * 2 for expert in experts]
+    x, kind = _double(12, 6), torch.arange(12) // 4
+
+    for weights in (experts, made):
+
+        def loss(x: Tensor, kind: Tensor, weights=weights) -> Tensor:
+            return sum(((x[kind == n] * weights[n]).square().sum() for n in kind.unique().tolist()), x.new_zeros(()))
+
+        for backward in WAYS:
+            actual = microbatch(loss, microbatch_size=3, out="sum", backward=backward)(x, kind)
+            _same(
+                torch.autograd.grad(actual, experts, retain_graph=True),
+                torch.autograd.grad(loss(x, kind), experts, retain_graph=True),
+            )
+
+
+def test_changed_in_place_before_the_backward_pass() -> None:
+    x, weight = _double(13, 6), _double(6, grad=True)
+    loss = microbatch(lambda x: (x * weight).square().sum(), steps=3, out="sum", backward="recompute")(x)
+    x.add_(1)
+    with pytest.raises(RuntimeError, match="inplace"):
+        loss.backward()
+
+
+# Random numbers, modes.
+
+
+def test_random_numbers_are_drawn_again_and_left_as_one_pass_leaves_them() -> None:
+    x, weight = torch.ones(10, 50), torch.ones(50, requires_grad=True)
+
+    def loss(x: Tensor) -> Tensor:
+        return F.dropout(x * weight, 0.5).sum()
+
+    torch.manual_seed(3)
+    sum(loss(piece) for piece in x.split(3)).backward()
+    expected, weight.grad = weight.grad, None
+    after = torch.rand(())
+    for backward in WAYS:
+        torch.manual_seed(3)
+        total = microbatch(loss, microbatch_size=3, out="sum", backward=backward)(x)
+        assert torch.rand(()) == after
+        state = torch.get_rng_state()
+        total.backward()
+        assert torch.equal(state, torch.get_rng_state())
+        assert torch.equal(weight.grad, expected)
+        weight.grad = None
+    torch.manual_seed(3)
+    grad = torch.func.grad(lambda w: microbatch(lambda x: F.dropout(x * w, 0.5).sum(), microbatch_size=3, out="sum")(x))
+    assert torch.equal(grad(weight.detach()), expected)
+    assert torch.rand(()) == after
+
+
+def test_autocast_is_entered_again() -> None:
+    layer, x = nn.Linear(6, 6), torch.randn(13, 6, generator=torch.Generator().manual_seed(0))
+    for backward in ("auto", "recompute"):
+        kinds: list[torch.dtype] = []
+
+        def loss(x: Tensor) -> Tensor:
+            y = layer(x)
+            kinds.append(y.dtype)  # noqa: B023
+            return y.float().square().sum()
+
+        with torch.autocast("cpu", torch.bfloat16):
+            total = microbatch(loss, microbatch_size=4, out="sum", backward=backward)(x)
+        total.backward()
+        assert set(kinds) == {torch.bfloat16}
+
+
+def test_under_no_grad_nothing_is_kept() -> None:
+    layer, x = _Layer(), _double(13, 6)
+
+    def tensors() -> int:
+        gc.collect()
+        return sum(isinstance(thing, Tensor) for thing in gc.get_objects())
+
+    before = tensors()
+    with torch.no_grad():
+        y = microbatch(layer, microbatch_size=4)(x)
+    assert not y.requires_grad
+    assert tensors() == before + 1
+    with torch.inference_mode():
+        z = microbatch(layer, microbatch_size=4)(x)
+    assert torch.equal(y, z)
+    # Inference tensors outside of the mode: plain autograd refuses them, copies do not.
+    _same(microbatch(layer, microbatch_size=4)(z).sum(), layer(z.clone()).sum())
+
+
+@pytest.mark.parametrize("early_stop", [True, False])
+def test_inside_of_a_checkpoint(early_stop: bool) -> None:
+    from torch.utils.checkpoint import set_checkpoint_early_stop
+
+    layer, x = _Layer(), _double(13, 6, grad=True)
+    layer(layer(x)).square().sum().backward()
+    expected, mine = _grads(layer), x.grad
+    layer.zero_grad()
+    x.grad = None
+    tiled = microbatch(layer, microbatch_size=4)
+    with set_checkpoint_early_stop(early_stop):
+        y = checkpoint(lambda x: layer(tiled(x)), x, use_reentrant=False)
+        y.square().sum().backward()
+    _same(_grads(layer), expected)
+    _same(x.grad, mine)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, of forward mode
+def test_vectorized_and_forward_mode_derivatives() -> None:
+    layer, x = _Layer(), _double(5, 6)
+    tiled = microbatch(layer, microbatch_size=2)
+    expected = torch.autograd.functional.jacobian(layer, x)
+    _same(torch.autograd.functional.jacobian(tiled, x), expected)
+    _same(torch.autograd.functional.jacobian(tiled, x, vectorize=True), expected)
+    _same(torch.autograd.functional.jacobian(tiled, x, vectorize=True, strategy="forward-mode"), expected)
+    _same(
+        torch.autograd.functional.hessian(lambda x: tiled(x).sin().sum(), x),
+        torch.autograd.functional.hessian(lambda x: layer(x).sin().sum(), x),
+    )
+    assert torch.autograd.gradcheck(tiled, x.requires_grad_())
+    assert torch.autograd.gradgradcheck(tiled, x)
+
+
+def test_a_third_derivative() -> None:
+    x = _double(5, grad=True)
+    made = x * 2
+
+    def cubes(y: Tensor) -> Tensor:
+        return (y**5).sum()
+
+    total = microbatch(cubes, steps=2, out="sum")(made)
+    for n, expected in ((1, lambda x: 5 * 32 * x**4), (2, lambda x: 20 * 32 * x**3), (3, lambda x: 60 * 32 * x**2)):
+        (total,) = torch.autograd.grad(total if n == 1 else total.sum(), x, create_graph=True)
+        _same(total, expected(x))
