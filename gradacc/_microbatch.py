@@ -8,9 +8,10 @@ from typing import Any, TypedDict, Unpack, overload
 
 import torch
 
-from gradacc import _options, _where
+from gradacc import _options, _sync, _where
+from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
-from gradacc._pieces import composite, divide, functional, join, node
+from gradacc._pieces import composite, divide, functional, join, node, ranks
 from gradacc._pieces.node import Backward
 
 _NAME = "microbatch"
@@ -27,6 +28,7 @@ class MicrobatchOptions(TypedDict, total=False):
     out: Any
     dtype: torch.dtype | None
     backward: Backward
+    sync: AllReduce | None
 
 
 @overload
@@ -46,6 +48,7 @@ def microbatch(
     out: Any = "concat",
     dtype: torch.dtype | None = None,
     backward: Backward = "auto",
+    sync: AllReduce | None = None,
 ) -> Callable[..., Any]:
     """Any function piece by piece, and gradients through it, in the memory of a piece.
 
@@ -85,6 +88,9 @@ def microbatch(
             ``"forward"``: where one differentiable 0-dim output is summed, its gradients are taken with the forward pass, and
             only scaled in the backward pass. ``"auto"``: the second where it applies (and no float16 could overflow), else the
             first. Under `torch.func`'s transforms all recompute; while Dynamo traces, pieces are checkpoints.
+
+        sync: `gradacc.all_reduce`: sums, means and `Mean`s are then of all ranks' examples, with one all-reduce a call; what is
+            concatenated stays on its rank. For evaluation: such results have no gradient.
 
     Returns:
         ``by_pieces(*args, **kwargs)``, which returns what ``func`` would have, in new tensors. Derivatives of any order go
@@ -126,19 +132,22 @@ def microbatch(
             out=out,
             dtype=dtype,
             backward=backward,
+            sync=sync,
         )
     if not callable(func):
         raise TypeError(f"{_NAME}: func must be a function, got {describe(func)}; options are keyword-only")
     if backward not in ("auto", "recompute", "forward"):
         raise ValueError(f"{_NAME}: backward must be 'auto', 'recompute' or 'forward', got {backward!r}")
-    _options.check_dtype(_NAME, dtype)
     if not isinstance(in_dims, (int, tuple)) or isinstance(in_dims, bool):
         raise TypeError(
             f"{_NAME}: in_dims must be an int, or a tuple with an int, None or a pytree prefix for each positional argument, "
             f"got {describe(in_dims)}"
         )
+    _options.check_dtype(_NAME, dtype)
+    _options.check_sync(_NAME, sync)
     ways = divide.Ways(_NAME, *_options.ways(_NAME, steps, microbatch_size, split), in_dims)
-    return _by_pieces(func, ways, join.Outs(_NAME, out, out_dims, dtype), backward)
+    outs = join.Outs(_NAME, out, out_dims, dtype)
+    return _by_pieces(func, ways, outs, backward) if sync is None else _over_ranks(func, ways, outs, sync)
 
 
 def _by_pieces(func: Callable[..., Any], ways: divide.Ways, outs: join.Outs, backward: Backward) -> Callable[..., Any]:
@@ -150,5 +159,23 @@ def _by_pieces(func: Callable[..., Any], ways: divide.Ways, outs: join.Outs, bac
         if _where.functorch_is_active() and not torch.compiler.is_compiling():
             return functional.run(func, pieces, outs)
         return join.unflatten(*composite.run(func, pieces, outs, checkpoints=_where.loops()))
+
+    return by_pieces
+
+
+def _over_ranks(func: Callable[..., Any], ways: divide.Ways, outs: join.Outs, sync: AllReduce) -> Callable[..., Any]:
+    agreed = _sync.Agreed(_NAME, func, sync.group)
+    # Of a call that sums, uncompressed.
+    given = _options.Given(reduction="sum", has_aux=True, sync=AllReduce(sync.group, None, overlap=False))
+    options = _options.options(_NAME, ranks.run, given)
+
+    @functools.wraps(func, updated=())
+    def by_pieces(*args: Any, **kwargs: Any) -> Any:
+        if _where.under_transform():
+            raise NotImplementedError(
+                f"{_NAME}: sync= under a transform or in a compiled function is not available; call it outside, or "
+                "leave sync out"
+            )
+        return ranks.run(options, agreed, functools.partial(divide.pieces, ways, args, kwargs), func, outs)
 
     return by_pieces

@@ -102,8 +102,7 @@ def options(name: str, loss_fn: Any, given: Given) -> Options:
         raise ValueError(f"{name}: reduction must be 'mean' or 'sum', got {given.reduction!r}")
     check_dtype(name, given.dtype)
     _check_weights(name, given)
-    if given.sync is not None and not isinstance(given.sync, AllReduce):
-        raise TypeError(f"{name}: sync must be gradacc.all_reduce(...), got {describe(given.sync)}")
+    check_sync(name, given.sync)
     return Options(
         name=name,
         steps=steps,
@@ -145,6 +144,12 @@ def check_dtype(name: str, dtype: Any) -> None:
         raise TypeError(
             f"{name}: dtype must be a floating torch.dtype of 16 bits or more (torch.float32), got {dtype!r}"
         )
+
+
+def check_sync(name: str, sync: Any) -> None:
+    """How ranks are added up."""
+    if sync is not None and not isinstance(sync, AllReduce):
+        raise TypeError(f"{name}: sync must be gradacc.all_reduce(...), got {describe(sync)}")
 
 
 def _check_weights(name: str, given: Given) -> None:

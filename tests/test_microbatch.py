@@ -262,7 +262,7 @@ def test_a_module_whole_as_the_function(size: int) -> None:
 def test_nothing_is_added_to_a_closed_over_parameter_before_its_time() -> None:
     layer, x = _Layer(), _double(13, 6)
     for backward in ("auto", "forward"):
-        loss = microbatch(lambda x: layer(x).square().sum(), steps=3, out="sum", backward=backward)(x)  # noqa: B023
+        loss = microbatch(lambda x: layer(x).square().sum(), steps=3, out="sum", backward=backward)(x)
         assert _grads(layer) == [None] * 4
         loss.backward()
         assert None not in _grads(layer)
@@ -294,7 +294,7 @@ def test_hooks_of_a_closed_over_tensor_run_once() -> None:
     made = leaf * 3
     for tensor in (leaf, made):
         seen: list[Tensor] = []
-        handle = tensor.register_hook(seen.append)  # noqa: B023
+        handle = tensor.register_hook(seen.append)
         microbatch(lambda x: (x * tensor).sum(), microbatch_size=2, out="sum")(x).backward(retain_graph=True)  # noqa: B023
         assert len(seen) == 1
         _same(seen[0], x.sum(0))
@@ -457,7 +457,9 @@ def test_inside_of_a_checkpoint(early_stop: bool) -> None:
     _same(x.grad, mine)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")  # torch's own, of forward mode
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)  # torch's own, of forward mode
 def test_vectorized_and_forward_mode_derivatives() -> None:
     layer, x = _Layer(), _double(5, 6)
     tiled = microbatch(layer, microbatch_size=2)

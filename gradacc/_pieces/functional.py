@@ -104,9 +104,7 @@ class _Node(torch.autograd.Function):
         results = [value for value in values if isinstance(value, Tensor)]
         plan.first = plan.first._replace(leaves=[0] * len(plan.first.leaves))
         plan.values = [value if not isinstance(value, Tensor) else value.new_empty(()) for value in values]
-        # What is an argument is not a result.
-        inputs = set(map(id, tensors))
-        return tuple(result.clone() if id(result) in inputs else result for result in results)
+        return tuple(results)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

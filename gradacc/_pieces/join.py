@@ -203,6 +203,9 @@ def together(outs: Outs, outputs: Sequence[Any], places: Sequence[Place]) -> tup
     leaves = described(outs, first)
     shares = examples(places)
     values = [whole(outs, leaf, [output.leaves[i] for output in flat], places, shares) for i, leaf in enumerate(leaves)]
+    if len(flat) == 1:
+        # Its output may be in the caller's memory.
+        values = [value.clone() if isinstance(value, Tensor) else value for value in values]
     return values, first
 
 

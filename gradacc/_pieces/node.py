@@ -109,22 +109,25 @@ class Plan(NamedTuple):
 def run(func: Callable[..., Any], of: Pieces, outs: join.Outs, backward: Backward) -> Any:
     """What the whole would have returned, connected to what requires grad."""
     joined = Joined(outs, of)
+    values = results(func, joined, backward)
+    assert joined.first is not None
+    return join.unflatten(values, joined.first)
+
+
+def results(func: Callable[..., Any], joined: Joined, backward: Backward) -> list[Any]:
+    """The same, leaf by leaf; ``joined`` has then seen all pieces."""
+    of = joined.of
     if not torch.is_grad_enabled():
         for piece in of.parts:
             joined.add(join.flatten(composite.called(func, piece, of.sources)), piece)
-        results = joined.results()
-        assert joined.first is not None
-        return join.unflatten(results, joined.first)
+        return joined.results()
     around = _surroundings.of([leaf for leaf in of.sources if isinstance(leaf, Tensor)])
-    fold = _Fold(Call(outs.name, func), joined, backward)
+    fold = _Fold(Call(joined.outs.name, func), joined, backward)
     for piece in of.parts:
         fold.step(piece)
     torch.clear_autocast_cache()
-    results = joined.results()
-    assert joined.first is not None
-    if fold.differentiable:
-        results = _connected(fold, results, around)
-    return join.unflatten(results, joined.first)
+    found = joined.results()
+    return _connected(fold, found, around) if fold.differentiable else found
 
 
 class _Fold:
@@ -206,6 +209,7 @@ def _connected(fold: _Fold, results: list[Any], around: _surroundings.Surroundin
         around,
         _where.is_inside_a_loss(),
     )
+    # They have become the results.
     joined.states = []
     saved = [leaf for leaf in sources if isinstance(leaf, Tensor)]
     kept = [value for values in fold.kept for value in values]
