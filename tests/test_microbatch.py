@@ -486,3 +486,192 @@ def test_a_third_derivative() -> None:
     for n, expected in ((1, lambda x: 5 * 32 * x**4), (2, lambda x: 20 * 32 * x**3), (3, lambda x: 60 * 32 * x**2)):
         (total,) = torch.autograd.grad(total if n == 1 else total.sum(), x, create_graph=True)
         _same(total, expected(x))
+
+
+# What a second run would find changed.
+
+
+def test_an_argument_that_is_changed_in_place() -> None:
+    weight, x = _double(6, grad=True), _double(6, 6)
+
+    def doubling(x: Tensor) -> Tensor:
+        return (x.mul_(2) * weight).sum()
+
+    with pytest.raises(ValueError, match=r"changes its argument in place .* x = x.clone\(\)"):
+        microbatch(doubling, steps=2, out="sum")(x.clone())
+    with torch.no_grad():  # nothing is run again
+        _same(microbatch(doubling, steps=2, out="sum")(x.clone()), (2 * x * weight).sum())
+
+
+def test_running_statistics_are_not_updated_twice() -> None:
+    block, x = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4)), torch.randn(8, 6)
+    for steps in (1, 2):
+        with pytest.raises(ValueError, match="BatchNorm in training mode"):
+            microbatch(block, steps=steps)(x)
+    block.eval()
+    torch.testing.assert_close(microbatch(block, steps=2)(x), block(x))
+    stateless = nn.InstanceNorm1d(3)
+    torch.testing.assert_close(microbatch(stateless, steps=2)(x.view(8, 3, 2)), stateless(x.view(8, 3, 2)))
+
+
+# Dynamo asks for its .grad.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("backward", ["recompute", "forward"])
+@pytest.mark.parametrize("is_leaf", [True, False])
+def test_a_compiled_function(data, backward: str, is_leaf: bool) -> None:
+    hidden, labels, weight = data
+    own = weight if is_leaf else weight * 1.5
+    torch.compiler.reset()
+    head = torch.compile(lambda hidden, labels: _head(hidden, labels, own), backend="aot_eager")
+    loss = microbatch(head, microbatch_size=4, backward=backward)(hidden, labels).value
+    expected = torch.autograd.grad(_head(hidden, labels, own).value, (hidden, weight), retain_graph=True)
+    _same(torch.autograd.grad(loss, (hidden, weight)), expected)
+
+
+def test_complex_numbers() -> None:
+    x, w = _double(7, 3, 2, grad=True), _double(3, 4, 2, grad=True)
+    c = torch.view_as_complex(_double(7, 4, 2, seed=1))
+
+    def product(x: Tensor, w: Tensor) -> Tensor:
+        return torch.view_as_complex(x) @ torch.view_as_complex(w)
+
+    tiled = microbatch(product, steps=3, in_dims=(0, None))
+    expected = torch.autograd.grad(product(x, w), (x, w), c)
+    _same(torch.autograd.grad(tiled(x, w), (x, w), c), expected)
+    _same(torch.func.vjp(tiled, x.detach(), w.detach())[1](c), expected)
+
+
+def test_an_embedding_with_sparse_gradients() -> None:
+    table = nn.Embedding(10, 4, sparse=True)
+    microbatch(lambda i: table(i).square(), steps=2)(torch.arange(9)).sum().backward()
+    torch.testing.assert_close(table.weight.grad, 2 * table.weight.detach() * (torch.arange(10) < 9)[:, None])
+
+
+def test_other_dims_than_the_first() -> None:
+    rnn, x = nn.LSTM(4, 5, batch_first=True, dtype=torch.float64), _double(6, 3, 4)
+    tiled = microbatch(rnn, microbatch_size=2, out_dims=(0, (1, 1)))
+    _same(tiled(x), rnn(x))
+    rnn(x)[0].sum().backward()
+    expected = _grads(rnn)
+    rnn.zero_grad()
+    tiled(x)[0].sum().backward()
+    _same(_grads(rnn), expected)
+
+
+# Under torch.func.
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_transforms(data, closes: bool) -> None:
+    hidden, labels, weight = (tensor.detach() for tensor in data)
+
+    def loss(hidden: Tensor, weight: Tensor, head=_head) -> Tensor:
+        return head(hidden, labels, weight).value
+
+    if closes:
+
+        def by_pieces(hidden: Tensor, labels: Tensor, weight: Tensor) -> Mean:
+            return microbatch(lambda h, y: _head(h, y, weight), microbatch_size=4)(hidden, labels)
+    else:
+        by_pieces = microbatch(_head, microbatch_size=4, in_dims=(0, 0, None))
+
+    tiled = functools.partial(loss, head=by_pieces)
+    both = (hidden, weight)
+    for transform in (
+        lambda f: torch.func.grad(f, (0, 1))(*both),
+        lambda f: torch.func.hessian(f, (0, 1))(*both),
+        lambda f: torch.func.jacrev(torch.func.jacrev(f, 1), 0)(*both),
+        lambda f: torch.func.jvp(f, both, both),
+        lambda f: torch.vmap(torch.func.grad(f, (0, 1)), (None, 0))(hidden, torch.stack([weight, 2 * weight])),
+        lambda f: torch.func.grad(lambda w: torch.vmap(f, (None, 0))(hidden, w).sum())(
+            torch.stack([weight, 2 * weight])
+        ),
+        lambda f: torch.func.grad(lambda h: torch.func.grad(f, 1)(h, weight).square().sum())(hidden),
+        lambda f: torch.func.jvp(torch.func.grad(f), both, both),
+    ):
+        _same(transform(tiled), transform(loss))
+
+
+def test_under_a_transform_what_requires_grad_is_connected(data) -> None:
+    hidden, labels, weight = data
+    for closes in (True, False):
+
+        def by_pieces(hidden: Tensor, closes=closes) -> Tensor:
+            if closes:
+                return microbatch(lambda h, y: _head(h, y, weight), microbatch_size=4)(hidden, labels).value
+            return microbatch(_head, microbatch_size=4, in_dims=(0, 0, None))(hidden, labels, weight).value
+
+        plain = torch.func.grad_and_value(lambda hidden: _head(hidden, labels, weight).value)(hidden.detach())
+        tiled = torch.func.grad_and_value(by_pieces)(hidden.detach())
+        _same(tiled, plain)
+        for one, other in zip(tiled, plain, strict=True):
+            _same(
+                torch.autograd.grad(one.square().sum(), weight, retain_graph=True),
+                torch.autograd.grad(other.square().sum(), weight, retain_graph=True),
+            )
+
+
+@pytest.mark.parametrize("depends", [True, False])
+def test_a_piece_may_leave_an_input_unused_under_vmap(depends: bool) -> None:
+    w, v, x = _double(3, 4), _double(3, 4, seed=1), _double(6, 4, seed=2)
+
+    def func(x: Tensor, w: Tensor, v: Tensor, n: Tensor) -> Tensor:
+        total = x.sum() * 0 if n[0] < 2 and not depends else (x * w).sum()
+        return total + ((x * v).sum() if n[0] > 3 else 0)
+
+    def loss(w: Tensor, v: Tensor, tiled: bool) -> Tensor:
+        n = torch.arange(6)
+        if tiled:
+            return microbatch(func, microbatch_size=2, in_dims=(0, None, None, 0), out="sum")(x, w, v, n)
+        return sum(func(x[i : i + 2], w, v, n[i : i + 2]) for i in (0, 2, 4))
+
+    for tree in ((w, v), (w[0], v[0])):
+        grad = torch.func.grad(loss, (0, 1))
+        grad = torch.vmap(grad, (0, 0, None)) if tree[0].ndim == 2 else grad
+        _same(grad(*tree, True), grad(*tree, False))
+
+
+def test_the_functional_checkpoint_keeps_inputs_only() -> None:
+    kept: list[int] = []
+
+    class Counting(torch.utils._python_dispatch.TorchDispatchMode):
+        """The most memory that is alive at once."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.alive, self.peak = 0, 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            import weakref
+
+            result = func(*args, **(kwargs or {}))
+            for leaf in torch.utils._pytree.tree_leaves(result):
+                if isinstance(leaf, Tensor) and leaf._base is None:
+                    size = leaf.numel()
+                    self.alive += size
+                    self.peak = max(self.peak, self.alive)
+                    weakref.finalize(leaf, self._gone, size)
+            return result
+
+        def _gone(self, size: int) -> None:
+            self.alive -= size
+
+    layers = [_double(16, 16, seed=n) for n in range(8)]
+
+    def block(w: Tensor, x: Tensor) -> Tensor:
+        for _ in range(8):
+            x = (x @ w).sin()
+        return x
+
+    def loss(layers: list[Tensor], x: Tensor, checkpoints: bool) -> Tensor:
+        for w in layers:
+            x = microbatch(block, steps=1, in_dims=(None, 0))(w, x) if checkpoints else block(w, x)
+        return x.sum()
+
+    x, grads = _double(512, 16), []
+    for checkpoints in (False, True):
+        with Counting() as counter:
+            grads.append(torch.func.grad(loss)(layers, x, checkpoints))
+        kept.append(counter.peak)
+    _same(grads[0], grads[1])
+    assert kept[1] < kept[0] / 3

@@ -28,6 +28,8 @@ from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
+from gradacc import _where
+
 _LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # the node of a leaf
 
 Edge = tuple[Node, int]
@@ -83,6 +85,18 @@ def leaves(graph: Graph) -> set[int]:
     return {id(node.variable) for node in nodes}
 
 
+def writes(graph: Graph) -> bool:
+    """Whether there is a BatchNorm in training mode that keeps running statistics."""
+    nodes: list[Any] = [node for node in graph.uses if type(node).__name__ in _NORMS]
+    return any(
+        getattr(node, "_saved_training", True) and getattr(node, "_saved_running_mean", None) is not None
+        for node in nodes
+    )
+
+
+_NORMS = {"NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0"}
+
+
 def wanted(edges: Iterable[Edge], leaves: Iterable[Tensor]) -> Callable[[Tensor], bool]:
     """Whether a tensor is one of these."""
     nodes, ids = set(edges), {id(leaf) for leaf in leaves}
@@ -106,6 +120,10 @@ class Mode(TorchFunctionMode):
                 if isinstance(leaf, Tensor):
                     self.see(leaf)
         return result
+
+
+# A compiled function that is called under it traces it as a part of itself, or leaves it alone.
+_where.whole_or_not_at_all(Mode.__torch_function__)
 
 
 @contextmanager

@@ -16,10 +16,16 @@ NOTE [closed-over tensors of a transform]
     made in the body, the body is given up. The piece runs once under the transforms, to find all that it closes over, and
     everything once more with those as inputs. Where that does not help (a ``Function`` of the caller's makes or takes what
     no mode sees), the plain composite is taken.
+
+NOTE [what a backward pass of a transform keeps]
+    `torch.func.grad` differentiates with ``create_graph``: the graph of a recomputation would be a part of the gradients' own
+    graph, and all of them alive at the end. So the recomputation is the body of a ``Function`` too, which keeps its inputs.
+    Its own derivative, the second one, keeps what the whole keeps; so does forward mode over reverse mode.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +33,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from gradacc import _dtypes, _surroundings
 from gradacc._pieces import closed, composite, join
@@ -118,8 +125,12 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         plan, tensors = ctx.plan, ctx.saved_tensors
         needed = [n for n, tensor in enumerate(tensors) if ctx.needs_input_grad[n + 1] and _dtypes.is_inexact(tensor)]
-        with _surroundings.restored(plan.around):
-            found = _pulled(plan, tensors, needed, cotangents)
+        # NOTE [what a backward pass of a transform keeps]
+        pulled = functools.partial(_pulled, plan, needed, len(tensors))
+        if _pushes_forward():
+            found: Any = pulled([*tensors, *cotangents])
+        else:
+            found = _Pulled.apply(pulled, *tensors, *cotangents)  # type: ignore[no-untyped-call]  # torch's
         results: list[Tensor | None] = [None] * len(tensors)
         for n, grad in zip(needed, found, strict=True):
             results[n] = grad
@@ -127,18 +138,62 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
-        plan, tensors = ctx.plan, ctx.saved_for_forward
-        moved = [n for n, tangent in enumerate(tangents) if tangent is not None and _dtypes.is_inexact(tensors[n])]
+        plan = ctx.plan
 
-        def function(*some: Tensor) -> tuple[Tensor, ...]:
-            values, _ = _whole(plan, _with(tensors, moved, some))
-            return tuple(value for value in values if _is_inexact(value))
+        def function(tensors: Sequence[Tensor]) -> list[Tensor]:
+            with _surroundings.restored(plan.around):
+                values, _ = _whole(plan, tensors)
+            return [value for value in values if _is_inexact(value)]
 
-        primals, directions = tuple(tensors[n] for n in moved), tuple(tangents[n] for n in moved)
-        with _surroundings.restored(plan.around):
-            found: Any = torch.func.jvp(function, primals, directions)
-        left = iter(found[1])
-        return tuple(next(left) if _is_inexact(value) else None for value in plan.values if isinstance(value, Tensor))
+        found = iter(_pushed(function, ctx.saved_for_forward, tangents))
+        return tuple(next(found) if _is_inexact(value) else None for value in plan.values if isinstance(value, Tensor))
+
+
+class _Pulled(torch.autograd.Function):
+    """``function(tensors)``, of tensors that are inexact, and its derivatives."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(function: Callable[[Sequence[Tensor]], Sequence[Tensor]], *tensors: Tensor) -> Any:
+        return tuple(function(tensors))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.function, *tensors = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        tensors = ctx.saved_tensors
+        needed = [n for n, tensor in enumerate(tensors) if ctx.needs_input_grad[n + 1] and _dtypes.is_inexact(tensor)]
+
+        def function(some: list[Tensor]) -> Tensor:
+            return _product(ctx.function(_with(tensors, needed, some)), cotangents)
+
+        results: list[Tensor | None] = [None] * len(tensors)
+        for n, grad in zip(needed, _gradient(function, [tensors[n] for n in needed]), strict=True):
+            results[n] = grad
+        return None, *results
+
+
+def _pushes_forward() -> bool:
+    """Whether forward-mode differentiation is active, at any level; vectorized, it does not take a second ``Function``."""
+    stack = torch._C._functorch.get_interpreter_stack() or []
+    return forward_ad._current_level >= 0 or any(each.key() == torch._C._functorch.TransformType.Jvp for each in stack)
+
+
+def _pushed(
+    function: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+    tensors: Sequence[Tensor],
+    tangents: Sequence[Tensor | None],
+) -> Sequence[Tensor]:
+    """The Jacobian-vector product."""
+    moved = [n for n, tangent in enumerate(tangents) if tangent is not None and _dtypes.is_inexact(tensors[n])]
+    primals, directions = tuple(tensors[n] for n in moved), tuple(tangents[n] for n in moved)
+    found: Any = torch.func.jvp(lambda *some: tuple(function(_with(tensors, moved, some))), primals, directions)
+    result: Sequence[Tensor] = found[1]
+    return result
 
 
 def _is_inexact(value: Any) -> bool:
@@ -170,8 +225,15 @@ def _whole(
         return composite.run(plan.func, of, plan.outs, check)
 
 
-def _pulled(plan: _Plan, tensors: Sequence[Tensor], needed: list[int], cotangents: Sequence[Tensor]) -> list[Tensor]:
-    """The vector-Jacobian product, of one piece after another."""
+def _pulled(plan: _Plan, needed: list[int], count: int, given: Sequence[Tensor]) -> list[Tensor]:
+    """The vector-Jacobian product, of one piece after another; ``given``: ``count`` inputs, and cotangents."""
+    with _surroundings.restored(plan.around):
+        return _pulled_by_pieces(plan, given[:count], needed, given[count:])
+
+
+def _pulled_by_pieces(
+    plan: _Plan, tensors: Sequence[Tensor], needed: list[int], cotangents: Sequence[Tensor]
+) -> list[Tensor]:
     of, _ = _filled(plan, tensors)
     assert plan.first is not None
     leaves = join.described(plan.outs, plan.first)

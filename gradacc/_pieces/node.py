@@ -155,6 +155,7 @@ class _Fold:
         self.differentiable.update(dict.fromkeys(ran.roots))
         self.kept.append([ran.output.leaves[i] for i in self.joined.nonlinear])
         if self.gradients is None or not ran.roots:
+            self._check_writes(ran)
             return
         why = self._why_not_forward(ran)
         if why is None:
@@ -167,6 +168,15 @@ class _Fold:
             )
         else:
             self.gradients = None
+            self._check_writes(ran)
+
+    def _check_writes(self, ran: pull.Ran) -> None:
+        if ran.writes:
+            raise ValueError(
+                f"{self.call.name}: func has a BatchNorm in training mode, whose running statistics the backward pass, which "
+                "runs it again, would update once more (and whose rows see each other: pieces are not the whole). Call eval() "
+                "on it, or use another normalization"
+            )
 
     def _why_not_forward(self, ran: pull.Ran) -> str | None:
         """Why gradients cannot be taken with the forward pass, where they cannot."""

@@ -56,6 +56,8 @@ class Ran(NamedTuple):
     """and those whose gradients are a part of the whole's, along a dimension."""
     uses: dict[Node, int]
     """The nodes of the graph, each with the number of edges that lead to it."""
+    writes: bool
+    """Whether it has changed something that a second run would change again: running statistics."""
     hooked: bool
     """Whether hooks were registered meanwhile, maybe on nodes of the graph."""
 
@@ -104,6 +106,8 @@ def _run(
     whole: list[tuple[Key, Tensor]] = []
     parts: list[tuple[Key, Tensor, int]] = []
     arguments = piece.leaves(sources)
+    versions = [leaf._version if isinstance(leaf, Tensor) else 0 for leaf in arguments]
+    given = list(arguments)
     for at, (source, dim) in enumerate(piece.picks):
         if source in call.sources:
             key, leaf = (SOURCE, source), arguments[at].detach().requires_grad_()
@@ -119,6 +123,7 @@ def _run(
     with torch.enable_grad():
         with closed.replacing(call.replaced, aliases, wanted):
             output = join.flatten(piece.call(call.func, arguments), _Nothing.apply)
+        _check_unchanged(call, given, versions)
         roots = {
             i: value.view_as(value)
             for i, value in enumerate(output.leaves)
@@ -138,7 +143,17 @@ def _run(
             key for key, leaf in (*whole, *((key, leaf) for key, leaf, _ in parts)) if id(leaf) in leaves
         )
     output = output._replace(leaves=[value.detach() if isinstance(value, Tensor) else value for value in output.leaves])
-    return Ran(output, roots, whole, parts, graph.uses, hooks != RemovableHandle.next_id), foreign
+    return Ran(output, roots, whole, parts, graph.uses, closed.writes(graph), hooks != RemovableHandle.next_id), foreign
+
+
+def _check_unchanged(call: Call, given: Sequence[Any], versions: Sequence[int]) -> None:
+    """A second run is to be given the same."""
+    for leaf, version in zip(given, versions, strict=True):
+        if isinstance(leaf, Tensor) and leaf._version != version:
+            raise ValueError(
+                f"{call.name}: func changes its argument in place (a tensor of shape {tuple(leaf.shape)}, {leaf.dtype}). "
+                "The backward pass, which runs it again, would find what it has left. Let func work on a copy: x = x.clone()"
+            )
 
 
 def _is_closed(call: Call, leaf: Tensor) -> bool:

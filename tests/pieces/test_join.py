@@ -288,7 +288,7 @@ def _two(x: Tensor) -> Tensor:
             "output['a'] is 4 (int) in one piece and 3 (int) in another",
         ),
         ({"steps": 2, "out": "mean"}, lambda x: (x > 0).sum(), (_rows(),), TypeError, "whose mean would be rounded"),
-        ({"steps": 2, "out": "sum"}, lambda x: "a", (_rows(),), TypeError, "of which there is no sum"),
+        ({"steps": 2, "out": "sum"}, lambda x: "a", (_rows(),), TypeError, "of which there is no 'sum'"),
         ({"steps": 2, "out": "sum"}, _two, (_rows(),), ValueError, "are not reduced to one by 'sum'"),
         (
             {"steps": 2},
@@ -312,7 +312,14 @@ def _two(x: Tensor) -> Tensor:
             TypeError,
             "which cannot be put together by 'concat'; return it dense",
         ),
-        ({"steps": 2}, lambda x: object(), (_rows(),), ValueError, "a object in one piece"),
+        ({"steps": 2}, lambda x: x.numpy(), (_rows(),), TypeError, "is a numpy.ndarray, of which there is no 'concat'"),
+        (
+            {"steps": 2},
+            lambda x: object(),
+            (_rows(),),
+            TypeError,
+            "is a object, of which there is no 'concat'; return a tensor",
+        ),
         (
             {"steps": 2, "backward": "forward", "out": "sum"},
             lambda x: (x.sum(), x.sum()),
