@@ -18,8 +18,9 @@ NOTE [closed-over tensors]
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -27,8 +28,6 @@ import torch.utils._pytree as torch_pytree
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
-
-from gradacc import _where
 
 _LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # the node of a leaf
 
@@ -122,8 +121,11 @@ class Mode(TorchFunctionMode):
         return result
 
 
-# A compiled function that is called under it traces it as a part of itself, or leaves it alone.
-_where.whole_or_not_at_all(Mode.__torch_function__)
+@contextmanager
+def under(mode: Mode) -> Iterator[None]:
+    """With the mode, in which compiled functions run as they were written: Dynamo would trace the mode into them."""
+    with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(), mode:
+        yield
 
 
 @contextmanager
@@ -147,5 +149,5 @@ def replacing(
             leaves.append(found)
         return tensor if found is None else found
 
-    with Mode(replace):
+    with under(Mode(replace)):
         yield

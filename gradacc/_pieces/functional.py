@@ -349,7 +349,7 @@ def _meeting(inputs: Sequence[Tensor], met: Callable[[Tensor], Tensor]) -> Itera
         is_foreign = torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.requires_grad
         return met(tensor) if is_foreign else tensor
 
-    with closed.Mode(replace, lambda tensor: setattr(tensor, _MARK, made)):
+    with closed.under(closed.Mode(replace, lambda tensor: setattr(tensor, _MARK, made))):
         yield
 
 

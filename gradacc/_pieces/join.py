@@ -315,10 +315,11 @@ def check_leaf(outs: Outs, leaf: Leaf, value: Any, place: Place) -> None:
             "sizes along in_dims; return gradacc.Mean(total, weight)"
         )
     if not isinstance(value, Tensor):
-        if isinstance(value, (bool, int, float, complex)) or leaf.out == "concat" or is_reducer(leaf.out):
+        known = (bool, int, float, complex, str) if leaf.out == "concat" else (bool, int, float, complex)
+        if isinstance(value, known) or is_reducer(leaf.out):
             return
         raise TypeError(
-            f"{outs.name}: {leaf.path} is {describe(value)}, of which there is no {leaf.out}; return a tensor"
+            f"{outs.name}: {leaf.path} is {describe(value)}, of which there is no {leaf.out!r}; return a tensor"
         )
     if leaf.out in ("concat", "stack") and not _batch.is_dense(value):
         raise TypeError(

@@ -97,3 +97,34 @@ def test_what_does_not_cross() -> None:
         torch.vmap(microbatch(lambda x: x.sum(), steps=2, out="sum", sync=sync))(x[None].detach())
     with pytest.raises(TypeError, match=r"sync must be gradacc.all_reduce"):
         microbatch(lambda x: x, steps=2, sync=True)
+
+
+def with_ddp(group: Any, x: Tensor, backward: str) -> list[Tensor | None]:
+    """Gradients of a module in DDP, in whose forward pass and loss there are pieces."""
+    torch.manual_seed(0)
+    inside, head = torch.nn.Linear(4, 300), torch.nn.Linear(300, 2)
+
+    class Tiled(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inside, self.head = inside, head
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = microbatch(lambda x: self.inside(x).relu(), microbatch_size=2)(x)
+            return microbatch(lambda h: self.head(h).square().sum(), steps=3, out="sum", backward=backward)(hidden)
+
+    model: Any = Tiled()
+    if group is not None:
+        model = torch.nn.parallel.DistributedDataParallel(model, process_group=group)
+    for _ in range(2):
+        model.zero_grad()
+        model(x).backward()
+    return [param.grad for param in model.parameters()]
+
+
+@pytest.mark.parametrize("backward", ["recompute", "forward"])
+def test_ddp_sees_every_gradient_once(pool, backward: str) -> None:
+    x = torch.randn(10, 4, generator=torch.Generator().manual_seed(0))
+    expected = [grad / 2 for grad in with_ddp(None, x, backward) if grad is not None]
+    for grads in pool.run_each(2, with_ddp, [(x[:7], backward), (x[7:], backward)]):
+        torch.testing.assert_close(grads, expected)
