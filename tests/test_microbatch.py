@@ -675,3 +675,21 @@ def test_the_functional_checkpoint_keeps_inputs_only() -> None:
         kept.append(counter.peak)
     _same(grads[0], grads[1])
     assert kept[1] < kept[0] / 3
+
+
+def test_matrix_products_add_into_the_gradient_themselves(monkeypatch) -> None:
+    from gradacc._engines import fused
+
+    added: list[str] = []
+    add = fused.add
+    monkeypatch.setattr(fused, "add", lambda use, buffer, grad: (added.append(use.node.name()), add(use, buffer, grad)))
+    layer, x = nn.Linear(300, 400, dtype=torch.float64), _double(12, 300)
+    layer(x).square().sum().backward()
+    expected = _grads(layer)
+    for backward, func, out in (("recompute", layer, "concat"), ("forward", lambda x: layer(x).square().sum(), "sum")):
+        layer.zero_grad()
+        added.clear()
+        result = microbatch(func, steps=4, out=out, backward=backward)(x)
+        (result.square().sum() if out == "concat" else result).backward()
+        _same(_grads(layer), expected)
+        assert added == ["AddmmBackward0"] * 3  # the first one's gradient is the memory

@@ -191,3 +191,38 @@ def test_one_rank_of_nccl(options, tmp_path, device, monkeypatch):
         assert_trees_close(grads, expected[0], **within)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("backward", ["recompute", "forward"])
+@pytest.mark.parametrize("size", [1, 5, 12])
+def test_pieces_and_nothing_waits(backward, size, device):
+    params, data = move(parameters(), device), move(batch(), device)
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in params.items()}
+    expected = torch.autograd.grad(weighted(leaves, data).value, list(leaves.values()))
+    by_pieces = gradacc.microbatch(weighted, microbatch_size=size, in_dims=(None, 0), backward=backward)
+
+    def run():
+        return torch.autograd.grad(by_pieces(leaves, data).value, list(leaves.values()))
+
+    run()  # what is loaded at first use
+    with nothing_waits(device):
+        grads = run()
+    assert_trees_close(list(grads), list(expected))
+
+
+def test_random_numbers_of_pieces_are_drawn_again(device):
+    x, weight = torch.ones(10, 50, device=device), torch.ones(50, device=device, requires_grad=True)
+
+    def noisy(x):
+        return torch.dropout(x * weight, 0.5, True).sum()
+
+    torch.manual_seed(3)
+    sum(noisy(piece) for piece in x.split(3)).backward()
+    expected, after = weight.grad, torch.rand((), device=device)
+    for backward in ("recompute", "forward"):
+        weight.grad = None
+        torch.manual_seed(3)
+        total = gradacc.microbatch(noisy, microbatch_size=3, out="sum", backward=backward)(x)
+        assert torch.equal(torch.rand((), device=device), after)
+        total.backward()
+        assert torch.equal(weight.grad, expected)
