@@ -114,7 +114,7 @@ def find(uses: Mapping[Node, int], leaves: Sequence[Tensor], buffers: Sequence[T
         for place, other, add in operands:
             parent: Any
             parent, transposed = parents[place][0], False
-            if type(parent).__name__ == "TBackward0" and uses[parent] == 1:
+            if _transposes(parent) and uses[parent] == 1:
                 parent, transposed = parent.next_functions[0][0], True
             if type(parent).__name__ != "AccumulateGrad":
                 continue
@@ -141,6 +141,17 @@ def _suits(leaf: Tensor, buffer: Tensor | None) -> bool:
         and not leaf._backward_hooks
         and not leaf._post_accumulate_grad_hooks
     )
+
+
+def _transposes(node: Any) -> bool:
+    """Whether it is the transpose of a matrix, however that was written: ``w.t()``, ``w.T``, ``w.mT``, ``w.transpose(0, 1)``."""
+    name = type(node).__name__
+    if name == "PermuteBackward0":
+        # Negative ones are read as unsigned, and even stays even.
+        return tuple(dim % 2 for dim in node._saved_dims) == (1, 0)
+    if name == "TransposeBackward0":
+        return bool(node._saved_dim0 % 2 != node._saved_dim1 % 2)
+    return name == "TBackward0"
 
 
 def _plain(node: Any, other: str) -> Tensor | None:
