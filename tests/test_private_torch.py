@@ -43,6 +43,7 @@ import torch.utils._pytree
 ATTRIBUTES = {
     "_C": lambda: torch._C,
     "_are_functorch_transforms_active": lambda: torch._C._are_functorch_transforms_active(),
+    "_autograd": lambda: torch._C._autograd,
     "_backward_cls": lambda: checkpoint.CheckpointFunction._backward_cls,
     "_backward_hooks": lambda: _WEIGHT._backward_hooks,
     "_base": lambda: _WEIGHT._base,
@@ -73,6 +74,7 @@ ATTRIBUTES = {
     ),
     "_FrameAction": lambda: torch._C._dynamo.eval_frame._FrameAction,
     "_FrameExecStrategy": lambda: torch._C._dynamo.eval_frame._FrameExecStrategy,
+    "_get_current_graph_task_keep_graph": lambda: torch._C._autograd._get_current_graph_task_keep_graph(),
     "_get_object_coll_device": lambda: torch.distributed.distributed_c10d._get_object_coll_device,
     "_is_view": lambda: _WEIGHT._is_view(),
     "_is_zerotensor": lambda: _WEIGHT._is_zerotensor(),
