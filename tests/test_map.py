@@ -147,6 +147,7 @@ LONG = {
     "gradacc._accumulate.accumulate": "the options of the public function",
     "gradacc._accumulate.accumulate_and_value": "the options of the public function",
     "gradacc._accumulator.accumulator": "the options of the public function",
+    "gradacc._microbatch.microbatch": "the options of the public function",
     "gradacc.optim._adam._adam": "the options of `adam` and `adamw`, and which of them it is",
 }
 """Functions that may be longer, or take more, and why."""
