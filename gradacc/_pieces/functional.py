@@ -283,7 +283,10 @@ def _pulled_piece(
         with closed.replacing(plan.closed, replaced):
             output = join.flatten(piece.call(plan.func, own))
         lengths.extend(join.length(leaf, value) for leaf, value in zip(leaves, output.leaves, strict=True))
-        results = [output.leaves[i] for i in given]
+        # What a piece without examples returned may be NaN, and so would be 0 times its derivative.
+        results = [
+            torch.zeros_like(output.leaves[i]) if join.is_nothing(leaves[i], place) else output.leaves[i] for i in given
+        ]
         cotangents = [
             join.cotangent(leaves[i], c, value, (place, before[i], shares))
             for (i, c), value in zip(given.items(), results, strict=True)

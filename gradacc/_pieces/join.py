@@ -18,6 +18,7 @@ pass. Sums are made in what `accumulate` sums in (float32 for half precision, in
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -110,6 +111,11 @@ def is_entry(value: Any) -> bool:
 def is_linear(leaf: Leaf) -> bool:
     """Whether a piece's cotangent is known without its output."""
     return leaf.out in ("concat", "sum", "mean", "stack")
+
+
+def is_nothing(leaf: Leaf, place: Place) -> bool:
+    """Whether a piece has no examples: of a mean it is exactly 0, without a gradient, whatever it returned."""
+    return leaf.out == "mean" and place.total is None and place.size == 0
 
 
 def flatten(output: Any, drop: Callable[[Tensor], Tensor] | None = None) -> Output:
@@ -292,7 +298,9 @@ def cotangent(leaf: Leaf, whole: Tensor, value: Tensor, at: tuple[Place, int, fl
         return whole.narrow(dim, before, value.size(dim))
     if leaf.out == "stack":
         return whole.select(_stack_dim(leaf, value), place.piece)
-    if leaf.out == "mean":
+    if is_nothing(leaf, place):
+        whole = torch.zeros_like(whole)
+    elif leaf.out == "mean":
         whole = whole * (place.share / examples)
     return whole.to(value.dtype)
 
@@ -427,7 +435,10 @@ def _joined(values: Sequence[Tensor], dim: int) -> Tensor:
 
 def _summable(outs: Outs, leaf: Leaf, value: Any, place: Place) -> Any:
     """A term of a sum, in what is summed in."""
+    if is_nothing(leaf, place):
+        value = torch.zeros_like(value) if isinstance(value, Tensor) else 0.0
     if not isinstance(value, Tensor):
+        value = int(value) if isinstance(value, bool) and leaf.out == "sum" else value
         return value * place.share if leaf.out == "mean" else value
     if leaf.out in ("max", "min"):
         return value
@@ -440,7 +451,8 @@ def _summable(outs: Outs, leaf: Leaf, value: Any, place: Place) -> Any:
 def _reduced(leaf: Leaf, terms: Sequence[Any]) -> Any:
     if leaf.out in ("max", "min"):
         if not isinstance(terms[0], Tensor):
-            return max(terms) if leaf.out == "max" else min(terms)
+            # As of tensors, NaN wherever it is.
+            return next((term for term in terms if term != term), (max if leaf.out == "max" else min)(terms))
         if len(terms) == 1:
             return terms[0]
         stacked = torch.stack(list(terms))
@@ -454,7 +466,7 @@ def _reduced(leaf: Leaf, terms: Sequence[Any]) -> Any:
 def _finished(outs: Outs, leaf: Leaf, reduced: Any, value: Any, examples: float) -> Any:
     """Divided, and in the dtype that the whole would have had."""
     if leaf.out == "mean" and examples != 1.0:
-        reduced = reduced / examples
+        reduced = reduced / examples if examples or isinstance(reduced, Tensor) else math.nan
     if not isinstance(value, Tensor) or leaf.out in ("max", "min") or not _dtypes.is_inexact(value):
         return reduced
     return reduced if outs.dtype is not None else reduced.to(value.dtype)

@@ -160,6 +160,8 @@ class _Fold:
         why = self._why_not_forward(ran)
         if why is None:
             ((i, root),) = ran.roots.items()
+            if join.is_nothing(self.joined.leaves[i], place):
+                return
             share = place.share if self.joined.leaves[i].out == "mean" else 1.0
             self.gradients.add(ran, piece, sources, {i: torch.full_like(root, share)})
         elif self.backward == "forward":
@@ -319,7 +321,7 @@ def _gradients(plan: Plan, held: Sequence[Tensor], kept: Sequence[Tensor], given
                 leaf, value = joined.leaves[i], ran.output.leaves[i]
                 if i in of_kept:
                     own[i] = of_kept[i][place.piece]
-                elif i in ran.roots:
+                elif i in ran.roots and not join.is_nothing(leaf, place):
                     own[i] = join.cotangent(leaf, cotangent, value, (place, before[i], shares))
             grads.add(ran, piece, sources, {i: cotangent for i, cotangent in own.items() if cotangent is not None})
             before = [sofar + length for sofar, length in zip(before, lengths, strict=True)]
