@@ -13,9 +13,9 @@ from gradacc._accumulator import Accumulator, accumulator
 from gradacc._all_reduce import AllReduce, all_reduce
 from gradacc._kept import Kept
 from gradacc._mean import Mean
-from gradacc._microbatch import Backward, MicrobatchOptions, microbatch
+from gradacc._microbatch import MicrobatchOptions, microbatch
 from gradacc._module import Apply, functional
-from gradacc._options import AccumulateOptions, AccumulatorOptions, Nonfinite, Reduction
+from gradacc._options import AccumulateOptions, AccumulatorOptions, Backward, Nonfinite, Reduction
 from gradacc._state import AccumulatorState
 from gradacc._train import TrainState, train_step
 from gradacc._tree import TensorTree

@@ -11,8 +11,8 @@ import torch
 from gradacc import _options, _sync, _where
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
+from gradacc._options import Backward
 from gradacc._pieces import composite, divide, functional, join, node, ranks
-from gradacc._pieces.node import Backward
 
 _NAME = "microbatch"
 

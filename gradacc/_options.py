@@ -20,6 +20,10 @@ Nonfinite = Literal["keep", "drop"]
 """What becomes of a micro-batch with a NaN or inf in its loss or gradient."""
 
 
+Backward = Literal["auto", "recompute", "forward"]
+"""How the gradients of pieces are taken: by running each again, or with the forward pass."""
+
+
 class _LossOptions(TypedDict, total=False):
     in_dims: tuple[Any, ...] | None
     argnums: int | tuple[int, ...]

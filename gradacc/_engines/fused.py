@@ -144,7 +144,7 @@ def _suits(leaf: Tensor, buffer: Tensor | None) -> bool:
 
 
 def _transposes(node: Any) -> bool:
-    """Whether it is the transpose of a matrix, however that was written: ``w.t()``, ``w.T``, ``w.mT``, ``w.transpose(0, 1)``."""
+    """Whether it is the transpose of a matrix, however that was written: ``w.t()``, ``w.T``, ``w.mT``."""
     name = type(node).__name__
     if name == "PermuteBackward0":
         # Negative ones are read as unsigned, and even stays even.

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
@@ -29,11 +29,10 @@ from torch import Tensor
 
 from gradacc import _connect, _surroundings, _where
 from gradacc._engines import eager
+from gradacc._options import Backward
 from gradacc._pieces import closed, composite, join, pull
 from gradacc._pieces.divide import Piece, Pieces
 from gradacc._pieces.pull import CLOSED, REPLACED, SOURCE, Call, Gradients, Key
-
-Backward = Literal["auto", "recompute", "forward"]
 
 
 class Joined:
