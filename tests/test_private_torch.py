@@ -37,6 +37,7 @@ from torch._inductor.pattern_matcher import Match
 from torch._inductor.pattern_matcher import register_graph_pattern
 from torch._inductor.virtualized import V
 from torch._ops import HigherOrderOperator
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 import torch.utils._pytree
 """.strip().splitlines()
 

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
@@ -142,7 +143,9 @@ def replacing(
     def replace(tensor: Tensor) -> Tensor:
         found = table.get(id(tensor))
         if found is None and wanted is not None and id(tensor) not in own and wanted(tensor):
-            found = tensor.detach().requires_grad_()
+            # A transform inside of the function would not have it be a leaf.
+            with temporarily_clear_interpreter_stack():
+                found = tensor.detach().requires_grad_()
             own.add(id(found))
             table[id(tensor)] = found
             tensors.append(tensor)

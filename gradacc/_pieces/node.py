@@ -192,6 +192,9 @@ class _Fold:
             return (
                 f"and {leaves[i].path} is of shape {shape} and put together by {leaves[i].out!r}. Use backward='auto'"
             )
+        if root.is_complex():
+            # The gradient of a complex number is not one number that a cotangent only scales.
+            return f"and {leaves[i].path} is complex. Use backward='auto', or return its real and its imaginary part"
         if self.backward == "auto" and any(leaf.dtype == torch.float16 for _, leaf in ran.whole):
             # Undivided, they may be larger than float16 holds.
             return "and a sum of float16 gradients may overflow before it is divided"

@@ -10,6 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
+from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
 from gradacc import _dtypes, _surroundings
@@ -132,6 +133,7 @@ def _run(
     whole += [((REPLACED, n), alias) for n, alias in enumerate(aliases)]
     own = [leaf for _, leaf in whole] + [leaf for _, leaf, _ in parts]
     graph = closed.graph([root.grad_fn for root in roots.values() if root.grad_fn is not None], own, since)
+    _check_checkpoints(call, graph)
     hooked = [leaf for leaf in graph.leaves if leaf._backward_hooks]
     if graph.edges or hooked:
         foreign = closed.wanted(graph.edges, hooked)
@@ -154,6 +156,15 @@ def _check_unchanged(call: Call, given: Sequence[Any], versions: Sequence[int]) 
                 f"{call.name}: func changes its argument in place (a tensor of shape {tuple(leaf.shape)}, {leaf.dtype}). "
                 "The backward pass, which runs it again, would find what it has left. Let func work on a copy: x = x.clone()"
             )
+
+
+def _check_checkpoints(call: Call, graph: closed.Graph) -> None:
+    """NOTE [reentrant checkpoints], in the eager engine: what is used inside of one might lose its gradient."""
+    if CheckpointFunction._backward_cls in set(map(type, graph.uses)):
+        raise ValueError(
+            f"{call.name}: func uses torch.utils.checkpoint with use_reentrant=True, which torch cannot combine with a backward "
+            "pass restricted to inputs. Pass use_reentrant=False"
+        )
 
 
 def _is_closed(call: Call, leaf: Tensor) -> bool:
