@@ -162,8 +162,8 @@ def _check_checkpoints(call: Call, graph: closed.Graph) -> None:
     """NOTE [reentrant checkpoints], in the eager engine: what is used inside of one might lose its gradient."""
     if CheckpointFunction._backward_cls in set(map(type, graph.uses)):
         raise ValueError(
-            f"{call.name}: func uses torch.utils.checkpoint with use_reentrant=True, which torch cannot combine with a backward "
-            "pass restricted to inputs. Pass use_reentrant=False"
+            f"{call.name}: func uses torch.utils.checkpoint with use_reentrant=True, which torch cannot combine with a "
+            "backward pass restricted to inputs. Pass use_reentrant=False"
         )
 
 
