@@ -143,6 +143,11 @@ def _without_nothing(mean: Mean, drop: Callable[[Tensor], Tensor] | None) -> Mea
     return Mean(torch.where(weight == 0, 0, total), weight) if weight.ndim == 0 else mean
 
 
+def detached(output: Output) -> Output:
+    """In other tensors, so that it is seen whether somebody else holds their memory."""
+    return output._replace(leaves=[leaf.detach() if isinstance(leaf, Tensor) else leaf for leaf in output.leaves])
+
+
 def unflatten(leaves: Sequence[Any], like: Output) -> Any:
     """The inverse, of what pieces returned together."""
     tree = _tree.unflatten(like.treedef, leaves)

@@ -118,7 +118,7 @@ def results(func: Callable[..., Any], joined: Joined, backward: Backward) -> lis
     of = joined.of
     if not torch.is_grad_enabled():
         for piece in of.parts:
-            joined.add(join.flatten(composite.called(func, piece, of.sources)), piece)
+            joined.add(join.detached(join.flatten(composite.called(func, piece, of.sources))), piece)
         return joined.results()
     around = _surroundings.of([leaf for leaf in of.sources if isinstance(leaf, Tensor)])
     fold = _Fold(Call(joined.outs.name, func), joined, backward)
@@ -223,8 +223,10 @@ def _connected(fold: _Fold, results: list[Any], around: _surroundings.Surroundin
         around,
         _where.is_inside_a_loss(),
     )
-    # They have become the results.
-    joined.states = []
+    # What the backward pass frees, or a hook has moved elsewhere, is held by nothing else.
+    assert joined.first is not None
+    joined.states, joined.first = [], joined.first._replace(leaves=[])
+    joined.of = joined.of._replace(sources=[], parts=())
     saved = [leaf for leaf in sources if isinstance(leaf, Tensor)]
     kept = [value for values in fold.kept for value in values]
     outputs: Any = _Pieces.apply(  # type: ignore[no-untyped-call]  # torch's

@@ -144,7 +144,7 @@ def _run(
         call.reached.update(
             key for key, leaf in (*whole, *((key, leaf) for key, leaf, _ in parts)) if id(leaf) in leaves
         )
-    output = output._replace(leaves=[value.detach() if isinstance(value, Tensor) else value for value in output.leaves])
+    output = join.detached(output)
     return Ran(output, roots, whole, parts, graph.uses, closed.writes(graph), hooks != RemovableHandle.next_id), foreign
 
 
