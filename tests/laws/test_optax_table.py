@@ -115,7 +115,7 @@ def theirs(tmp_path_factory) -> dict[str, Tensor]:
     if missing:
         pytest.skip(f"not installed: {', '.join(missing)}")
     path = tmp_path_factory.mktemp("optax") / "results.npz"
-    root = str(Path(__file__).parent.parent)
+    root = str(Path(__file__).parent.parent.parent)
     environment = {**os.environ, "PYTHONPATH": root, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "tests.optax_oracle", str(path)]
     run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=200)

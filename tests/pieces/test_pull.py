@@ -1,4 +1,4 @@
-"""Functions that do more than real arithmetic: complex numbers, transforms, checkpoints."""
+"""One piece, run and run backward: functions that do more than real arithmetic (complex numbers, transforms, checkpoints)."""
 
 from collections.abc import Callable
 from typing import Any
