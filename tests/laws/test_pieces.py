@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import gradacc
 from gradacc import microbatch
-from tests.helpers import ENGINES, some_slow
+from tests.helpers import ENGINES, everything_fused, some_slow
 from tests.laws.programs import (
     LIGHT,
     OUTPUTS,
@@ -350,3 +351,90 @@ def test_compiled(name):
     close(
         func(w.detach()), gradients(score(expected_of(program, split, {"x": x, "label": label}, w, b, closed)), [w])[0]
     )
+
+
+# Products that add into a gradient, at any size.
+
+
+@settings(max_examples=25)
+@given(data=st.data())
+def test_with_every_weight_fused(data):
+    everything_fused(lambda: check_plain(data.draw))
+
+
+# Plain autograd through a transform's result.
+
+
+def check_plain_of_func(draw: Callable[..., Any]) -> None:
+    program, size, split = cases(draw)
+    x, label, w, b, closed = inputs(size, draw(seeds))
+
+    def found(make: Callable[..., Callable[..., Any]]) -> Any:
+        function = make(program, split, label)
+        first = torch.func.grad(lambda w: score(function(x, w, b, closed)))(w)
+        tensors = [x, w, b, closed]
+        mixed = first.square().sum() + sum((t.sin().sum() for t in tensors), torch.zeros((), dtype=x.dtype))
+        return first, gradients(mixed, tensors)
+
+    close(found(as_function), found(plainly))
+
+
+@settings(max_examples=20)
+@given(data=st.data())
+def test_plain_autograd_of_what_grad_returned(data):
+    check_plain_of_func(data.draw)
+
+
+# Forward mode of plain autograd.
+
+
+@settings(max_examples=15)
+@given(data=st.data())
+def test_dual_numbers(data):
+    program, size, split = cases(data.draw)
+    x, label, w, b, closed = inputs(size, data.draw(seeds), grad=False)
+    found = []
+    for make in (as_function, plainly):
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(t, t.cos()) for t in (x, w, b, closed)]
+            values = [forward_ad.unpack_dual(value) for value in numbers(make(program, split, label)(*duals))]
+            found.append([(v.primal, torch.zeros_like(v.primal) if v.tangent is None else v.tangent) for v in values])
+    close(*found)
+
+
+# `.backward()` adds into `.grad`, once.
+
+
+@settings(max_examples=15)
+@given(data=st.data())
+def test_backward_adds_into_grad(data):
+    program, size, split = cases(data.draw)
+    x, label, *rest = tensors = inputs(size, data.draw(seeds))
+    leaves = [x, *rest]
+    expected = gradients(score(expected_of(program, split, {"x": x, "label": label}, *rest)), leaves)
+    for leaf in leaves:
+        leaf.grad = torch.ones_like(leaf)
+    score(by_pieces(program, split, "auto", rest[2])({"x": x, "label": label}, *rest[:2])).backward()
+    close([leaf.grad for leaf in leaves], [1 + grad for grad in expected])
+    assert tensors[1].grad is None
+
+
+# The same, longer.
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transform", ["plain", "forward", "dropout", *TRANSFORMS])
+def test_many_more(transform):
+    @settings(max_examples=400)
+    @given(data=st.data())
+    def law(data: Any) -> None:
+        if transform == "plain":
+            check_plain(data.draw)
+        elif transform == "forward":
+            check_plain(data.draw, outputs=(data.draw(st.sampled_from(SCALARS)), "labels", "count", "constants"))
+        elif transform == "dropout":
+            check_dropout(data.draw, "recompute")
+        else:
+            check_func(data.draw, TRANSFORMS[transform])
+
+    law()
