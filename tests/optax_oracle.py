@@ -1,4 +1,4 @@
-"""The table of `tests.laws.test_optax_table` in optax itself: ``python -m tests.optax_oracle results.npz``, a process of its own.
+"""The table of `tests.laws.test_optax_table` in optax itself: ``python -m tests.optax_oracle FILE``, a process of its own.
 
 After the equations of optax's ``optax/microbatching/_microbatching_test.py`` (github.com/google-deepmind/optax, Apache 2.0).
 """
