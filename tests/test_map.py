@@ -90,7 +90,7 @@ def test_there_are_no_circles():
 
 
 OF_SEVERAL_ROOMS = {
-    "": "compositions device documents door lora map models private_torch sweep transforms",
+    "": "compositions device documents door head lora map models private_torch sweep transforms",
     "checkpoint": "states trees",
     "demo": "nproc process",
     "optim": "bad_input donation rules schedule step wrappers",
