@@ -40,6 +40,7 @@ bench: $(STAMP)
 	$(PY) -m benchmarks.boundary
 	$(PY) -m benchmarks.compiled
 	$(PY) -m benchmarks.optim
+	$(PY) -m benchmarks.microbatch
 	$(PY) -m benchmarks.agreement
 	$(PY) -m benchmarks.pages
 

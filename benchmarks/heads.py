@@ -46,6 +46,8 @@ import gradacc
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "microbatch.md"
 TOKENS, WIDTH, VOCABULARY, PIECE = 16, 4, 40, 4
+MANY = 256, 8192
+"""Tokens, and a vocabulary, that the auto-chunker finds large."""
 SMOOTHING, CAP = 0.1, 2.0
 
 
@@ -74,21 +76,21 @@ Loss = Callable[[Data], Tensor]
 BY_TOKENS = ("hidden", "labels", "scale", "teacher")
 
 
-def data(dtype: torch.dtype = torch.float64, tokens: int = TOKENS) -> Data:
+def data(dtype: torch.dtype = torch.float64, tokens: int = TOKENS, vocabulary: int = VOCABULARY) -> Data:
     """The same numbers at every call."""
     generator = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype)
 
-    labels = torch.randint(0, VOCABULARY, (tokens,), generator=generator)
+    labels = torch.randint(0, vocabulary, (tokens,), generator=generator)
     hidden, weight, bias, scale = (
         normal(tokens, WIDTH),
-        normal(VOCABULARY, WIDTH),
-        normal(VOCABULARY),
+        normal(vocabulary, WIDTH),
+        normal(vocabulary),
         normal(tokens).exp(),
     )
-    return Data(hidden, labels, weight, bias, scale, normal(tokens, WIDTH), normal(VOCABULARY, WIDTH))
+    return Data(hidden, labels, weight, bias, scale, normal(tokens, WIDTH), normal(vocabulary, WIDTH))
 
 
 def piece_of(kind: str) -> Callable[[Data], Tensor]:
@@ -186,7 +188,7 @@ def ligers(kind: str) -> Loss:
 
 
 def compiled(kind: str) -> Loss:
-    """Inductor's auto-chunker, told to take logits as few as these for many."""
+    """Inductor's auto-chunker, which looks for outputs of a million elements."""
     return _Compiled(plain(kind))
 
 
@@ -199,15 +201,7 @@ class _Compiled:
     def __call__(self, *args: Any) -> Any:
         from torch._inductor import config
 
-        with config.patch(
-            {
-                "auto_chunker.enable": True,
-                "auto_chunker.output_size_threshold": 1,
-                "auto_chunker.amplify_ratio_threshold": 1,
-                "auto_chunker.num_chunk": TOKENS // PIECE,
-                "force_disable_caches": True,
-            }
-        ):
+        with config.patch({"auto_chunker.enable": True, "force_disable_caches": True}):
             return self.function(*args)
 
 
@@ -258,6 +252,11 @@ def _of_hidden(loss: Loss, d: Data) -> Callable[[Tensor], Tensor]:
     return lambda hidden: loss(d._replace(hidden=hidden))
 
 
+def _hessian(loss: Loss, d: Data) -> Any:
+    """Of a factor for each channel."""
+    return hessian(lambda factors: loss(d._replace(hidden=d.hidden * factors)))(torch.ones_like(d.hidden[0]))
+
+
 def _second(loss: Loss, d: Data) -> Any:
     """A Hessian-vector product by plain autograd, through hidden states and weight."""
     leaves = [d.hidden.clone().requires_grad_(), d.weight.clone().requires_grad_()]
@@ -291,7 +290,7 @@ QUESTIONS = {
         "", lambda loss, d: vmap(grad(_of_hidden(loss, d)))(torch.stack([d.hidden, d.hidden.cos()])), False, True
     ),
     "`jvp`": Question("", lambda loss, d: jvp(_of_hidden(loss, d), (d.hidden,), (d.hidden.cos(),)), True, True),
-    "`hessian`": Question("", lambda loss, d: hessian(_of_hidden(loss, d))(d.hidden), False, True),
+    "`hessian`": Question("", _hessian, False, True),
     "`create_graph=True`": Question("", _second, False),
     FULLGRAPH: Question("", _fullgraph, False),
     "a weight for each token": Question("weights", backward),
@@ -327,7 +326,7 @@ def cell(column: str, row: str) -> str:
 
 
 def _answer(make: Callable[[str], Loss], question: Question, column: str) -> str:
-    d = data(torch.float32 if column == "Liger" else torch.float64)
+    d = data(torch.float32 if column == "Liger" else torch.float64, *(MANY if make is compiled else ()))
     rtol = 1e-3 if column == "Liger" else 1e-8
     expected = question.ask(plain(question.kind), d)
     chunked = _chunkings()
@@ -356,7 +355,7 @@ def _chunkings() -> int:
 
 def _sums(make: Callable[[str], Loss]) -> str:
     """Many pieces of one sign each: what is summed in bfloat16 loses the small ones."""
-    d = data(torch.bfloat16, 256 * PIECE)
+    d = data(torch.bfloat16, 256 * PIECE, *(MANY[1:] if make is compiled else ()))
     exact = backward(plain(""), Data(*(leaf.double() if leaf.is_floating_point() else leaf for leaf in d)))[2]
 
     def error(loss: Loss) -> float:

@@ -1,8 +1,8 @@
-"""`docs/speed.md` from `benchmarks/results`: the tables as the benchmarks print them, and what they mean.
+"""`docs/speed.md`, and figures of `docs/microbatch.md`, from `benchmarks/results`: as the benchmarks print them, and what they mean.
 
     python -m benchmarks.pages
 
-A test compares the page with the results, so a figure on it cannot be older than they are.
+A test compares the pages with the results, so a figure on them cannot be older than they are.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _boundary_report, _compiled_report, _report, agreement, optim
+from benchmarks import _boundary_report, _compiled_report, _microbatch_report, _report, agreement, optim
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "speed.md"
+OF_PIECES = ROOT / "docs" / "microbatch.md"
 
 _HEAD = """\
 # Speed and memory
@@ -81,6 +82,15 @@ Against `torch.optim`'s own `foreach` step of the same rule. A step that is not 
 """
 
 
+_MICROBATCH = """\
+## By pieces
+
+The head of a language model, forward and backward, by [`microbatch`](microbatch.md). The floor is what is given and returned:
+hidden states, weight, and their gradients; peaks are exact.
+
+{tables}
+"""
+
 _AGREEMENT = """\
 ## First use
 
@@ -100,9 +110,15 @@ def page() -> str:
         (_COMPILED, _compiled_report.tables(_results("compiled"))),
         (_BOUNDARY, _boundary_report.tables(_results("boundary"))),
         (_OPTIM, optim.table(_results("optim"))),
+        (_MICROBATCH, _microbatch_report.tables(_results("microbatch"))),
         (_AGREEMENT, agreement.table(_results("agreement"))),
     )
     return "\n".join([_HEAD, *(text.format(tables=tables) for text, tables in sections)])
+
+
+def of_pieces() -> str:
+    """The page on `microbatch`, with the figures of the results as they are."""
+    return _microbatch_report.filled(OF_PIECES.read_text(), _results("microbatch"))
 
 
 def _results(name: str) -> dict[str, Any]:
@@ -112,3 +128,4 @@ def _results(name: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     PAGE.write_text(page())
+    OF_PIECES.write_text(of_pieces())

@@ -132,6 +132,7 @@ def test_links_lead_somewhere(path):
 
 def test_the_page_of_figures_is_of_these_results():
     assert pages.page() == pages.PAGE.read_text(), "run: python -m benchmarks.pages"
+    assert pages.of_pieces() == pages.OF_PIECES.read_text(), "run: python -m benchmarks.pages"
 
 
 def test_the_site_builds_without_a_warning(tmp_path):
@@ -200,6 +201,7 @@ def test_everything_public_has_a_docstring_with_an_example():
         "AccumulatorState",
         "AllReduce",
         "Apply",
+        "MicrobatchOptions",
         "Nonfinite",
         "Reduction",
         "TensorTree",
@@ -217,6 +219,7 @@ def test_everything_public_has_a_docstring_with_an_example():
         "Kept",
         "functional",
         "Mean",
+        "microbatch",
         "optim",
         "testing",
         "TrainState",
