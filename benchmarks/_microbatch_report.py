@@ -14,12 +14,13 @@ FORWARD, RECOMPUTE = 'microbatch, backward="forward"', 'microbatch, backward="re
 HALF, DROPPED = "half ignored: " + FORWARD, "half ignored: dropped before the head"
 TORCHS, AT_OURS = "F.linear_cross_entropy, its pieces", "F.linear_cross_entropy, our pieces"
 
+
 def tables(results: dict[str, Any]) -> str:
     """Markdown."""
     size = results["size"]
     lines = []
     for dtype, found in results["heads"].items():
-        title = f"{size['tokens']} tokens × {size['vocabulary']} × {size['width']}, {dtype}, pieces of {size['piece']}"
+        title = f"{size['tokens']} tokens x {size['vocabulary']} x {size['width']}, {dtype}, pieces of {size['piece']}"
         lines += [f"| {title} | s | time / plain | peak over the floor | of plain's | total |", "|---|" + "--:|" * 5]
         memory = found["memory"]
         over = {name: peak - memory["floor"] for name, peak in memory.items() if name != "floor"}
@@ -34,7 +35,10 @@ def tables(results: dict[str, Any]) -> str:
         lines.append("")
         ours = ", ".join(f"{name} {shown(found['time'][name]['vs_torchs'])}" for name in (FORWARD, RECOMPUTE))
         dropped = shown(found["time"][DROPPED]["vs_half"])
-        lines += [f"Over torch's own at equal pieces: {ours}. Dropping ignored tokens over not dropping: {dropped}.", ""]
+        lines += [
+            f"Over torch's own at equal pieces: {ours}. Dropping ignored tokens over not dropping: {dropped}.",
+            "",
+        ]
     lines += [growths(results["growth"]), ""]
     lines.append(f"{said(results['rounds'], results['processes'])}. {describe(results['machine'])}.")
     return "\n".join(lines)
@@ -47,7 +51,9 @@ def growths(found: dict[str, Any]) -> str:
         own = found[name]
         head = " | ".join(f"{size} {name}" for size in own["plain"])
         lines += [f"| {growth.title}: MB | {head} |", "|---|" + "--:|" * len(own["plain"])]
-        lines += [f"| {way} | {' | '.join(f'{peak / MB:.1f}' for peak in peaks.values())} |" for way, peaks in own.items()]
+        lines += [
+            f"| {way} | {' | '.join(f'{peak / MB:.1f}' for peak in peaks.values())} |" for way, peaks in own.items()
+        ]
         lines.append("")
     return "\n".join(lines[:-1])
 
@@ -55,10 +61,12 @@ def growths(found: dict[str, Any]) -> str:
 def dropped(results: dict[str, Any]) -> str:
     """What it saves to drop ignored tokens, in words."""
     size, found = results["size"], results["heads"]
-    ratios = " and ".join(f"{each['time'][DROPPED]['vs_half']['median']:.2f} ({dtype})" for dtype, each in found.items())
+    ratios = " and ".join(
+        f"{each['time'][DROPPED]['vs_half']['median']:.2f} ({dtype})" for dtype, each in found.items()
+    )
     return (
-        f"With half of {size['tokens']} tokens ignored, a vocabulary of {size['vocabulary']} and width {size['width']}, forward and "
-        f"backward take {ratios} of the time that they take with them.\n"
+        f"With half of {size['tokens']} tokens ignored, a vocabulary of {size['vocabulary']} and width {size['width']}, "
+        f"forward and backward take {ratios} of the time that they take with them.\n"
     )
 
 

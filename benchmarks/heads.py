@@ -120,11 +120,11 @@ def plain(kind: str) -> Loss:
 def ours(kind: str) -> Loss:
     """`gradacc.microbatch`."""
     loss_sum = piece_of(kind)
-    dims = Data(*(0 if name in BY_TOKENS else None for name in Data._fields))
+    dims: Any = Data(*(0 if name in BY_TOKENS else None for name in Data._fields))  # type: ignore[arg-type]
     by_pieces = gradacc.microbatch(
         lambda d: gradacc.Mean(loss_sum(d), len(d.labels)), microbatch_size=PIECE, in_dims=(dims,)
     )
-    return lambda d: by_pieces(d).value  # type: ignore[no-any-return]
+    return lambda d: by_pieces(d).value
 
 
 def checkpointed(kind: str) -> Loss:
@@ -214,11 +214,11 @@ COLUMNS: dict[str, Callable[[str], Loss]] = {
 }
 
 
-class LargestTensor(TorchDispatchMode):
+class LargestTensor(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch's
     """The elements of the largest tensor that an operation makes."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch's
         self.elements = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -262,7 +262,7 @@ def _second(loss: Loss, d: Data) -> Any:
     leaves = [d.hidden.clone().requires_grad_(), d.weight.clone().requires_grad_()]
     value = loss(d._replace(hidden=leaves[0], weight=leaves[1]))
     grads = torch.autograd.grad(value, leaves, create_graph=True)
-    return list(torch.autograd.grad(sum((g * g.detach().cos()).sum() for g in grads), leaves))
+    return list(torch.autograd.grad(torch.stack([(g * g.detach().cos()).sum() for g in grads]).sum(), leaves))
 
 
 def _fullgraph(loss: Loss, d: Data) -> Any:

@@ -90,7 +90,7 @@ def plain(head: Head) -> Tensor:
 
 def checkpointed(head: Head) -> Tensor:
     """`torch.utils.checkpoint` of each piece."""
-    pieces = zip(head.hidden.split(head.piece), head.labels.split(head.piece), strict=True)
+    pieces = zip(torch.split(head.hidden, head.piece), torch.split(head.labels, head.piece), strict=True)
     terms = [checkpoint(loss_sum, hidden, labels, head.weight, use_reentrant=False) for hidden, labels in pieces]
     return torch.stack(terms).sum() / len(head.labels)
 
@@ -117,7 +117,7 @@ def recompute(head: Head) -> Tensor:
     return _ours(head, "recompute")
 
 
-def _ours(head: Head, backward: gradacc.MicrobatchOptions | Any) -> Tensor:
+def _ours(head: Head, backward: gradacc.Backward) -> Tensor:
     by_pieces = gradacc.microbatch(mean, microbatch_size=head.piece, in_dims=(0, 0, None), backward=backward)
     return by_pieces(head.hidden, head.labels, head.weight).value  # type: ignore[no-any-return]
 
@@ -146,7 +146,9 @@ def given(name: str, head: Head) -> Head:
     """With half of the labels ignored, where the variant's name says so."""
     if name not in (HALF, DROPPED):
         return head
-    return head._replace(labels=torch.where(torch.arange(len(head.labels), device=head.labels.device) % 2 == 0, -100, head.labels))
+    return head._replace(
+        labels=torch.where(torch.arange(len(head.labels), device=head.labels.device) % 2 == 0, -100, head.labels)
+    )
 
 
 def run_of(name: str, head: Head) -> Callable[[], list[Tensor]]:
@@ -163,7 +165,10 @@ def check(head: Head) -> dict[str, float]:
     """Largest relative error (2-norm) of each variant's gradients from plain PyTorch's; nothing wrong is timed."""
     errors = {}
     limit = 1e-4 if head.hidden.dtype == torch.float32 else 5e-2
-    oracles = {name: run_of(PLAIN, given(name, head)._replace(hidden=head.hidden, weight=head.weight))() for name in (PLAIN, HALF)}
+    oracles = {
+        name: run_of(PLAIN, given(name, head)._replace(hidden=head.hidden, weight=head.weight))()
+        for name in (PLAIN, HALF)
+    }
     for name in VARIANTS:
         expected = oracles[HALF if name in (HALF, DROPPED) else PLAIN]
         pairs = zip(run_of(name, head)(), expected, strict=True)

@@ -89,8 +89,8 @@ def microbatch(
             only scaled in the backward pass. ``"auto"``: the second where it applies (and no float16 could overflow), else the
             first. Under `torch.func`'s transforms all recompute; while Dynamo traces, pieces are checkpoints.
 
-        sync: `gradacc.all_reduce`: sums, means and each `Mean` are then of all ranks' examples, with one all-reduce a call; what is
-            concatenated stays on its rank. For evaluation: such results have no gradient.
+        sync: `gradacc.all_reduce`: sums, means and each `Mean` are then of all ranks' examples, in one all-reduce a call; what
+            is concatenated stays on its rank. For evaluation: such results have no gradient.
 
     Returns:
         ``by_pieces(*args, **kwargs)``, which returns what ``func`` would have, in new tensors. Derivatives of any order go

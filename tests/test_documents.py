@@ -201,6 +201,7 @@ def test_everything_public_has_a_docstring_with_an_example():
         "AccumulatorState",
         "AllReduce",
         "Apply",
+        "Backward",
         "MicrobatchOptions",
         "Nonfinite",
         "Reduction",

@@ -93,6 +93,7 @@ OF_SEVERAL_ROOMS = {
     "": "compositions device documents door head lora map models private_torch sweep transforms",
     "checkpoint": "states trees",
     "demo": "nproc process",
+    "pieces": "functions",
     "optim": "bad_input donation rules schedule step wrappers",
     "sync": "accelerate accumulator all_reduce ends faults fuzz strides turns",
 }
