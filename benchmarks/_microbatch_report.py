@@ -58,22 +58,7 @@ def growths(found: dict[str, Any]) -> str:
     return "\n".join(lines[:-1])
 
 
-def dropped(results: dict[str, Any]) -> str:
-    """What it saves to drop ignored tokens, in words."""
-    size, found = results["size"], results["heads"]
-    ratios = " and ".join(
-        f"{each['time'][DROPPED]['vs_half']['median']:.2f} ({dtype})" for dtype, each in found.items()
-    )
-    return (
-        f"With half of {size['tokens']} tokens ignored, a vocabulary of {size['vocabulary']} and width {size['width']}, "
-        f"forward and backward take {ratios} of the time that they take with them.\n"
-    )
-
-
 def filled(page: str, results: dict[str, Any]) -> str:
     """The page with these figures between its marks."""
-    for mark, text in (("dropped", dropped(results)), ("growth", growths(results["growth"]) + "\n")):
-        page = re.sub(
-            f"<!-- {mark} -->\n.*?<!-- /{mark} -->", f"<!-- {mark} -->\n{text}<!-- /{mark} -->", page, flags=re.DOTALL
-        )
-    return page
+    text = growths(results["growth"])
+    return re.sub("(<!-- growth -->\n).*?(<!-- /growth -->)", rf"\g<1>{text}\n\g<2>", page, flags=re.DOTALL)

@@ -86,7 +86,8 @@ _MICROBATCH = """\
 ## By pieces
 
 The head of a language model, forward and backward, by [`microbatch`](microbatch.md). The floor is what is given and returned:
-hidden states, weight, and their gradients; peaks are exact.
+hidden states, weight, and their gradients; peaks are exact. The times are first ones, of a machine that was busy with other
+work (see "plain again"): they say little.
 
 {tables}
 """
