@@ -268,7 +268,7 @@ class Gradients:
             dtype = _dtypes.dtypes(self.dtype, [leaf])[0][0]
             self.sums[key] = eager.as_buffer(grad) if grad.dtype == dtype else grad.to(dtype)
         else:
-            buffer.add_(grad)
+            _add(buffer, grad)
 
     def _put(self, key: Key, source: Tensor, place: tuple[int, Piece], grad: Tensor | None) -> None:
         """A piece's part of a gradient in its place."""
@@ -290,3 +290,17 @@ class Gradients:
                 grad.narrow(dim, end, offset - end).zero_()
             end = offset + size
         filled[:] = [(0, grad.size(dim))]
+
+
+_BLOCK = 1 << 20
+"""Elements that are cast at once."""
+
+
+def _add(buffer: Tensor, grad: Tensor) -> None:
+    """Add in place. Of another dtype on a CPU, torch casts all of it first: here, block by block."""
+    if buffer.dtype == grad.dtype or not buffer.is_cpu or buffer.ndim == 0 or buffer.numel() <= _BLOCK:
+        buffer.add_(grad)
+        return
+    rows = max(1, _BLOCK * len(buffer) // buffer.numel())
+    for part, own in zip(torch.split(buffer, rows), torch.split(grad, rows), strict=True):
+        part.add_(own)

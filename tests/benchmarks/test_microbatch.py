@@ -8,6 +8,7 @@ from torch.func import grad
 
 import gradacc
 from benchmarks import _memories, _microbatch_report, microbatch
+from gradacc._pieces import pull
 from tests.helpers import some_slow
 
 CPU = torch.device("cpu")
@@ -57,3 +58,13 @@ def test_peak_of_the_head_under_torch_func():
         return microbatch.allocated_peak(run, CPU) - head.floor
 
     assert over(by_pieces) <= over(microbatch.mean) / 4
+
+
+def test_a_gradient_of_bfloat16_is_not_cast_as_a_whole(monkeypatch):
+    """Before it is added to the sum in float32."""
+    head = microbatch.head_of(torch.bfloat16, microbatch.QUICK, CPU)
+    run = microbatch.run_of(_microbatch_report.FORWARD, head._replace(piece=4))
+    monkeypatch.setattr(pull, "_BLOCK", head.weight.numel())
+    at_once = microbatch.allocated_peak(run, CPU)
+    monkeypatch.setattr(pull, "_BLOCK", head.weight.numel() // 8)
+    assert at_once - microbatch.allocated_peak(run, CPU) > head.weight.numel()
