@@ -561,6 +561,9 @@ def test_other_dims_than_the_first() -> None:
 # Under torch.func.
 
 
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)  # torch's own, of forward mode
 @pytest.mark.parametrize("closes", [True, False])
 def test_transforms(data, closes: bool) -> None:
     hidden, labels, weight = (tensor.detach() for tensor in data)
@@ -693,3 +696,178 @@ def test_matrix_products_add_into_the_gradient_themselves(monkeypatch) -> None:
         (result.square().sum() if out == "concat" else result).backward()
         _same(_grads(layer), expected)
         assert added == ["AddmmBackward0"] * 3  # the first one's gradient is the memory
+
+
+# Found by attacking it.
+
+
+def test_float16_anywhere_recomputes() -> None:
+    weight = torch.randn(4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(1))
+
+    def loss(x: Tensor, weight: Tensor) -> Tensor:
+        return (F.linear(x, weight).float().tanh() * 1e-9).sum()
+
+    with torch.autocast("cpu", torch.float16):
+        total, expected = microbatch(loss, steps=2, in_dims=(0, None), out="sum")(x, weight), loss(x, weight)
+    (actual,) = torch.autograd.grad(total * 65536.0, weight)
+    (wanted,) = torch.autograd.grad(expected * 65536.0, weight)
+    assert actual.abs().sum() > 0
+    torch.testing.assert_close(actual, wanted, rtol=2e-2, atol=1e-6)
+    half = x.half().requires_grad_()
+    (actual,) = torch.autograd.grad(
+        microbatch(lambda x: ((x * 1e-4).float() * 1e-5).sum(), steps=2, out="sum")(half) * 65536.0, half
+    )
+    assert actual.isfinite().all()
+    assert actual.all()
+
+
+@pytest.mark.parametrize("out", ["sum", "concat", "stack"])
+def test_a_closed_over_tensor_that_is_returned(out: str) -> None:
+    start, x = _double(3), _double(6, 3)
+
+    def of(weight: Tensor, tiled: bool) -> Tensor:
+        if not tiled:
+            many = weight * 2 if out == "sum" else torch.cat([weight, weight])
+            return (many.sin()).sum() + (x * weight).sum()
+        rows, own = microbatch(lambda x: (x * weight, weight), steps=2, out=("concat", out))(x)
+        return own.sin().sum() + rows.sum()
+
+    expected = torch.func.grad(of)(start, False)
+    _same(torch.func.grad(of)(start, True), expected)
+    leaf = start.clone().requires_grad_()
+    _same(torch.autograd.grad(of(leaf, True), leaf), (expected,))
+    _same(torch.autograd.grad(of(leaf * 1, True), leaf), (expected,))
+    only = torch.func.grad(lambda w: microbatch(lambda x: w, steps=2, out="sum")(x).sum())(start)
+    _same(only, torch.full_like(start, 2))
+
+
+def test_a_list_of_a_class_of_its_own_under_a_transform() -> None:
+    class Items(list):
+        pass
+
+    x, w = _double(6, 3), _double(3)
+    grad = torch.func.grad(lambda w: microbatch(lambda x: x * torch.stack(Items([w, w])).sum(0), steps=2)(x).sum())(w)
+    _same(grad, 2 * x.sum(0))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)  # torch's own, of forward mode
+def test_forward_over_forward() -> None:
+    x, w = _double(6, 3), _double(3)
+
+    def loss(w: Tensor, tiled: bool) -> Tensor:
+        func = microbatch(lambda x, w: (x * w).sin().sum(), steps=2, in_dims=(0, None), out="sum") if tiled else None
+        return (x * w).sin().sum() if func is None else func(x, w)
+
+    for twice in (
+        lambda f: torch.func.jacfwd(torch.func.jacfwd(f)),
+        lambda f: torch.func.jacfwd(torch.func.grad(lambda w: torch.func.jvp(f, (w,), (w,))[1])),
+    ):
+        _same(twice(functools.partial(loss, tiled=True))(w), twice(functools.partial(loss, tiled=False))(w))
+
+
+def test_what_func_leaves_elsewhere_is_an_error_of_the_backward_pass() -> None:
+    left: list[Tensor] = []
+
+    def func(h: Tensor) -> Tensor:
+        y = h.sin()
+        left.append(y.pow(2).mean())
+        return y
+
+    x = _double(6, 3, grad=True)
+    y = microbatch(func, steps=1)(x * 2)
+    with pytest.raises(RuntimeError, match="a tensor that func left in another place"):
+        (y.sum() + left[0]).backward()
+
+
+def test_an_iterable_that_draws_random_numbers() -> None:
+    weight, x = torch.ones(3, requires_grad=True), torch.ones(6, 3)
+
+    def pieces():
+        for part in x.split(2):
+            torch.rand(3)
+            yield part
+
+    for batch in (torch.utils.data.DataLoader(x, batch_size=2), pieces()):
+        y = microbatch(lambda x: F.dropout(x * weight, 0.5))(batch)
+        (grad,) = torch.autograd.grad(y.sum(), weight, create_graph=True)
+        torch.testing.assert_close(grad, y.sum(0))
+
+
+def test_an_iterable_that_gives_the_same_memory_again() -> None:
+    weight, data, memory = _double(3, grad=True), _double(4, 2, 3), torch.empty(2, 3, dtype=torch.float64)
+    with pytest.raises(ValueError, match="gives the same memory again"):
+        microbatch(lambda x: (x * weight).square())(memory.copy_(part) for part in data)
+
+
+def test_state_that_func_writes_or_that_changes_before_the_second_run() -> None:
+    x, weight, sums = _double(6, 3), _double(3, grad=True), torch.zeros((), dtype=torch.float64)
+    norm, head = nn.BatchNorm1d(3, dtype=torch.float64), nn.Linear(3, 2, dtype=torch.float64)
+
+    def counting(x: Tensor) -> Tensor:
+        sums.add_(x.sum())
+        return x * weight
+
+    def normalizing(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            z = norm(x)
+        return head(z)
+
+    for func, name in ((counting, "sums"), (normalizing, r"norm\.")):
+        with pytest.raises(ValueError, match=rf"func has changed {name}"):
+            microbatch(func, steps=2)(x)
+    spectral = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"func has changed func\.parametrizations"):
+        microbatch(spectral, steps=1)(x)
+    factor = torch.ones((), dtype=torch.float64)
+    y = microbatch(lambda x: x * factor * weight, steps=2)(x)
+    factor.zero_()
+    with pytest.raises(RuntimeError, match="factor, which func closes over, has changed in place"):
+        y.sum().backward()
+
+
+def test_a_sharded_module_is_an_error() -> None:
+    class FSDPModule(nn.Linear):
+        """What a name stands for."""
+
+    inside = FSDPModule(3, 3, dtype=torch.float64)
+    for func in (inside, nn.Sequential(inside), lambda x: inside(x)):
+        with pytest.raises(ValueError, match="a module that FSDP shards"):
+            microbatch(func, steps=2)(_double(6, 3))
+
+
+def test_pieces_of_pieces_that_close_over_what_was_made_before() -> None:
+    weight, x = _double(3, grad=True), _double(8, 3)
+    made = weight.sin()
+    for backward in ("recompute", "auto"):
+        inner = microbatch(lambda x: x * made, steps=2, backward=backward)
+        for outer in (microbatch(inner, steps=2), microbatch(lambda x: inner(x).square().sum(), steps=2, out="sum")):  # noqa: B023
+            (first,) = torch.autograd.grad(outer(x).square().sum(), weight, retain_graph=True)
+            power = 2 if outer(x).ndim else 4
+            plain = (x * made).square().sum() if power == 2 else (x * made).square().sum().square()
+            _same(first, *torch.autograd.grad(plain, weight, retain_graph=True))
+
+
+def test_numbers_beside_tensors_that_are_kept() -> None:
+    x = _double(6, 3, grad=True)
+    total, most = microbatch(lambda x: (x.sum(), len(x)), steps=2, out=("sum", "max"))(x)
+    assert most == 3
+    _same(torch.autograd.grad(total, x), (torch.ones_like(x),))
+
+
+def test_a_result_that_was_kept_may_be_changed_in_place() -> None:
+    x = _double(6, 3, grad=True)
+    y = microbatch(lambda x: (x * 2).sum(0, keepdim=True), steps=1, out="max")(x)
+    y.mul_(3)
+    _same(torch.autograd.grad(y.sum(), x), (torch.full_like(x, 6),))
+
+
+def test_a_reducer_that_returns_no_tensor() -> None:
+    class Pair:
+        init, update = staticmethod(lambda leaf: 0 * leaf), staticmethod(lambda state, leaf: state + leaf)
+        finalize = staticmethod(lambda state: (state,))
+
+    with pytest.raises(TypeError, match="finalize of output returned a tuple; it must be a tensor or a number"):
+        microbatch(lambda x: x.sum(), steps=2, out=Pair)(_double(6, 3, grad=True))

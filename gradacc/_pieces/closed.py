@@ -18,10 +18,12 @@ NOTE [closed-over tensors]
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from contextlib import ExitStack, contextmanager, nullcontext
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 import torch.utils._pytree as torch_pytree
@@ -29,6 +31,8 @@ from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
+
+from gradacc import _tree
 
 _LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # the node of a leaf
 
@@ -103,6 +107,12 @@ def wanted(edges: Iterable[Edge], leaves: Iterable[Tensor]) -> Callable[[Tensor]
     return lambda tensor: id(tensor) in ids or (tensor.grad_fn, tensor.output_nr) in nodes
 
 
+Replacements: TypeAlias = tuple[tuple[list[Tensor], list[Tensor]], ...]
+"""Tensors, and those in their place, of functions around functions."""
+
+_active: ContextVar[Replacements] = ContextVar("what is replaced", default=())
+
+
 class Mode(TorchFunctionMode):
     """Each tensor that a function of torch is given, replaced; ``see`` is told what it returns."""
 
@@ -113,13 +123,26 @@ class Mode(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        args, kwargs = torch_pytree.tree_map_only(Tensor, self.replace, (args, dict(kwargs or {})))
-        result = func(*args, **kwargs)
+        own = {name: _mapped(self.replace, value) for name, value in (kwargs or {}).items()}
+        result = func(*(_mapped(self.replace, value) for value in args), **own)
         if self.see is not None:
             for leaf in torch_pytree.tree_leaves(result):
                 if isinstance(leaf, Tensor):
                     self.see(leaf)
         return result
+
+
+def _mapped(replace: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Every tensor in an argument of a function of torch, which takes sequences of any class."""
+    if isinstance(value, Tensor):
+        return replace(value)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_mapped(replace, item) for item in value))
+    if isinstance(value, (list, tuple)):
+        return (tuple if isinstance(value, tuple) else list)(_mapped(replace, item) for item in value)
+    if isinstance(value, dict):
+        return {key: _mapped(replace, item) for key, item in value.items()}
+    return value
 
 
 @contextmanager
@@ -132,10 +155,13 @@ def under(mode: Mode) -> Iterator[None]:
 @contextmanager
 def replacing(
     tensors: list[Tensor], leaves: list[Tensor], wanted: Callable[[Tensor], bool] | None = None
-) -> Iterator[None]:
-    """With ``leaves`` in the place of ``tensors``; what is ``wanted`` is added to both when it is met."""
+) -> Iterator[Callable[[Tensor], Tensor]]:
+    """With ``leaves`` in the place of ``tensors``; what is ``wanted`` is added to both when it is met.
+
+    What the function returns no mode sees: it is to go through the function that is yielded.
+    """
     if not tensors and wanted is None:
-        yield
+        yield _as_it_is
         return
     table = {id(tensor): leaf for tensor, leaf in zip(tensors, leaves, strict=True)}
     own = {id(leaf) for leaf in leaves}
@@ -152,5 +178,39 @@ def replacing(
             leaves.append(found)
         return tensor if found is None else found
 
-    with under(Mode(replace)):
+    token = _active.set((*_active.get(), (tensors, leaves)))
+    try:
+        with under(Mode(replace)):
+            yield replace
+    finally:
+        _active.reset(token)
+
+
+def active() -> Replacements:
+    """What is replaced here, as it is now."""
+    return tuple((list(tensors), list(leaves)) for tensors, leaves in _active.get())
+
+
+@contextmanager
+def again(replacements: Replacements) -> Iterator[None]:
+    """What was replaced there: pieces of pieces, run again, close over what the outer ones had in its place."""
+    with ExitStack() as stack:
+        for tensors, leaves in replacements:
+            stack.enter_context(replacing(tensors, leaves))
         yield
+
+
+def _as_it_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def seen(func: Callable[..., Any], replace: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """``func``, with what it returns replaced too."""
+
+    def seeing(*args: Any, **kwargs: Any) -> Any:
+        output = func(*args, **kwargs)
+        leaves, treedef = _tree.flatten(output)
+        others = [replace(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        return output if all(map(operator.is_, leaves, others)) else _tree.unflatten(treedef, others)
+
+    return seeing

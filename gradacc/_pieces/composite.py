@@ -16,19 +16,19 @@ def run(
     func: Callable[..., Any],
     of: Pieces,
     outs: join.Outs,
-    check: Callable[[], None] | None = None,
+    before: Callable[[int], None] | None = None,
     checkpoints: bool = False,
 ) -> tuple[list[Any], join.Output]:
-    """All pieces, then all of them together: a pure function of the sources. ``check`` is called after each.
+    """All pieces, then all of them together: a pure function of the sources. ``before`` is called before each, with its number.
 
     ``checkpoints``: each piece is one, that a compiler understands.
     """
     outputs, places = [], []
     for index, piece in enumerate(of.parts):
+        if before is not None:
+            before(index)
         own = functools.partial(called, func, piece, of.sources)
         outputs.append(checkpoint(own, use_reentrant=False) if checkpoints else own())
-        if check is not None:
-            check()
         places.append(join.Place(index, piece.size, of.total, of.number))
     return join.together(outs, outputs, places)
 

@@ -74,6 +74,10 @@ _ATTEMPTS = 4
 def run(func: Callable[..., Any], of: Pieces, outs: join.Outs) -> Any:
     """What the whole would have returned."""
     of = of._replace(parts=list(of.parts))
+    if _forward_levels() > 1 or not join.is_of_ways(outs.out):
+        # Torch's own nodes give zeros for forward over forward; and what a reducer closes over is met behind the pieces.
+        values, first = composite.run(func, of, outs)
+        return join.unflatten(values, first)
     tensors = [n for n, leaf in enumerate(of.sources) if isinstance(leaf, Tensor)]
     given = [of.sources[n] for n in tensors]
     around = _surroundings.of(given)
@@ -101,13 +105,13 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(plan: _Plan, *tensors: Tensor) -> Any:
-        done: list[None] = []
+        at = [0]
 
         def refuse(_: Tensor) -> Tensor:
-            raise _ClosesOverError(len(done))
+            raise _ClosesOverError(at[0])
 
-        with _meeting(tensors, refuse):
-            values, plan.first = _whole(plan, tensors, lambda: done.append(None))
+        with _meeting(tensors, refuse) as meet:
+            values, plan.first = _whole(plan, tensors, lambda piece: at.__setitem__(0, piece), meet)
         results = [value for value in values if isinstance(value, Tensor)]
         plan.first = plan.first._replace(leaves=[0] * len(plan.first.leaves))
         plan.values = [value if not isinstance(value, Tensor) else value.new_empty(()) for value in values]
@@ -179,8 +183,13 @@ class _Pulled(torch.autograd.Function):
 
 def _pushes_forward() -> bool:
     """Whether forward-mode differentiation is active, at any level; vectorized, it does not take a second ``Function``."""
+    return _forward_levels() > 0
+
+
+def _forward_levels() -> int:
     stack = torch._C._functorch.get_interpreter_stack() or []
-    return forward_ad._current_level >= 0 or any(each.key() == torch._C._functorch.TransformType.Jvp for each in stack)
+    jvps = sum(each.key() == torch._C._functorch.TransformType.Jvp for each in stack)
+    return max(jvps, forward_ad._current_level + 1)
 
 
 def _pushed(
@@ -218,11 +227,15 @@ def _filled(plan: _Plan, tensors: Sequence[Tensor]) -> tuple[Pieces, list[Tensor
 
 
 def _whole(
-    plan: _Plan, tensors: Sequence[Tensor], check: Callable[[], None] | None = None
+    plan: _Plan,
+    tensors: Sequence[Tensor],
+    before: Callable[[int], None] | None = None,
+    meet: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[list[Any], join.Output]:
     of, aliases = _filled(plan, tensors)
-    with closed.replacing(plan.closed, aliases):
-        return composite.run(plan.func, of, plan.outs, check)
+    with closed.replacing(plan.closed, aliases) as replace:
+        func = closed.seen(plan.func, replace)
+        return composite.run(func if meet is None else closed.seen(func, meet), of, plan.outs, before)
 
 
 def _pulled(plan: _Plan, needed: list[int], count: int, given: Sequence[Tensor]) -> list[Tensor]:
@@ -280,8 +293,8 @@ def _pulled_piece(
                 own[at] = tensor
             elif n >= len(plan.tensors):
                 replaced[n - len(plan.tensors)] = tensor
-        with closed.replacing(plan.closed, replaced):
-            output = join.flatten(piece.call(plan.func, own))
+        with closed.replacing(plan.closed, replaced) as replace:
+            output = join.flatten(piece.call(closed.seen(plan.func, replace), own))
         lengths.extend(join.length(leaf, value) for leaf, value in zip(leaves, output.leaves, strict=True))
         # What a piece without examples returned may be NaN, and so would be 0 times its derivative.
         results = [
@@ -336,13 +349,13 @@ def _closed_over(plan: _Plan, of: Pieces, piece: int) -> list[Tensor]:
         found[id(tensor)] = tensor
         return tensor
 
-    with _meeting([of.sources[n] for n in plan.tensors] + plan.closed, note):
-        composite.called(plan.func, list(of.parts)[piece], of.sources)
+    with _meeting([of.sources[n] for n in plan.tensors] + plan.closed, note) as meet:
+        composite.called(closed.seen(plan.func, meet), list(of.parts)[piece], of.sources)
     return list(found.values())
 
 
 @contextmanager
-def _meeting(inputs: Sequence[Tensor], met: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _meeting(inputs: Sequence[Tensor], met: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
     """What is of a transform or requires grad, and is neither an input nor made meanwhile, is ``met``: it takes its place."""
     made, own = object(), set(map(id, inputs))
 
@@ -353,7 +366,7 @@ def _meeting(inputs: Sequence[Tensor], met: Callable[[Tensor], Tensor]) -> Itera
         return met(tensor) if is_foreign else tensor
 
     with closed.under(closed.Mode(replace, lambda tensor: setattr(tensor, _MARK, made))):
-        yield
+        yield replace
 
 
 _MARK = "_gradacc_made_in"

@@ -108,6 +108,11 @@ def is_entry(value: Any) -> bool:
     return isinstance(value, str) or is_reducer(value)
 
 
+def is_of_ways(out: Any) -> bool:
+    """Whether all entries of a prefix are `WAYS`, and none a reducer."""
+    return isinstance(out, str) or not any(is_reducer(entry) for entry in _tree.flatten(out, is_entry)[0])
+
+
 def is_linear(leaf: Leaf) -> bool:
     """Whether a piece's cotangent is known without its output."""
     return leaf.out in ("concat", "sum", "mean", "stack")
@@ -264,7 +269,7 @@ def total(outs: Outs, leaf: Leaf, state: State, value: Any, examples: float) -> 
             return _joined([*([] if rest is None else [rest]), *state.pieces], _dim(leaf, value))
         return state.value
     if is_reducer(leaf.out):
-        return leaf.out.finalize(state.value)
+        return _reduced_by(outs, leaf, leaf.out.finalize(state.value))
     return _finished(outs, leaf, state.value, value, examples)
 
 
@@ -284,7 +289,7 @@ def whole(outs: Outs, leaf: Leaf, values: Sequence[Any], places: Sequence[Place]
         state = leaf.out.init(values[0])
         for value in values:
             state = leaf.out.update(state, value)
-        return leaf.out.finalize(state)
+        return _reduced_by(outs, leaf, leaf.out.finalize(state))
     terms = [_summable(outs, leaf, value, place) for value, place in zip(values, places, strict=True)]
     if isinstance(terms[0], Tensor):
         for term in terms:
@@ -354,6 +359,14 @@ def check_leaf(outs: Outs, leaf: Leaf, value: Any, place: Place) -> None:
             f"{outs.name}: {leaf.path} is a tensor of {value.dtype}, whose mean would be rounded; return it as a floating "
             "tensor, or gradacc.Mean(total, weight)"
         )
+
+
+def _reduced_by(outs: Outs, leaf: Leaf, result: Any) -> Any:
+    if not isinstance(result, (Tensor, bool, int, float, complex)):
+        raise TypeError(
+            f"{outs.name}: finalize of {leaf.path} returned {describe(result)}; it must be a tensor or a number"
+        )
+    return result
 
 
 def _check_dim(outs: Outs, leaf: Leaf, ndim: int, value: Tensor) -> None:

@@ -12,6 +12,11 @@ NOTE [pieces in grad mode]
     what is differentiable, and what the function closes over, of every piece, whatever branch it takes. It costs the memory of
     the graph of one piece, which the backward pass needs too.
 
+NOTE [what a second run relies on]
+    A second run must be the first. Arguments, and what requires grad, are saved as autograd saves; of other tensors that the
+    function closes over, and of its modules' buffers, it is known whether they have changed in place. What is neither (a name
+    that was bound anew, a counter, a generator of another library) is the caller's.
+
 NOTE [derivatives of derivatives]
     With ``create_graph`` the gradients are computed as they are without, and connected by `_connect.Connection` to the plain
     function of all pieces, which a second backward pass runs, and differentiates twice. It keeps what that keeps.
@@ -30,7 +35,7 @@ from torch import Tensor
 from gradacc import _connect, _surroundings, _where
 from gradacc._engines import eager
 from gradacc._options import Backward
-from gradacc._pieces import closed, composite, join, pull
+from gradacc._pieces import closed, composite, held, join, pull
 from gradacc._pieces.divide import Piece, Pieces
 from gradacc._pieces.pull import CLOSED, REPLACED, SOURCE, Call, Gradients, Key
 
@@ -103,6 +108,12 @@ class Plan(NamedTuple):
     around: _surroundings.Surroundings
     inside: bool
     """Whether a loss of the eager engine was running."""
+    around_it: closed.Replacements
+    """What pieces of which this call is a part had replaced."""
+    before: list[_surroundings.Surroundings]
+    """Of each piece, where something else may have drawn random numbers between them."""
+    held: dict[str, tuple[Tensor, int]]
+    """What the function closes over: NOTE [what a second run relies on]."""
 
 
 def run(func: Callable[..., Any], of: Pieces, outs: join.Outs, backward: Backward) -> Any:
@@ -138,6 +149,14 @@ class _Fold:
         self.differentiable: dict[int, None] = {}
         self.kept: list[list[Any]] = []
         self.gradients = None if backward == "recompute" else Gradients(joined.outs.dtype)
+        self.held = held.versions(call.func)
+        self.memory: list[tuple[Tensor, int]] = []
+        self.before: list[_surroundings.Surroundings] = []
+        if held.sharded(call.func):
+            raise ValueError(
+                f"{call.name}: func is, or calls, a module that FSDP shards, whose hooks would not see the backward pass. Use "
+                "microbatch inside of the sharded module, around its layers"
+            )
 
     def step(self, piece: Piece) -> None:
         """One piece."""
@@ -148,11 +167,18 @@ class _Fold:
                 sources[n] = leaf = leaf.clone()
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 call.sources.add(n)
+        if self.joined.of.total is None:
+            # What gives the pieces may draw random numbers, and give the same memory again.
+            self.before.append(_surroundings.of([leaf for leaf in sources if isinstance(leaf, Tensor)]))
+            own = [sources[source] for source, _ in piece.picks]
+            self.memory += [(leaf, leaf._version) for leaf in own if isinstance(leaf, Tensor)]
         ran = pull.run(call, piece, sources)
         place = self.joined.add(ran.output, piece)
         self.pieces.append(piece)
         self.differentiable.update(dict.fromkeys(ran.roots))
-        self.kept.append([ran.output.leaves[i] for i in self.joined.nonlinear])
+        kept = [ran.output.leaves[i] for i in self.joined.nonlinear]
+        # In other tensors: the result may be changed in place.
+        self.kept.append([value.detach() if isinstance(value, Tensor) else value for value in kept])
         if self.gradients is None or not ran.roots:
             self._check_writes(ran)
             return
@@ -195,14 +221,42 @@ class _Fold:
         if root.is_complex():
             # The gradient of a complex number is not one number that a cotangent only scales.
             return f"and {leaves[i].path} is complex. Use backward='auto', or return its real and its imaginary part"
-        if self.backward == "auto" and any(leaf.dtype == torch.float16 for _, leaf in ran.whole):
+        if self.backward == "auto" and _is_of_half(ran):
             # Undivided, they may be larger than float16 holds.
             return "and a sum of float16 gradients may overflow before it is divided"
         return None
 
 
+def _is_of_half(ran: pull.Ran) -> bool:
+    """Whether any gradient is, or goes through, float16."""
+    leaves = [leaf for _, leaf in ran.whole] + [leaf for _, leaf, _ in ran.parts]
+    devices = {leaf.device.type for leaf in leaves}
+    return any(leaf.dtype == torch.float16 for leaf in leaves) or any(
+        torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+        for device in devices
+        if torch.amp.is_autocast_available(device)
+    )
+
+
+def _check_held(fold: _Fold) -> None:
+    """What a second run would find changed, or change again."""
+    name = held.changed(fold.held)
+    if name is not None:
+        raise ValueError(
+            f"{fold.call.name}: func has changed {name} in place, and the backward pass, which runs it again, would change it "
+            "once more (running statistics of a module in training mode?). Call eval() on it, or return what is computed"
+        )
+    if any(leaf._version != version for leaf, version in fold.memory):
+        raise ValueError(
+            f"{fold.call.name}: a piece has changed in place after its turn: the iterable gives the same memory again. Let it "
+            "give new tensors (clone())"
+        )
+
+
 def _connected(fold: _Fold, results: list[Any], around: _surroundings.Surroundings) -> list[Any]:
     """The results, with the node of all pieces as their graph."""
+    if fold.gradients is None:
+        _check_held(fold)
     call, joined = fold.call, fold.joined
     sources = joined.of.sources
     alive = {number: leaf for number, leaf in ((n, held()) for n, held in call.closed.items()) if leaf is not None}
@@ -222,13 +276,17 @@ def _connected(fold: _Fold, results: list[Any], around: _surroundings.Surroundin
         fold.gradients,
         around,
         _where.is_inside_a_loss(),
+        closed.active(),
+        fold.before,
+        held.versions(call.func),
     )
     # What the backward pass frees, or a hook has moved elsewhere, is held by nothing else.
     assert joined.first is not None
     joined.states, joined.first = [], joined.first._replace(leaves=[])
     joined.of = joined.of._replace(sources=[], parts=())
     saved = [leaf for leaf in sources if isinstance(leaf, Tensor)]
-    kept = [value for values in fold.kept for value in values]
+    nonlinear = [at for at, i in enumerate(joined.nonlinear) if i in fold.differentiable]
+    kept = [torch.as_tensor(values[at]) for values in fold.kept for at in nonlinear]
     outputs: Any = _Pieces.apply(  # type: ignore[no-untyped-call]  # torch's
         plan, saved, kept, [results[i] for i in differentiable], *(tensor for _, tensor in inputs)
     )
@@ -299,8 +357,11 @@ def _function(plan: Plan, held: Sequence[Tensor], count: int) -> _connect.Functi
             else:
                 aliases.append(tensor)
         whole = plan.joined.of._replace(sources=sources, parts=plan.pieces)
-        with _surroundings.restored(plan.around), _inside(plan), closed.replacing(plan.call.replaced, aliases):
-            values, _ = composite.run(plan.call.func, whole, plan.joined.outs)
+        _check_unchanged(plan)
+        around, inside = _surroundings.restored(plan.around), _inside(plan)
+        with around, inside, closed.again(plan.around_it), closed.replacing(plan.call.replaced, aliases) as replace:
+            func = closed.seen(plan.call.func, replace)
+            values, _ = composite.run(func, whole, plan.joined.outs, _rewinding(plan))
         return [values[i] for i in plan.differentiable]
 
     return function
@@ -311,14 +372,17 @@ def _gradients(plan: Plan, held: Sequence[Tensor], kept: Sequence[Tensor], given
     if plan.gradients is not None:
         return plan.gradients
     joined, sources = plan.joined, _sources(plan, held)
+    call = Call(plan.call.name, plan.call.func, plan.call.sources, plan.call.replaced, plan.call.closed, again=True)
     grads, shares = Gradients(joined.outs.dtype), join.examples(joined.places)
     if not given:
         return grads
-    call = Call(plan.call.name, plan.call.func, plan.call.sources, plan.call.replaced, plan.call.closed, again=True)
+    _check_unchanged(plan)
     of_kept = _of_kept(plan, kept, given)
     before = [0] * len(joined.leaves)
-    with _surroundings.restored(plan.around), _inside(plan):
+    with _surroundings.restored(plan.around), _inside(plan), closed.again(plan.around_it):
         for piece, place, lengths in zip(plan.pieces, joined.places, joined.lengths, strict=True):
+            if plan.before:
+                _surroundings.rewind(plan.before[place.piece])
             ran = pull.run(call, piece, sources)
             own = {}
             for i, cotangent in given.items():
@@ -338,8 +402,9 @@ def _of_kept(plan: Plan, kept: Sequence[Tensor], given: dict[int, Tensor]) -> di
     """Cotangents of the pieces of leaves that are not linear."""
     joined = plan.joined
     found: dict[int, Sequence[Tensor | None]] = {}
-    step = len(joined.nonlinear)
-    for at, i in enumerate(joined.nonlinear):
+    nonlinear = [i for i in joined.nonlinear if i in plan.differentiable]
+    step = len(nonlinear)
+    for at, i in enumerate(nonlinear):
         if i in given:
             with torch.enable_grad():
                 values = [value.detach().requires_grad_() for value in kept[at::step]]
@@ -367,6 +432,21 @@ def _taken(
         is_zero = grad is None and key in plan.call.reached
         found.append(torch.zeros_like(tensor) if is_zero else grad)
     return found
+
+
+def _rewinding(plan: Plan) -> Callable[[int], None] | None:
+    """Before each piece, where random numbers of its own are known."""
+    return None if not plan.before else lambda piece: _surroundings.rewind(plan.before[piece])
+
+
+def _check_unchanged(plan: Plan) -> None:
+    """NOTE [what a second run relies on]"""
+    name = held.changed(plan.held)
+    if name is not None:
+        raise RuntimeError(
+            f"{plan.call.name}: {name}, which func closes over, has changed in place since the forward pass, and the backward "
+            "pass runs func again. Pass it as an argument, or change it after the backward pass"
+        )
 
 
 def _inside(plan: Plan) -> AbstractContextManager[None]:

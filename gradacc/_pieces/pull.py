@@ -9,7 +9,7 @@ from weakref import ref
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
@@ -59,6 +59,8 @@ class Ran(NamedTuple):
     """The nodes of the graph, each with the number of edges that lead to it."""
     writes: bool
     """Whether it has changed something that a second run would change again: running statistics."""
+    nodes: list[Node]
+    """Of its own leaves, guarded: they live as long as their graph, or this."""
     hooked: bool
     """Whether hooks were registered meanwhile, maybe on nodes of the graph."""
 
@@ -118,12 +120,13 @@ def _run(
             else:
                 parts.append((key, leaf, dim))
     aliases = [tensor.detach().requires_grad_() for tensor in call.replaced]
+    nodes = [_guarded(call, leaf) for leaf in (*(leaf for _, leaf in whole), *(leaf for _, leaf, _ in parts), *aliases)]
     # Else a cast of an earlier piece's, or of before, would lead out of this one's graph.
     torch.clear_autocast_cache()
     since, hooks = closed.now(), RemovableHandle.next_id
     with torch.enable_grad():
-        with closed.replacing(call.replaced, aliases, wanted):
-            output = join.flatten(piece.call(call.func, arguments), _Nothing.apply)
+        with closed.replacing(call.replaced, aliases, wanted) as replace:
+            output = join.flatten(piece.call(closed.seen(call.func, replace), arguments), _Nothing.apply)
         _check_unchanged(call, given, versions)
         roots = {
             i: value.view_as(value)
@@ -145,7 +148,23 @@ def _run(
             key for key, leaf in (*whole, *((key, leaf) for key, leaf, _ in parts)) if id(leaf) in leaves
         )
     output = join.detached(output)
-    return Ran(output, roots, whole, parts, graph.uses, closed.writes(graph), hooks != RemovableHandle.next_id), foreign
+    return Ran(
+        output, roots, whole, parts, graph.uses, closed.writes(graph), nodes, hooks != RemovableHandle.next_id
+    ), foreign
+
+
+def _guarded(call: Call, leaf: Tensor) -> Node:
+    """The node of a leaf of ours. Only what func has left somewhere, and did not return, leads a backward pass to it."""
+
+    def refuse(_: Any) -> None:
+        raise RuntimeError(
+            f"{call.name}: a backward pass has reached a tensor that func left in another place (an attribute, a list) and "
+            "did not return, and the gradient of func's arguments would be lost there. Return it from func"
+        )
+
+    node = get_gradient_edge(leaf).node
+    node.register_prehook(refuse)
+    return node
 
 
 def _check_unchanged(call: Call, given: Sequence[Any], versions: Sequence[int]) -> None:
@@ -250,8 +269,9 @@ class Gradients:
             self.parts.pop(key, None)
             self.sums.pop(key, None)
         if factor is not None:
-            factor = factor.to(device=grad.device, dtype=grad.dtype)
-            grad = grad * factor if keep else grad.mul_(factor)
+            wide = _dtypes.sum_dtype(grad.dtype)
+            factor = factor.to(device=grad.device, dtype=wide)
+            grad = grad.to(wide) * factor if keep or grad.dtype != wide else grad.mul_(factor)
         return grad.to(like.dtype)
 
     def _fusible(self, key: Key, leaf: Tensor) -> Tensor | None:
