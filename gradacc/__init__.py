@@ -22,7 +22,7 @@ from gradacc._tree import TensorTree
 from gradacc._version import __version__
 
 if TYPE_CHECKING:
-    from gradacc import testing
+    from gradacc import random, testing
 
 __all__ = [
     "AccumulateOptions",
@@ -49,16 +49,17 @@ __all__ = [
     "functional",
     "microbatch",
     "optim",
+    "random",
     "testing",
     "train_step",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    """`gradacc.testing` is imported when it is first used."""
-    if name != "testing":
+    """`gradacc.random` and `gradacc.testing` are imported when they are first used."""
+    if name not in ("random", "testing"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return importlib.import_module("gradacc.testing")
+    return importlib.import_module(f"gradacc.{name}")
 
 
 def __dir__() -> list[str]:
