@@ -30,13 +30,13 @@ def draw(keys: Tensor, shape: Sequence[int], dtype: torch.dtype, per_block: int,
             drawn = torch.stack(numbers(_philox.blocks(flat, 0, blocks)), -1)
     else:
         drawn = torch.stack(numbers(_philox.blocks(keys, 0, blocks)), -1)
-    return drawn.reshape(*batch, blocks * per_block)[..., :count].reshape(*batch, *shape)
+    return drawn.reshape(*batch, blocks * per_block)[..., :count].reshape((*batch, *shape))
 
 
 def uniform(keys: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Numbers in [0, 1) of shape (*batch, *shape)."""
     if _native.takes(keys):
-        return _native.uniform(keys.reshape(-1, 2), math.prod(shape), dtype).reshape(*keys.shape[:-1], *shape)
+        return _native.uniform(keys.reshape(-1, 2), math.prod(shape), dtype).reshape((*keys.shape[:-1], *shape))
     return draw(keys, shape, dtype, _real.per_block(dtype), _real.UNIFORM[dtype])
 
 
