@@ -140,7 +140,7 @@ def test_the_site_builds_without_a_warning(tmp_path):
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     assert run.returncode == 0, run.stderr
     reference = (tmp_path / "site" / "api.html").read_text()
-    for door in (gradacc, gradacc.checkpoint, gradacc.data, gradacc.optim, gradacc.testing):
+    for door in (gradacc, gradacc.checkpoint, gradacc.data, gradacc.optim, gradacc.random, gradacc.testing):
         names = {name for name in door.__all__ if not isinstance(getattr(door, name), ModuleType | str)}
         assert not {name for name in names if f'id="{door.__name__}.{name}"' not in reference}, door.__name__
     assert 'href="transforms.html"><span class="doc">docs/transforms.md' in reference
@@ -222,6 +222,7 @@ def test_everything_public_has_a_docstring_with_an_example():
         "Mean",
         "microbatch",
         "optim",
+        "random",
         "testing",
         "TrainState",
         "train_step",

@@ -20,7 +20,7 @@ import gradacc
 PACKAGE = Path(gradacc.__file__).parent
 DOORS: dict[str, ModuleType] = {
     "gradacc": gradacc,
-    **{f"gradacc.{name}": getattr(gradacc, name) for name in ("checkpoint", "data", "optim", "testing")},
+    **{f"gradacc.{name}": getattr(gradacc, name) for name in ("checkpoint", "data", "optim", "random", "testing")},
 }
 SOURCES = {
     ".".join(("gradacc", *path.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__"): ast.parse(

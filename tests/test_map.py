@@ -51,7 +51,7 @@ def test_no_import_runs_upward():
     assert not upward
 
 
-SATELLITES = ("optim", "_train", "data", "checkpoint", "testing", "demo")
+SATELLITES = ("random", "optim", "_train", "data", "checkpoint", "testing", "demo")
 DOORS = ("gradacc", "gradacc.optim", "gradacc.checkpoint")
 
 

@@ -81,6 +81,8 @@ ATTRIBUTES = {
     "_is_zerotensor": lambda: _WEIGHT._is_zerotensor(),
     "_modules": lambda: nn.Linear(1, 1)._modules,
     "_parameters": lambda: nn.Linear(1, 1)._parameters,
+    "_philox_key_split": lambda: torch.ops.aten._philox_key_split,
+    "_philox_uniform_": lambda: torch.ops.aten._philox_uniform_,
     "_post_accumulate_grad_hooks": lambda: _WEIGHT._post_accumulate_grad_hooks,
     "_replicate_for_data_parallel": lambda: nn.Linear(1, 1)._replicate_for_data_parallel,
     "_saved_dim0": lambda: _WEIGHT.mT.grad_fn._saved_dim0,

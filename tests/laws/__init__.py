@@ -9,4 +9,5 @@
 6. Transforms: in ``tests/test_transforms.py``, ``tests/test_compositions.py`` and ``tests/engines/compiled``.
 7. Boundary: exactly one collective a call, whatever ``steps`` (in the module of law 4).
 8. Precision: bfloat16 gradients 256, 1, -256 sum to 1.
+13. Keys: with keyed randomness, results depend neither on the split nor on the number of ranks.
 """

@@ -15,6 +15,9 @@ from gradacc.testing import splits
 from tests.helpers import ENGINES, assert_trees_close, assert_trees_equal, fingerprint, value_of
 from tests.laws.test_ranks import layouts
 
+# torch's own forward mode scripts its decompositions
+FORWARD_MODE = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
 D = torch.float64
 few = settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
 SPLITS = [{"steps": 1}, {"steps": 2}, {"steps": 3}, {"steps": 8}, {"microbatch_size": 1}, {"microbatch_size": 3}]
@@ -162,6 +165,7 @@ def test_the_order_of_examples_does_not_matter():
     assert_trees_close(grads, of_the_large_batch(mean, batch(8))[0])
 
 
+@FORWARD_MODE
 def test_an_ensemble_and_a_hessian_vector_product():
     params, data = parameters(), batch(8)
     grad_fn = gradacc.accumulate(mean, steps=3)

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from gradacc import random
 from tests.random import oracle, strategies
 
+# torch's own forward mode scripts its decompositions
+FORWARD_MODE = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 TOLERANCE = {torch.float16: 1e-3, torch.bfloat16: 1e-2, torch.float32: 1e-5, torch.float64: 1e-12}
 
@@ -170,6 +173,7 @@ def test_vmap_is_the_loop():
     assert_equal(loop, expected)
 
 
+@FORWARD_MODE
 def test_under_grad_and_jvp():
     key = random.key(17)
     assert_equal(torch.func.grad(lambda x: (x, every_draw(key)), has_aux=True)(torch.ones(()))[1], every_draw(key))

@@ -24,7 +24,7 @@ def test_split_makes_the_keys_that_fold_in_makes(keys, n):
     for i in range(n):
         assert torch.equal(new[..., i, :], random.fold_in(keys, i))
     expected = [[oracle.child(key, i) for i in range(n)] for key in oracle.as_pairs(keys.reshape(-1, 2))]
-    assert [oracle.as_pairs(row) for row in new.reshape(-1, n, 2)] == expected
+    assert [oracle.as_pairs(row) for row in new.reshape(len(expected), n, 2)] == expected
 
 
 @given(pairs=st.lists(st.tuples(strategies.keys([]), strategies.integers), max_size=4))
