@@ -23,12 +23,12 @@ def uniform(keys: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = tor
     256 of them: draw in float32 what is compared.
 
     Arguments:
-        keys: uint64, of shape (*batch, 2).
+        keys: uint64, of shape ``(*batch, 2)``.
         shape: of the numbers of one key; () for one number.
         dtype: float16, bfloat16, float32 or float64.
 
     Returns:
-        (*batch, *shape), on the device of ``keys``, without a gradient.
+        ``(*batch, *shape)``, on the device of ``keys``, without a gradient.
 
     Raises:
         TypeError: ``keys`` is no uint64 tensor, ``shape`` no tuple of integers, ``dtype`` another one.
@@ -59,12 +59,12 @@ def normal(keys: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torc
     of the device or compiler at hand, so the last bits may be others elsewhere (in float32 some 1e-6 of the number).
 
     Arguments:
-        keys: uint64, of shape (*batch, 2).
+        keys: uint64, of shape ``(*batch, 2)``.
         shape: of the numbers of one key; () for one number.
         dtype: float16, bfloat16, float32 or float64.
 
     Returns:
-        (*batch, *shape), on the device of ``keys``, without a gradient.
+        ``(*batch, *shape)``, on the device of ``keys``, without a gradient.
 
     Raises:
         TypeError: ``keys`` is no uint64 tensor, ``shape`` no tuple of integers, ``dtype`` another one.
@@ -91,16 +91,16 @@ def bernoulli(keys: Tensor, p: float, shape: Sequence[int] = ()) -> Tensor:
 
         bernoulli(keys, p, shape) = uniform(keys, shape) < p
 
-    where ``p`` is rounded up to a multiple of 2**-24, so that the same are true everywhere. With 0 none is,
+    where ``p`` is rounded up to a multiple of ``2**-24``, so that the same are true everywhere. With 0 none is,
     with 1 all are.
 
     Arguments:
-        keys: uint64, of shape (*batch, 2).
+        keys: uint64, of shape ``(*batch, 2)``.
         p: a number in [0, 1].
         shape: of what one key draws; () for one.
 
     Returns:
-        bool, of shape (*batch, *shape), on the device of ``keys``.
+        bool, of shape ``(*batch, *shape)``, on the device of ``keys``.
 
     Raises:
         TypeError: ``keys`` is no uint64 tensor, ``p`` no number, ``shape`` no tuple of integers.

@@ -21,10 +21,10 @@ def dropout(x: Tensor, keys: Tensor, p: float) -> Tensor:
     another dropout of the model use ``fold_in(keys, layer)``, for another step other keys. In evaluation leave it out.
 
     Arguments:
-        x: floating or complex, of shape (*batch, ...).
-        keys: uint64, of shape (*batch, 2): one for each example. One key, of shape (2,), is for all of ``x``: for what is
+        x: floating or complex, of shape ``(*batch, ...)``.
+        keys: uint64, of shape ``(*batch, 2)``: one for each example. One key, of shape (2,), is for all of ``x``: for what is
             not per example, such as a weight.
-        p: a number in [0, 1]; what is drawn is ``p`` rounded up to a multiple of 2**-24.
+        p: a number in [0, 1]; what is drawn is ``p`` rounded up to a multiple of ``2**-24``.
 
     Returns:
         Like ``x``.

@@ -16,7 +16,7 @@ def key(seed: int, *, device: torch.device | str | int | None = None) -> Tensor:
         key(seed) = [seed, 0]
 
     Arguments:
-        seed: an integer in [0, 2**64).
+        seed: an integer in ``[0, 2**64)``.
         device: where the key is, and what is made of it; the default device if there is none.
 
     Returns:
@@ -47,11 +47,11 @@ def split(keys: Tensor, n: int) -> Tensor:
     draws itself are the bits of those keys. (Nothing enforces that.)
 
     Arguments:
-        keys: uint64, of shape (*batch, 2).
+        keys: uint64, of shape ``(*batch, 2)``.
         n: how many, 0 or more.
 
     Returns:
-        uint64, of shape (*batch, n, 2). The batch stays in front, so that it can be split; ``torch.func._random.split`` has
+        uint64, of shape ``(*batch, n, 2)``. The batch stays in front, so that it can be split; ``torch.func._random.split`` has
         ``n`` in front.
 
     Raises:
@@ -89,12 +89,12 @@ def fold_in(keys: Tensor, data: int | Tensor) -> Tensor:
     same keys.
 
     Arguments:
-        keys: uint64, of shape (*batch, 2).
-        data: an integer in [0, 2**64); or a tensor of integers, taken modulo 2**64, of the batch's shape or one that broadcasts
-            with it. ``fold_in(key, index)`` of one key and ``n`` integers is ``n`` keys.
+        keys: uint64, of shape ``(*batch, 2)``.
+        data: an integer in ``[0, 2**64)``; or a tensor of integers, taken modulo ``2**64``, of the batch's shape or
+            one that broadcasts with it. ``fold_in(key, index)`` of one key and ``n`` integers is ``n`` keys.
 
     Returns:
-        uint64, of shape (*batch, 2), where batch is that of ``keys`` and ``data`` broadcast.
+        uint64, of shape ``(*batch, 2)``, where batch is that of ``keys`` and ``data`` broadcast.
 
     Raises:
         TypeError: ``keys`` is no uint64 tensor; ``data`` no integer and no tensor of integers.

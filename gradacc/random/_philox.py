@@ -22,21 +22,25 @@ Words = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def blocks(keys: Tensor, start: int, count: int) -> Words:
-    """Blocks ``start`` to ``start + count`` of the streams of ``keys`` (*batch, 2): words, int64 of shape (*batch, count).
-
-    A product of two words fits int64 as a pattern of bits, and so does all else: torch's integers wrap. Bits above a word
-    stay in what is xored only, and go at the mask after it; `>>` copies the sign into such bits.
-    """
+    """Blocks ``start`` to ``start + count`` of the streams of ``keys`` (*batch, 2): words, int64 of shape (*batch, count)."""
     seed, offset = _halves(keys)
     counter = torch.arange(start, start + count, device=keys.device) + offset
-    key = seed & WORD, seed >> 32
-    product = (counter & WORD).mul_(_MULTIPLIERS[0])
-    x0 = (counter >> 32).bitwise_xor_(key[0]).bitwise_and_(WORD)
-    x2 = (product >> 32).bitwise_xor_(key[1]).bitwise_and_(WORD)
-    x1, x3 = torch.zeros_like(product), product  # the counter's upper words are 0, and so is their product
-    for _ in range(_ROUNDS - 1):
-        key = key[0] + _WEYL[0], key[1] + _WEYL[1]
-        low, high = x0.mul_(_MULTIPLIERS[0]), x2.mul_(_MULTIPLIERS[1])
+    zero = torch.zeros_like(counter)
+    return philox((counter & WORD, counter >> 32, zero, zero), (seed & WORD, seed >> 32))
+
+
+def philox(counter: Words, key: tuple[Tensor, Tensor]) -> Words:
+    """Philox-4x32-10 of words in int64, of which the key's broadcast to the counter's.
+
+    A product of two words fits int64 as a pattern of bits, and so does all else: torch's integers wrap. Bits above a word
+    stay in what is xored only, and go at the mask after it; `>>` copies the sign into such bits. What is
+    changed in place was made here.
+    """
+    x0, x1, x2, x3 = counter
+    for turn in range(_ROUNDS):
+        if turn:
+            key = key[0] + _WEYL[0], key[1] + _WEYL[1]
+        low, high = x0 * _MULTIPLIERS[0], x2 * _MULTIPLIERS[1]
         x0 = (high >> 32).bitwise_xor_(x1).bitwise_xor_(key[0]).bitwise_and_(WORD)
         x2 = (low >> 32).bitwise_xor_(x3).bitwise_xor_(key[1]).bitwise_and_(WORD)
         x1, x3 = high, low
