@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks import _boundary_report, _compiled_report, _microbatch_report, _report, agreement, optim
+from benchmarks import _boundary_report, _compiled_report, _microbatch_report, _report, agreement, optim, random
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "speed.md"
@@ -92,6 +92,16 @@ work (see "plain again"): they say little.
 {tables}
 """
 
+
+_RANDOM = """\
+## Keyed dropout
+
+What it costs that the mask of an example is a function of its key. On a CPU torch has no kernel for it, so it is tensor code: by
+pieces that fit into the cache where nothing is transformed, all at once under a transform.
+
+{tables}
+"""
+
 _AGREEMENT = """\
 ## First use
 
@@ -112,6 +122,7 @@ def page() -> str:
         (_BOUNDARY, _boundary_report.tables(_results("boundary"))),
         (_OPTIM, optim.table(_results("optim"))),
         (_MICROBATCH, _microbatch_report.tables(_results("microbatch"))),
+        (_RANDOM, random.table(_results("random"))),
         (_AGREEMENT, agreement.table(_results("agreement"))),
     )
     return "\n".join([_HEAD, *(text.format(tables=tables) for text, tables in sections)])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import gradacc
 from gradacc import random
 from gradacc.testing import splits
-from tests.helpers import ENGINES, assert_trees_close, assert_trees_equal, fingerprint, value_of
+from tests.helpers import ENGINES, assert_trees_close, assert_trees_equal, fingerprint, some_slow, value_of
 from tests.laws.test_ranks import layouts
 
 # torch's own forward mode scripts its decompositions
@@ -96,7 +96,7 @@ def test_any_split_is_the_large_batch(engine, data, size):
     check(ENGINES[engine](lambda: grad_fn(parameters(), batch(size))), mean, batch(size))
 
 
-@pytest.mark.parametrize("split", SPLITS, ids=str)
+@pytest.mark.parametrize("split", some_slow(SPLITS, {"steps": 2}), ids=str)
 def test_compiled(split):
     grad_fn = torch.compile(gradacc.accumulate_and_value(mean, **split), fullgraph=True, backend="aot_eager")
     check(grad_fn(parameters(), batch(8)), mean, batch(8))
@@ -104,6 +104,7 @@ def test_compiled(split):
 
 # Torch's own, where Inductor is imported.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.slow
 def test_compiled_by_inductor():
     grad_fn = torch.compile(gradacc.accumulate_and_value(mean, steps=3), fullgraph=True)
     check(grad_fn(parameters(), batch(8)), mean, batch(8))
