@@ -96,8 +96,8 @@ work (see "plain again"): they say little.
 _RANDOM = """\
 ## Keyed dropout
 
-What it costs that the mask of an example is a function of its key. On a CPU torch has no kernel for it, so it is tensor code: by
-pieces that fit into the cache where nothing is transformed, all at once under a transform.
+What it costs that the mask of an example is a function of its key. On a CPU torch has no kernel for it, so it is tensor code:
+by pieces that fit into the cache where nothing is transformed, all at once under a transform.
 
 {tables}
 """
