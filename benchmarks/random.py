@@ -4,8 +4,8 @@
 
 All contestants drop elements of one tensor of shape (64, 256, 512), in float32, and differentiate the sum; they take turns in
 one process, once a round (`benchmarks._measure`), and several processes do so. *Tensor code* is `gradacc.random.dropout` as it
-is under transforms, all at once; *by pieces or torch's kernels* is what an eager call takes: pieces that fit into the cache on a
-CPU, torch's kernels where it has them. Before anything is timed, both are compared bit for bit.
+is under transforms, all at once; *by pieces or torch's kernels* is what an eager call takes: pieces that fit into the cache on
+a CPU, torch's kernels where it has them. Before anything is timed, both are compared bit for bit.
 
 Writes `random.json` (to `--out`) and prints a Markdown table.
 """
