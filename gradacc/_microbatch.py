@@ -102,8 +102,9 @@ def microbatch(
             ``backward="forward"`` where it does not apply; a closed-over tensor whose gradient would be lost.
         RuntimeError: in a backward pass: what it needs has changed in place; ``func`` uses other tensors than before.
 
-    The equality fails where rows see each other (BatchNorm in training mode, whose running statistics a recomputation also
-    updates once more), and for random numbers, which are drawn piece after piece.
+    The equality fails where rows see each other (BatchNorm in training mode is an error where it would run twice), and for
+    random numbers, which are drawn piece after piece. What is run again must be the same: ``func`` changes nothing outside
+    of itself.
 
     Example:
         >>> import torch, torch.nn.functional as F, gradacc

@@ -821,6 +821,11 @@ def test_state_that_func_writes_or_that_changes_before_the_second_run() -> None:
     spectral = torch.nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"func has changed func\.parametrizations"):
         microbatch(spectral, steps=1)(x)
+    # A closed-over module may be more than what runs: its buffers may change afterwards.
+    norm.eval()
+    y = microbatch(lambda x: head(norm(x)), steps=2)(x)
+    norm.train()(x)
+    y.sum().backward()
     factor = torch.ones((), dtype=torch.float64)
     y = microbatch(lambda x: x * factor * weight, steps=2)(x)
     factor.zero_()
@@ -871,3 +876,61 @@ def test_a_reducer_that_returns_no_tensor() -> None:
 
     with pytest.raises(TypeError, match="finalize of output returned a tuple; it must be a tensor or a number"):
         microbatch(lambda x: x.sum(), steps=2, out=Pair)(_double(6, 3, grad=True))
+
+
+def test_leaves_that_func_makes_itself() -> None:
+    weight, x, late = _double(3, grad=True), _double(12, 3), []
+
+    def func(x: Tensor) -> Tensor:
+        own = x.clone().requires_grad_()
+        if len(x) == 5:
+            late.append(_double(3, seed=9, grad=True))
+        return (own * weight).sum() + sum((x * each).sum() for each in late)
+
+    for _ in range(20):
+        late.clear()
+        total = microbatch(func, out="sum", backward="forward")(list(x.split([2, 3, 2, 5])))
+        _same(torch.autograd.grad(total, (weight, late[0])), (x.sum(0), x[7:].sum(0)))
+
+
+def test_a_reducer_that_closes_over_what_requires_grad() -> None:
+    scale = _double(1, grad=True)
+
+    class Scaled:
+        init, finalize = staticmethod(lambda leaf: 0 * leaf), staticmethod(lambda state: state)
+        update = staticmethod(lambda state, leaf: state + leaf * scale)
+
+    with pytest.raises(ValueError, match="the reducer of output closes over a tensor that requires grad"):
+        microbatch(lambda x: x.sum(0), steps=2, out=Scaled)(_double(6, 3))
+
+
+def test_weight_0_under_a_transform() -> None:
+    def mean(x: Tensor) -> Mean:
+        kept = (x[:, 0] > 0).sum()
+        return Mean(x.sum() * (torch.nan if kept == 0 else 1.0), kept)
+
+    x = torch.tensor([[1.0], [2.0], [-1.0], [-1.0]])
+    grad = torch.func.grad(lambda x: microbatch(mean, microbatch_size=2)(x).value)(x)
+    torch.testing.assert_close(grad, torch.tensor([[0.5], [0.5], [0.0], [0.0]]))
+
+
+def test_tensors_of_the_caller_are_not_marked() -> None:
+    constant = torch.ones(3)
+    torch.func.grad(lambda w: microbatch(lambda x: x * constant.contiguous() * w, steps=2)(torch.ones(4, 3)).sum())(
+        constant
+    )
+    assert not vars(constant)
+
+
+def test_pieces_of_an_iterable_are_not_kept_without_grad() -> None:
+    alive: list[int] = []
+
+    def pieces():
+        for n in range(5):
+            gc.collect()
+            alive.append(sum(isinstance(thing, Tensor) and thing.shape == (3, 77) for thing in gc.get_objects()))
+            yield torch.full((3, 77), float(n))
+
+    with torch.no_grad():
+        microbatch(lambda x: x.sum(), out="sum")(pieces())
+    assert max(alive) <= 1

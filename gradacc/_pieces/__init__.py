@@ -3,5 +3,7 @@
 - ``divide``: a call's arguments as pieces, by views;
 - ``join``: what pieces returned, as what the whole would have returned;
 - ``composite``: both, of operations that torch differentiates by itself: under transforms, and while Dynamo traces;
-- ``evaluate``, ``pull``, ``node``: one node of plain autograd, in whose backward pass each piece has its own.
+- ``node``, ``pull``, ``closed``, ``held``: one node of plain autograd, in whose backward pass each piece has its own;
+- ``functional``: the same for torch.func's transforms;
+- ``ranks``: what is reduced, over ranks too.
 """

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import operator
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeAlias
 
@@ -148,8 +149,33 @@ def _mapped(replace: Callable[[Tensor], Tensor], value: Any) -> Any:
 @contextmanager
 def under(mode: Mode) -> Iterator[None]:
     """With the mode, in which compiled functions run as they were written: Dynamo would trace the mode into them."""
-    with torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext(), mode:
+    with _uncompiled(), mode:
         yield
+
+
+_lock = threading.Lock()
+_stances: list[Any] = []
+"""Of all threads: torch has one for the process."""
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    if "torch._dynamo" not in sys.modules:
+        yield
+        return
+    with _lock:
+        _stances.append(torch.compiler.set_stance("force_eager") if not _stances else None)
+        if len(_stances) == 1:
+            _stances[0].__enter__()
+    try:
+        yield
+    finally:
+        with _lock:
+            if len(_stances) == 1:
+                _stances[0].__exit__(None, None, None)
+                _stances.clear()
+            else:
+                _stances.pop()
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
@@ -59,8 +60,8 @@ class _Plan:
     """all leaves of the result, of which tensors are not used."""
 
 
-class _ClosesOverError(Exception):
-    """The function closes over something that is no input, in this piece."""
+class _ClosesOverError(BaseException):
+    """The function closes over something that is no input, in this piece. Not for the function to catch."""
 
     def __init__(self, piece: int) -> None:
         super().__init__()
@@ -294,7 +295,7 @@ def _pulled_piece(
             elif n >= len(plan.tensors):
                 replaced[n - len(plan.tensors)] = tensor
         with closed.replacing(plan.closed, replaced) as replace:
-            output = join.flatten(piece.call(closed.seen(plan.func, replace), own))
+            output = join.flatten(piece.call(closed.seen(plan.func, replace), own), torch.zeros_like)
         lengths.extend(join.length(leaf, value) for leaf, value in zip(leaves, output.leaves, strict=True))
         # What a piece without examples returned may be NaN, and so would be 0 times its derivative.
         results = [
@@ -357,16 +358,18 @@ def _closed_over(plan: _Plan, of: Pieces, piece: int) -> list[Tensor]:
 @contextmanager
 def _meeting(inputs: Sequence[Tensor], met: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
     """What is of a transform or requires grad, and is neither an input nor made meanwhile, is ``met``: it takes its place."""
-    made, own = object(), set(map(id, inputs))
+    own = set(map(id, inputs))
+    made: dict[int, ref[Tensor]] = {}
 
     def replace(tensor: Tensor) -> Tensor:
-        if id(tensor) in own or getattr(tensor, _MARK, None) is made:
+        known = made.get(id(tensor))
+        if id(tensor) in own or (known is not None and known() is tensor):
             return tensor
         is_foreign = torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.requires_grad
         return met(tensor) if is_foreign else tensor
 
-    with closed.under(closed.Mode(replace, lambda tensor: setattr(tensor, _MARK, made))):
+    def see(tensor: Tensor) -> None:
+        made[id(tensor)] = ref(tensor)
+
+    with closed.under(closed.Mode(replace, see)):
         yield replace
-
-
-_MARK = "_gradacc_made_in"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import functools
 import types
 from collections.abc import Callable, Iterator
@@ -12,12 +13,15 @@ from torch import Tensor, nn
 _SHARDED = {"FSDPModule", "FullyShardedDataParallel"}
 
 
-def versions(func: Callable[..., Any]) -> dict[str, tuple[Tensor, int]]:
-    """Tensors that it closes over and the buffers of its modules, each with the number of times that it was written."""
+def versions(func: Callable[..., Any], buffers: bool = True) -> dict[str, tuple[Tensor, int]]:
+    """Tensors that it closes over and the buffers of its modules, each with the number of times that it was written.
+
+    A module may be more than what the function calls, and its buffers others' to change, once the function has run.
+    """
     found: dict[str, tuple[Tensor, int]] = {}
     for name, value in _held(func, "func", set()):
         if isinstance(value, nn.Module):
-            for key, buffer in value.named_buffers():
+            for key, buffer in value.named_buffers() if buffers else ():
                 found[f"{name}.{key}"] = buffer, _version(buffer)
         else:
             found[name] = value, _version(value)
@@ -62,7 +66,7 @@ def _held(value: Any, name: str, seen: set[int]) -> Iterator[tuple[str, Any]]:
                 yield from _held(cell.cell_contents, key, seen)
             except ValueError:  # an empty cell
                 continue
-        for key in value.__code__.co_names:
+        for key in {each.argval for each in dis.get_instructions(value) if each.opname == "LOAD_GLOBAL"}:
             found = value.__globals__.get(key)
             if isinstance(found, (nn.Module, Tensor, types.FunctionType)) and not _is_library(found):
                 yield from _held(found, key, seen)

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from gradacc import _batch, _dtypes, _tree
+from gradacc import _batch, _dtypes, _tree, _where
 from gradacc._describe import describe
 from gradacc._mean import Mean, as_pooled
 from gradacc._parts import widened
@@ -34,7 +34,7 @@ WAYS = ("concat", "sum", "mean", "max", "min", "stack")
 
 
 class Reducer(Protocol):
-    """A user's own way to put together one leaf of what pieces returned; a `gradacc.Accumulator` has these, too."""
+    """A user's own way to put together one leaf of what pieces returned."""
 
     @property
     def init(self) -> Callable[[Any], Any]:
@@ -142,10 +142,15 @@ def _without_nothing(mean: Mean, drop: Callable[[Tensor], Tensor] | None) -> Mea
     total, weight = mean.total, mean.weight
     if not isinstance(total, Tensor):
         return mean
-    if not isinstance(weight, Tensor) or (drop is not None and weight.ndim == 0 and weight.is_cpu):
+    if not isinstance(weight, Tensor) or (drop is not None and weight.ndim == 0 and _is_free(weight)):
         nothing = torch.zeros_like if drop is None else drop
         return mean if weight else Mean(nothing(total), weight)
     return Mean(torch.where(weight == 0, 0, total), weight) if weight.ndim == 0 else mean
+
+
+def _is_free(weight: Tensor) -> bool:
+    """Whether it can be read, for nothing."""
+    return weight.is_cpu and _where.is_readable(weight)
 
 
 def detached(output: Output) -> Output:
@@ -246,7 +251,13 @@ def add(outs: Outs, leaf: Leaf, state: State, value: Any, place: Place) -> State
         return _written(outs, leaf, state, value, place)
     if is_reducer(leaf.out):
         start = leaf.out.init(value) if place.piece == 0 else state.value
-        return State(leaf.out.update(start, value))
+        after = leaf.out.update(start, value)
+        if any(isinstance(each, Tensor) and each.requires_grad for each in _tree.flatten(after)[0]):
+            raise ValueError(
+                f"{outs.name}: the reducer of {leaf.path} closes over a tensor that requires grad, whose gradient would be "
+                "lost. Use that tensor in func, or with what is returned"
+            )
+        return State(after)
     own = _summable(outs, leaf, value, place)
     if place.piece == 0:
         return State(own)

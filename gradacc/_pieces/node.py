@@ -14,8 +14,9 @@ NOTE [pieces in grad mode]
 
 NOTE [what a second run relies on]
     A second run must be the first. Arguments, and what requires grad, are saved as autograd saves; of other tensors that the
-    function closes over, and of its modules' buffers, it is known whether they have changed in place. What is neither (a name
-    that was bound anew, a counter, a generator of another library) is the caller's.
+    function closes over by name it is known whether they have changed in place, and of its modules' buffers whether it changes
+    them. What is neither (a name that was bound anew, a counter, what a list holds, a generator of another library) is the
+    caller's.
 
 NOTE [derivatives of derivatives]
     With ``create_graph`` the gradients are computed as they are without, and connected by `_connect.Connection` to the plain
@@ -128,13 +129,19 @@ def results(func: Callable[..., Any], joined: Joined, backward: Backward) -> lis
     """The same, leaf by leaf; ``joined`` has then seen all pieces."""
     of = joined.of
     if not torch.is_grad_enabled():
+        shared = len(of.sources)
         for piece in of.parts:
             joined.add(join.detached(join.flatten(composite.called(func, piece, of.sources))), piece)
+            # Nothing is kept of an iterable's pieces.
+            for source, _ in piece.picks if of.total is None else ():
+                of.sources[source] = None if source >= shared else of.sources[source]
         return joined.results()
     around = _surroundings.of([leaf for leaf in of.sources if isinstance(leaf, Tensor)])
     fold = _Fold(Call(joined.outs.name, func), joined, backward)
     for piece in of.parts:
         fold.step(piece)
+        if fold.gradients is not None:
+            fold.gradients.forget(fold.call)
     torch.clear_autocast_cache()
     found = joined.results()
     return _connected(fold, found, around) if fold.differentiable else found
@@ -161,7 +168,7 @@ class _Fold:
     def step(self, piece: Piece) -> None:
         """One piece."""
         call, sources = self.call, self.joined.of.sources
-        for n in range(len(self.joined.of.sources)):
+        for n, _ in piece.picks:
             leaf = sources[n]
             if isinstance(leaf, Tensor) and leaf.is_inference():
                 sources[n] = leaf = leaf.clone()
@@ -169,9 +176,9 @@ class _Fold:
                 call.sources.add(n)
         if self.joined.of.total is None:
             # What gives the pieces may draw random numbers, and give the same memory again.
-            self.before.append(_surroundings.of([leaf for leaf in sources if isinstance(leaf, Tensor)]))
-            own = [sources[source] for source, _ in piece.picks]
-            self.memory += [(leaf, leaf._version) for leaf in own if isinstance(leaf, Tensor)]
+            own = [sources[source] for source, _ in piece.picks if isinstance(sources[source], Tensor)]
+            self.before.append(_surroundings.of(own))
+            self.memory += [(leaf, leaf._version) for leaf in own]
         ran = pull.run(call, piece, sources)
         place = self.joined.add(ran.output, piece)
         self.pieces.append(piece)
@@ -221,17 +228,18 @@ class _Fold:
         if root.is_complex():
             # The gradient of a complex number is not one number that a cotangent only scales.
             return f"and {leaves[i].path} is complex. Use backward='auto', or return its real and its imaginary part"
-        if self.backward == "auto" and _is_of_half(ran):
+        if self.backward == "auto" and _is_float16(ran):
             # Undivided, they may be larger than float16 holds.
             return "and a sum of float16 gradients may overflow before it is divided"
         return None
 
 
-def _is_of_half(ran: pull.Ran) -> bool:
+def _is_float16(ran: pull.Ran) -> bool:
     """Whether any gradient is, or goes through, float16."""
     leaves = [leaf for _, leaf in ran.whole] + [leaf for _, leaf, _ in ran.parts]
     devices = {leaf.device.type for leaf in leaves}
-    return any(leaf.dtype == torch.float16 for leaf in leaves) or any(
+    tensors = [*leaves, *ran.roots.values()]
+    return any(tensor.dtype == torch.float16 for tensor in tensors) or any(
         torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
         for device in devices
         if torch.amp.is_autocast_available(device)
@@ -259,8 +267,8 @@ def _connected(fold: _Fold, results: list[Any], around: _surroundings.Surroundin
         _check_held(fold)
     call, joined = fold.call, fold.joined
     sources = joined.of.sources
-    alive = {number: leaf for number, leaf in ((n, held()) for n, held in call.closed.items()) if leaf is not None}
-    call.closed = {number: ref(leaf) for number, leaf in alive.items()}
+    alive = {number: leaf for leaf, number in ((known(), n) for known, n in call.closed.values()) if leaf is not None}
+    call.closed = {id(leaf): (ref(leaf), number) for number, leaf in alive.items()}
     inputs: list[tuple[Key, Tensor]] = [((SOURCE, n), sources[n]) for n in sorted(call.sources)]
     inputs += [((REPLACED, n), tensor) for n, tensor in enumerate(call.replaced)]
     inputs += [((CLOSED, n), leaf) for n, leaf in alive.items()]
@@ -278,7 +286,7 @@ def _connected(fold: _Fold, results: list[Any], around: _surroundings.Surroundin
         _where.is_inside_a_loss(),
         closed.active(),
         fold.before,
-        held.versions(call.func),
+        held.versions(call.func, buffers=False),
     )
     # What the backward pass frees, or a hook has moved elsewhere, is held by nothing else.
     assert joined.first is not None

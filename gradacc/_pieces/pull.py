@@ -34,8 +34,10 @@ class Call:
     """The numbers of those that are differentiated."""
     replaced: list[Tensor] = field(default_factory=list)
     """What the function closes over and is replaced: NOTE [closed-over tensors]."""
-    closed: dict[int, ref[Tensor]] = field(default_factory=dict)
-    """By identity, leaves that it closes over, or made itself, which are gone with their piece."""
+    closed: dict[int, tuple[ref[Tensor], int]] = field(default_factory=dict)
+    """By identity, leaves that it closes over, or made itself, which are gone with their piece; and their numbers."""
+    met: int = 0
+    """How many there were: an identity may be somebody else's later."""
     strange: list[ref[Tensor]] = field(default_factory=list)
     """Of a second run, leaves that the first had not."""
     reached: set[Key] = field(default_factory=set)
@@ -67,7 +69,8 @@ class Ran(NamedTuple):
 
 def run(call: Call, piece: Piece, sources: Sequence[Any]) -> Ran:
     """Run one piece, in grad mode."""
-    before = None if call.again else _surroundings.of([leaf for leaf in sources if isinstance(leaf, Tensor)])
+    own = [leaf for leaf in piece.leaves(sources) if isinstance(leaf, Tensor)]
+    before = None if call.again else _surroundings.of(own)
     ran, foreign = _run(call, piece, sources, None)
     if foreign is None:
         return ran
@@ -142,7 +145,10 @@ def _run(
         foreign = closed.wanted(graph.edges, hooked)
     else:
         foreign = None
-        whole += [((CLOSED, id(leaf)), leaf) for leaf in graph.leaves if _is_closed(call, leaf)]
+        for leaf in graph.leaves:
+            number = _number_of(call, leaf)
+            if number is not None:
+                whole.append(((CLOSED, number), leaf))
         leaves = closed.leaves(graph)
         call.reached.update(
             key for key, leaf in (*whole, *((key, leaf) for key, leaf, _ in parts)) if id(leaf) in leaves
@@ -186,16 +192,17 @@ def _check_checkpoints(call: Call, graph: closed.Graph) -> None:
         )
 
 
-def _is_closed(call: Call, leaf: Tensor) -> bool:
-    """Whether a leaf is an input of the node, as far as it can be known."""
+def _number_of(call: Call, leaf: Tensor) -> int | None:
+    """Of a leaf that is an input of the node, as far as it can be known; None where a second run has met a new one."""
     known = call.closed.get(id(leaf))
-    if known is not None and known() is leaf:
-        return True
+    if known is not None and known[0]() is leaf:
+        return known[1]
     if call.again:
         call.strange.append(ref(leaf))
-        return False
-    call.closed[id(leaf)] = ref(leaf)
-    return True
+        return None
+    call.met += 1
+    call.closed[id(leaf)] = ref(leaf), call.met
+    return call.met
 
 
 class _Nothing(torch.autograd.Function):
@@ -255,6 +262,12 @@ class Gradients:
             if grad is not None:
                 assert buffer is not None
                 fused.add(use, buffer, grad)
+
+    def forget(self, call: Call) -> None:
+        """What the function made itself is gone, and nobody's gradient."""
+        alive = {number for held, number in call.closed.values() if held() is not None}
+        for key in [key for key in self.sums if key[0] == CLOSED and key[1] not in alive]:
+            del self.sums[key]
 
     def take(self, key: Key, like: Tensor, factor: Tensor | None = None, keep: bool = False) -> Tensor | None:
         """An input's, times ``factor``, in its dtype; it is given up, unless it is to be kept."""

@@ -62,7 +62,8 @@ def _part(outs: join.Outs, leaf: join.Leaf, joined: node.Joined, n: int) -> Tota
         )
     value = joined.states[n].value
     if not isinstance(value, Tensor):
-        value = torch.as_tensor(value)
+        # Python's floats are of 64 bits.
+        value = torch.as_tensor(value, dtype=torch.float64 if isinstance(value, float) else None)
     if leaf.out == "sum":
         return Total(Mean(value, 0), value.dtype)
     examples = sum(place.size or 0 for place in joined.places)
