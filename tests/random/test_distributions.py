@@ -52,10 +52,10 @@ def test_bernoulli_is_uniform_below_p(keys, shape, p):
 
 @given(key=strategies.keys([]), p=st.integers(0, 2**24).map(lambda n: n / 2**24))
 def test_bernoulli_at_the_numbers_themselves(key, p):
-    """``p`` is one of the 2**24 numbers that are drawn."""
+    """``p`` is one of the 2**24 numbers that are drawn, or a little more."""
     numbers = random.uniform(key, (9,))
-    for each in (*numbers.tolist(), p):
-        assert torch.equal(random.bernoulli(key, each, (9,)), numbers < each)
+    for each in (*numbers.tolist(), *(math.nextafter(number, 1) for number in numbers.tolist()), p):
+        assert torch.equal(random.bernoulli(key, each, (9,)), numbers.double() < each)
 
 
 def test_bernoulli_0_and_1():
