@@ -25,12 +25,20 @@ class Surroundings(NamedTuple):
 
 def of(tensors: Sequence[Tensor]) -> Surroundings:
     """Those of now, of a function of these tensors."""
-    kinds = sorted({tensor.device.type for tensor in tensors} - {"meta"} | {"cpu"})
+    found = {tensor.device.type for tensor in tensors} - {"meta", "cpu"}
+    # A function of tensors on the CPU may move them.
+    used = _accelerator_in_use() if not found else None
+    kinds = sorted(found | {"cpu"} | ({used} if used is not None else set()))
     device = next((kind for kind in kinds if kind != "cpu"), "cpu")
+    devices, states = get_device_states(*tensors)
+    if used is not None:
+        devices = [torch.accelerator.current_device_index()]
+        states = [torch.get_device_module(used).get_rng_state(each) for each in devices]
     return Surroundings(
         torch.get_rng_state(),
         device,
-        *get_device_states(*tensors),
+        devices,
+        states,
         [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             for kind in kinds
@@ -38,6 +46,15 @@ def of(tensors: Sequence[Tensor]) -> Surroundings:
         ],
         torch.is_autocast_cache_enabled(),
     )
+
+
+def _accelerator_in_use() -> str | None:
+    """The kind of this machine's accelerator, where anything has been done on it."""
+    accelerator = torch.accelerator.current_accelerator()
+    if accelerator is None:
+        return None
+    module = torch.get_device_module(accelerator.type)
+    return accelerator.type if getattr(module, "_initialized", True) else None
 
 
 def rewind(surroundings: Surroundings) -> None:

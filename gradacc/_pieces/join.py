@@ -194,6 +194,11 @@ def described(outs: Outs, like: Output) -> list[Leaf]:
     for node, way, dim in zip(nodes, ways, dims, strict=True):
         if isinstance(dim, bool) or not isinstance(dim, int):
             raise TypeError(f"{outs.name}: out_dims has {describe(dim)}; an entry is an int")
+        if is_mean(node) and way not in ("concat", "sum"):
+            said = repr(way) if isinstance(way, str) else describe(way)
+            raise ValueError(
+                f"{outs.name}: out has {said} for a gradacc.Mean, which adds up; leave it out, or say 'sum'"
+            )
         if is_mean(node):
             found += [Leaf(next(paths), "sum", dim) for _ in _tree.flatten(node)[0]]
         else:

@@ -314,7 +314,8 @@ def test_autocast_is_entered_again(inside: bool) -> None:
         return y.float().square()
 
     with torch.autocast("cpu", torch.bfloat16, enabled=inside):
-        layer(x).float().square().sum().backward()
+        for piece in x.split(3):
+            layer(piece).float().square().sum().backward()
         expected = [param.grad for param in layer.parameters()]
         layer.zero_grad()
         y = microbatch(func, steps=2)(x)
@@ -322,7 +323,7 @@ def test_autocast_is_entered_again(inside: bool) -> None:
         y.sum().backward()
     assert kinds == [torch.bfloat16 if inside else torch.float32] * 4
     actual = [param.grad for param in layer.parameters()]
-    torch.testing.assert_close(actual, expected, rtol=2e-2 if inside else 1e-5, atol=1e-2 if inside else 1e-5)
+    torch.testing.assert_close(actual, expected)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])

@@ -74,3 +74,15 @@ def test_random_numbers_of_the_device_are_drawn_again():
         total.backward()
         assert torch.equal(torch.acc.get_rng_state(), after)
         torch.testing.assert_close(to_cpu(weight.grad), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_random_numbers_of_the_device_are_drawn_again_where_the_arguments_are_elsewhere():
+    weight, x = to_device(torch.ones(50)).requires_grad_(), torch.ones(10, 50)
+
+    def noisy(x):
+        there = to_device(x)
+        return there * weight * torch.rand(x.shape, device=there.device)
+
+    y = microbatch(noisy, microbatch_size=3)(x)
+    y.sum().backward()
+    torch.testing.assert_close(to_cpu(weight.grad), to_cpu(y.detach()).sum(0))

@@ -200,7 +200,7 @@ def test_a_list_of_pieces_and_a_generator_of_them() -> None:
     mean = microbatch(lambda x: x.mean(), out="mean")
     torch.testing.assert_close(mean(list(x.split([2, 4, 3]))), x.mean())
     dicts = microbatch(lambda b: b["x"].sum() * b["n"], out="sum")
-    assert dicts([{"x": x[:2], "n": 1}, {"x": x[2:], "n": 1}]) - x.sum() < 1e-12
+    torch.testing.assert_close(dicts([{"x": x[:2], "n": 1}, {"x": x[2:], "n": 1}]), x.sum())
     own = x.clone().requires_grad_()
     torch.autograd.backward(func(w.detach(), list(own.split(4))).square().sum())
     (wanted,) = torch.autograd.grad((own @ w.detach().mT).sin().square().sum(), own)
@@ -263,6 +263,13 @@ def _two(x: Tensor) -> Tensor:
             (_rows(),),
             ValueError,
             "out has 'add' for output; it must be one of 'concat'",
+        ),
+        (
+            {"steps": 2, "out": "max"},
+            lambda x: Mean(x.sum(), 1),
+            (_rows(),),
+            ValueError,
+            "out has 'max' for a gradacc.Mean",
         ),
         ({"steps": 2, "out": 3}, _two, (_rows(),), ValueError, "out has 3 (int) for output"),
         (
