@@ -120,7 +120,7 @@ def plain(kind: str) -> Loss:
 def ours(kind: str) -> Loss:
     """`gradacc.microbatch`."""
     loss_sum = piece_of(kind)
-    dims: Any = Data(*(0 if name in BY_TOKENS else None for name in Data._fields))  # type: ignore[arg-type]
+    dims: Any = Data(*(0 if name in BY_TOKENS else None for name in Data._fields))  # type: ignore[arg-type]  # dims, not tensors
     by_pieces = gradacc.microbatch(
         lambda d: gradacc.Mean(loss_sum(d), len(d.labels)), microbatch_size=PIECE, in_dims=(dims,)
     )
@@ -174,7 +174,7 @@ def ligers(kind: str) -> Loss:
     def loss(d: Data) -> Tensor:
         if kind == "KL":
             divergence = LigerFusedLinearJSD(jsd_beta=0.0)
-            return divergence(d.hidden, d.weight, d.teacher, d.teachers_weight, None)  # type: ignore[no-any-return]
+            return divergence(d.hidden, d.weight, d.teacher, d.teachers_weight, None)  # type: ignore[no-any-return]  # Liger has no types
         fused = LigerFusedLinearCrossEntropyLoss(
             label_smoothing=SMOOTHING if kind == "smoothing" else 0.0,
             softcap=CAP if kind == "softcap" else None,
@@ -182,7 +182,7 @@ def ligers(kind: str) -> Loss:
             accum_dtype=torch.float32 if d.hidden.dtype == torch.bfloat16 else None,
         )
         found = fused(d.weight, d.hidden, d.labels, d.bias if kind == "bias" else None)
-        return (found * d.scale).mean() if kind == "weights" else found  # type: ignore[no-any-return]
+        return (found * d.scale).mean() if kind == "weights" else found  # type: ignore[no-any-return]  # nor here
 
     return loss
 
@@ -317,6 +317,7 @@ def cell(column: str, row: str) -> str:
             return _sums(make) if row == SUMS else _answer(make, QUESTIONS[row], column)
         except NotOfferedError:
             return "not offered"
+        # Whatever a head raises is its answer to the question; HEADS_SHOW prints it.
         except Exception as error:
             if type(error).__name__ == "InterpreterError":
                 return "needs a GPU"

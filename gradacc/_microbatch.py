@@ -12,7 +12,7 @@ from gradacc import _options, _sync, _where
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
 from gradacc._options import Backward
-from gradacc._pieces import composite, divide, functional, join, node, ranks
+from gradacc._pieces import composite, divide, functional, node, outputs, ranks
 
 _NAME = "microbatch"
 
@@ -147,11 +147,13 @@ def microbatch(
     _options.check_dtype(_NAME, dtype)
     _options.check_sync(_NAME, sync)
     ways = divide.Ways(_NAME, *_options.ways(_NAME, steps, microbatch_size, split), in_dims)
-    outs = join.Outs(_NAME, out, out_dims, dtype)
+    outs = outputs.Outs(_NAME, out, out_dims, dtype)
     return _by_pieces(func, ways, outs, backward) if sync is None else _over_ranks(func, ways, outs, sync)
 
 
-def _by_pieces(func: Callable[..., Any], ways: divide.Ways, outs: join.Outs, backward: Backward) -> Callable[..., Any]:
+def _by_pieces(
+    func: Callable[..., Any], ways: divide.Ways, outs: outputs.Outs, backward: Backward
+) -> Callable[..., Any]:
     @functools.wraps(func, updated=())
     def by_pieces(*args: Any, **kwargs: Any) -> Any:
         pieces = divide.pieces(ways, args, kwargs)
@@ -159,12 +161,12 @@ def _by_pieces(func: Callable[..., Any], ways: divide.Ways, outs: join.Outs, bac
             return node.run(func, pieces, outs, backward)
         if _where.functorch_is_active() and not torch.compiler.is_compiling():
             return functional.run(func, pieces, outs)
-        return join.unflatten(*composite.run(func, pieces, outs, checkpoints=_where.loops()))
+        return outputs.unflatten(*composite.run(func, pieces, outs, checkpoints=_where.loops()))
 
     return by_pieces
 
 
-def _over_ranks(func: Callable[..., Any], ways: divide.Ways, outs: join.Outs, sync: AllReduce) -> Callable[..., Any]:
+def _over_ranks(func: Callable[..., Any], ways: divide.Ways, outs: outputs.Outs, sync: AllReduce) -> Callable[..., Any]:
     agreed = _sync.Agreed(_NAME, func, sync.group)
     # Of a call that sums, uncompressed.
     given = _options.Given(reduction="sum", has_aux=True, sync=AllReduce(sync.group, None, overlap=False))

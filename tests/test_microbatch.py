@@ -121,12 +121,12 @@ def test_a_tied_weight_gets_both_gradients(backward: str) -> None:
 def test_a_frozen_weight_has_no_gradient_and_no_buffer(data, backward: str, monkeypatch) -> None:
     hidden, labels, weight = data
     frozen = weight.detach()
-    from gradacc._pieces import pull
+    from gradacc._pieces.gradients import Gradients
 
     made: list[torch.Size] = []
-    add = pull.Gradients._sum
+    add = Gradients._sum
     monkeypatch.setattr(
-        pull.Gradients, "_sum", lambda self, key, leaf, grad: (made.append(leaf.shape), add(self, key, leaf, grad))
+        Gradients, "_sum", lambda self, key, leaf, grad: (made.append(leaf.shape), add(self, key, leaf, grad))
     )
     loss = microbatch(_head, microbatch_size=4, in_dims=(0, 0, None), backward=backward)(hidden, labels, frozen).value
     _same(torch.autograd.grad(loss, hidden), torch.autograd.grad(_head(hidden, labels, frozen).value, hidden))

@@ -21,10 +21,11 @@ from __future__ import annotations
 import operator
 import sys
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from typing import Any, NamedTuple, TypeAlias
+from weakref import ref
 
 import torch
 import torch.utils._pytree as torch_pytree
@@ -240,3 +241,23 @@ def seen(func: Callable[..., Any], replace: Callable[[Tensor], Tensor]) -> Calla
         return output if all(map(operator.is_, leaves, others)) else _tree.unflatten(treedef, others)
 
     return seeing
+
+
+@contextmanager
+def meeting(inputs: Sequence[Tensor], met: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
+    """What is of a transform or requires grad, and is neither an input nor made meanwhile, is ``met``: it takes its place."""
+    own = set(map(id, inputs))
+    made: dict[int, ref[Tensor]] = {}
+
+    def replace(tensor: Tensor) -> Tensor:
+        known = made.get(id(tensor))
+        if id(tensor) in own or (known is not None and known() is tensor):
+            return tensor
+        is_foreign = torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.requires_grad
+        return met(tensor) if is_foreign else tensor
+
+    def see(tensor: Tensor) -> None:
+        made[id(tensor)] = ref(tensor)
+
+    with under(Mode(replace, see)):
+        yield replace

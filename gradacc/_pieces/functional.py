@@ -26,18 +26,16 @@ NOTE [what a backward pass of a transform keeps]
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from gradacc import _dtypes, _surroundings
-from gradacc._pieces import closed, composite, join
+from gradacc._pieces import closed, composite, join, outputs
 from gradacc._pieces.divide import Piece, Pieces
 
 
@@ -48,13 +46,13 @@ class _Plan:
     func: Callable[..., Any]
     of: Pieces
     """With None in the place of tensors among its sources."""
-    outs: join.Outs
+    outs: outputs.Outs
     tensors: list[int]
     """Which of the sources are."""
     closed: list[Tensor]
     """What the function closes over, inputs behind the sources."""
     around: _surroundings.Surroundings
-    first: join.Output | None = None
+    first: outputs.Output | None = None
     """The structure of the output of a piece, and"""
     values: list[Any] = field(default_factory=list)
     """all leaves of the result, of which tensors are not used."""
@@ -72,13 +70,13 @@ _ATTEMPTS = 4
 """How often pieces may be found to close over something new."""
 
 
-def run(func: Callable[..., Any], of: Pieces, outs: join.Outs) -> Any:
+def run(func: Callable[..., Any], of: Pieces, outs: outputs.Outs) -> Any:
     """What the whole would have returned."""
     of = of._replace(parts=list(of.parts))
-    if _forward_levels() > 1 or not join.is_of_ways(outs.out):
+    if _forward_levels() > 1 or not outputs.is_of_ways(outs.out):
         # Torch's own nodes give zeros for forward over forward; and what a reducer closes over is met behind the pieces.
         values, first = composite.run(func, of, outs)
-        return join.unflatten(values, first)
+        return outputs.unflatten(values, first)
     tensors = [n for n, leaf in enumerate(of.sources) if isinstance(leaf, Tensor)]
     given = [of.sources[n] for n in tensors]
     around = _surroundings.of(given)
@@ -94,9 +92,11 @@ def run(func: Callable[..., Any], of: Pieces, outs: join.Outs) -> Any:
             continue
         assert plan.first is not None
         left = iter(results)
-        return join.unflatten([next(left) if isinstance(value, Tensor) else value for value in plan.values], plan.first)
+        return outputs.unflatten(
+            [next(left) if isinstance(value, Tensor) else value for value in plan.values], plan.first
+        )
     values, first = composite.run(func, of, outs)
-    return join.unflatten(values, first)
+    return outputs.unflatten(values, first)
 
 
 class _Node(torch.autograd.Function):
@@ -111,7 +111,7 @@ class _Node(torch.autograd.Function):
         def refuse(_: Tensor) -> Tensor:
             raise _ClosesOverError(at[0])
 
-        with _meeting(tensors, refuse) as meet:
+        with closed.meeting(tensors, refuse) as meet:
             values, plan.first = _whole(plan, tensors, lambda piece: at.__setitem__(0, piece), meet)
         results = [value for value in values if isinstance(value, Tensor)]
         plan.first = plan.first._replace(leaves=[0] * len(plan.first.leaves))
@@ -232,7 +232,7 @@ def _whole(
     tensors: Sequence[Tensor],
     before: Callable[[int], None] | None = None,
     meet: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[list[Any], join.Output]:
+) -> tuple[list[Any], outputs.Output]:
     of, aliases = _filled(plan, tensors)
     with closed.replacing(plan.closed, aliases) as replace:
         func = closed.seen(plan.func, replace)
@@ -250,13 +250,13 @@ def _pulled_by_pieces(
 ) -> list[Tensor]:
     of, _ = _filled(plan, tensors)
     assert plan.first is not None
-    leaves = join.described(plan.outs, plan.first)
+    leaves = outputs.described(plan.outs, plan.first)
     left = iter(cotangents)
     all_given = {i: next(left) for i, value in enumerate(plan.values) if isinstance(value, Tensor)}
     given = {i: cotangent for i, cotangent in all_given.items() if _is_inexact(plan.values[i])}
     if any(not join.is_linear(leaves[i]) for i in given):
         return _pulled_whole(plan, tensors, needed, list(given.values()))
-    places = [join.Place(n, piece.size, of.total, of.number) for n, piece in enumerate(of.parts)]
+    places = [outputs.Place(n, piece.size, of.total, of.number) for n, piece in enumerate(of.parts)]
     shares, before = join.examples(places), [0] * len(leaves)
     sums: list[Any] = [None] * len(needed)
     dims = {source: dim for piece in of.parts for source, dim in piece.picks}
@@ -271,7 +271,7 @@ def _pulled_by_pieces(
                 wide = grad.to(_dtypes.dtypes(plan.outs.dtype, [grad])[0][0])
                 sums[k] = wide if sums[k] is None else sums[k] + wide
     return [
-        torch.cat(total, dims[plan.tensors[n]]) if isinstance(total, list) else total.to(tensors[n].dtype)  # type: ignore[arg-type]
+        torch.cat(total, dims[plan.tensors[n]]) if isinstance(total, list) else total.to(tensors[n].dtype)  # type: ignore[arg-type]  # of what is split it is an int
         for n, total in zip(needed, sums, strict=True)
     ]
 
@@ -295,7 +295,7 @@ def _pulled_piece(
             elif n >= len(plan.tensors):
                 replaced[n - len(plan.tensors)] = tensor
         with closed.replacing(plan.closed, replaced) as replace:
-            output = join.flatten(piece.call(closed.seen(plan.func, replace), own), torch.zeros_like)
+            output = outputs.flatten(piece.call(closed.seen(plan.func, replace), own), torch.zeros_like)
         lengths.extend(join.length(leaf, value) for leaf, value in zip(leaves, output.leaves, strict=True))
         # What a piece without examples returned may be NaN, and so would be 0 times its derivative.
         results = [
@@ -350,26 +350,6 @@ def _closed_over(plan: _Plan, of: Pieces, piece: int) -> list[Tensor]:
         found[id(tensor)] = tensor
         return tensor
 
-    with _meeting([of.sources[n] for n in plan.tensors] + plan.closed, note) as meet:
+    with closed.meeting([of.sources[n] for n in plan.tensors] + plan.closed, note) as meet:
         composite.called(closed.seen(plan.func, meet), list(of.parts)[piece], of.sources)
     return list(found.values())
-
-
-@contextmanager
-def _meeting(inputs: Sequence[Tensor], met: Callable[[Tensor], Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
-    """What is of a transform or requires grad, and is neither an input nor made meanwhile, is ``met``: it takes its place."""
-    own = set(map(id, inputs))
-    made: dict[int, ref[Tensor]] = {}
-
-    def replace(tensor: Tensor) -> Tensor:
-        known = made.get(id(tensor))
-        if id(tensor) in own or (known is not None and known() is tensor):
-            return tensor
-        is_foreign = torch._C._functorch.is_functorch_wrapped_tensor(tensor) or tensor.requires_grad
-        return met(tensor) if is_foreign else tensor
-
-    def see(tensor: Tensor) -> None:
-        made[id(tensor)] = ref(tensor)
-
-    with closed.under(closed.Mode(replace, see)):
-        yield replace

@@ -12,13 +12,13 @@ from gradacc import _parts, _sync, _tree
 from gradacc._mean import Mean
 from gradacc._options import Options
 from gradacc._parts import Sum, Total
-from gradacc._pieces import join, node
+from gradacc._pieces import forward, node, outputs
 from gradacc._pieces.divide import Pieces
 from gradacc._sums import Sums
 
 
 def run(
-    options: Options, agreed: _sync.Agreed, divided: Callable[[], Pieces], func: Callable[..., Any], outs: join.Outs
+    options: Options, agreed: _sync.Agreed, divided: Callable[[], Pieces], func: Callable[..., Any], outs: outputs.Outs
 ) -> Any:
     """What the union of all ranks' batches would have returned; what is concatenated is this rank's own."""
     boundary = _sync.connect(options, agreed)
@@ -27,7 +27,7 @@ def run(
         tensors = [leaf for leaf in pieces.sources if isinstance(leaf, Tensor)]
         nothing = torch.zeros((), device=tensors[0].device if tensors else None)
         boundary.bind([nothing], _tree.flatten(nothing)[1], [nothing.dtype], None)
-        joined = node.Joined(outs, pieces)
+        joined = forward.Joined(outs, pieces)
         for n, leaf in enumerate(node.results(func, joined, "recompute")):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
                 raise ValueError(
@@ -47,10 +47,10 @@ def run(
     for n, leaf in enumerate(joined.leaves):
         if own[n] is not None:
             results[n] = _whole(outs, leaf, sums.aux[leaf.path].mean, joined.first.leaves[n])
-    return join.unflatten(results, joined.first)
+    return outputs.unflatten(results, joined.first)
 
 
-def _part(outs: join.Outs, leaf: join.Leaf, joined: node.Joined, n: int) -> Total | None:
+def _part(outs: outputs.Outs, leaf: outputs.Leaf, joined: forward.Joined, n: int) -> Total | None:
     """What crosses of a leaf; None where it stays."""
     if leaf.out == "concat":
         return None
@@ -72,7 +72,7 @@ def _part(outs: join.Outs, leaf: join.Leaf, joined: node.Joined, n: int) -> Tota
     return Total(Mean(value if examples else torch.zeros_like(value), examples), value.dtype)
 
 
-def _whole(outs: join.Outs, leaf: join.Leaf, mean: Mean, like: Any) -> Any:
+def _whole(outs: outputs.Outs, leaf: outputs.Leaf, mean: Mean, like: Any) -> Any:
     total = mean.value if leaf.out == "mean" else mean.total
     if not isinstance(like, Tensor):
         return total.item()

@@ -8,7 +8,7 @@ from torch.func import grad
 
 import gradacc
 from benchmarks import _memories, _microbatch_report, microbatch
-from gradacc._pieces import pull
+from gradacc._pieces import gradients
 from tests.helpers import some_slow
 
 CPU = torch.device("cpu")
@@ -64,7 +64,7 @@ def test_a_gradient_of_bfloat16_is_not_cast_as_a_whole(monkeypatch):
     """Before it is added to the sum in float32."""
     head = microbatch.head_of(torch.bfloat16, microbatch.QUICK, CPU)
     run = microbatch.run_of(_microbatch_report.FORWARD, head._replace(piece=4))
-    monkeypatch.setattr(pull, "_BLOCK", head.weight.numel())
+    monkeypatch.setattr(gradients, "_BLOCK", head.weight.numel())
     at_once = microbatch.allocated_peak(run, CPU)
-    monkeypatch.setattr(pull, "_BLOCK", head.weight.numel() // 8)
+    monkeypatch.setattr(gradients, "_BLOCK", head.weight.numel() // 8)
     assert at_once - microbatch.allocated_peak(run, CPU) > head.weight.numel()

@@ -61,7 +61,7 @@ def score(output: Any) -> Tensor:
             (torch.arange(value.numel(), dtype=value.dtype) + i + 1).sin().view(value.shape) * (value + value.square())
         ).sum()
         for i, value in enumerate(numbers(output))
-    )  # type: ignore[return-value]
+    )
 
 
 def gradients(total: Tensor, tensors: Sequence[Tensor], **options: Any) -> list[Tensor]:
@@ -73,7 +73,7 @@ def derivatives(output: Any, tensors: Sequence[Tensor]) -> tuple[list[Tensor], l
     """First ones, and the gradient of a function of those and of the tensors."""
     first = gradients(score(output), tensors, create_graph=True)
     mixed = sum((grad.square() + grad * t.sin()).sum() for grad, t in zip(first, tensors, strict=True))
-    return first, gradients(mixed, tensors)  # type: ignore[arg-type]
+    return first, gradients(mixed, tensors)
 
 
 def cases(draw: Callable[..., Any], outputs: Sequence[str] = tuple(OUTPUTS), **grammar: Any) -> Any:
@@ -305,7 +305,7 @@ def test_inside_of_accumulate(engine, data):
     def loss(params: dict[str, Tensor], batch: dict[str, Tensor], backward: str | None) -> gradacc.Mean:
         function = program.closing(params["closed"])
         if backward is not None:
-            function = microbatch(function, in_dims=DIMS, backward=backward, **program.options, **own)  # type: ignore[arg-type]
+            function = microbatch(function, in_dims=DIMS, backward=backward, **program.options, **own)
         return function(batch, params["w"], params["b"])
 
     expected = torch.func.grad_and_value(lambda params: loss(params, batch, None).value)(params)

@@ -35,7 +35,7 @@ def data() -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _loss(data: Any, backward: str, **options: Any) -> Tensor:
-    return microbatch(_head, in_dims=(0, 0, None), backward=backward, **(options or {"steps": 3}))(*data).value  # type: ignore[arg-type]
+    return microbatch(_head, in_dims=(0, 0, None), backward=backward, **(options or {"steps": 3}))(*data).value
 
 
 # Inputs.
@@ -109,7 +109,7 @@ def test_two_outputs_share_no_memory(backward: str) -> None:
         return y, y, y[:, :2], y.detach()
 
     for steps in (1, 2):
-        outputs = microbatch(func, steps=steps, backward=backward)(x)  # type: ignore[arg-type]
+        outputs = microbatch(func, steps=steps, backward=backward)(x)
         assert len({y.untyped_storage().data_ptr() for y in outputs}) == 4
 
 
@@ -276,7 +276,7 @@ def test_the_generator_after_forward_and_backward(backward: str) -> None:
     expected, w.grad = w.grad, None
     after = torch.get_rng_state()
     torch.manual_seed(1)
-    total = microbatch(func, steps=3, out="sum", backward=backward)(x)  # type: ignore[arg-type]
+    total = microbatch(func, steps=3, out="sum", backward=backward)(x)
     assert torch.equal(torch.get_rng_state(), after)
     torch.manual_seed(99)
     between = torch.get_rng_state()
@@ -357,7 +357,7 @@ def test_the_graph_of_one_piece_at_a_time(data, backward: str) -> None:
         alive.append(sum(ref() is not None for ref in made))
         return Mean(F.cross_entropy(logits, y, reduction="sum", ignore_index=-100), (y != -100).sum())
 
-    microbatch(func, microbatch_size=1, backward=backward)(hidden, labels).value.backward()  # type: ignore[arg-type]
+    microbatch(func, microbatch_size=1, backward=backward)(hidden, labels).value.backward()
     assert len(alive) == (7 if backward == "auto" else 14)
     assert max(alive) <= 2
     assert not [ref for ref in made if ref() is not None]

@@ -391,7 +391,7 @@ def _mean(x: Tensor, w: Tensor) -> Tensor:
 @pytest.mark.parametrize("sizes", [(0, 3), (3, 0), (1, 0, 2), (0, 0, 3)])
 def test_a_piece_without_examples_adds_nothing_to_a_mean(sizes: tuple[int, ...], backward: str) -> None:
     x, w = _batch()
-    by_pieces = microbatch(_mean, in_dims=(0, None), out="mean", backward=backward)  # type: ignore[arg-type]
+    by_pieces = microbatch(_mean, in_dims=(0, None), out="mean", backward=backward)
     mean = by_pieces(list(x.split(sizes)), w)
     torch.testing.assert_close(mean, _mean(x, w))
     (first,) = torch.autograd.grad(mean, w, create_graph=True)
@@ -425,7 +425,7 @@ def test_the_mean_of_nothing_at_all_is_nan_and_its_gradient_zero(grad: bool) -> 
     x, w = _batch()
     nothing = [x[:0], x[:0]]
     for backward in BACKWARDS if grad else BACKWARDS[:1]:
-        by_pieces = microbatch(_mean, in_dims=(0, None), out="mean", backward=backward)  # type: ignore[arg-type]
+        by_pieces = microbatch(_mean, in_dims=(0, None), out="mean", backward=backward)
         mean = by_pieces(nothing, w if grad else w.detach())
         assert mean.isnan()
         if grad:

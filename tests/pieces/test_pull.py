@@ -38,7 +38,7 @@ def test_a_complex_number_of_all(dtype: torch.dtype, out: str, backward: str) ->
         y = ((x @ w) * (1 + 2j)).exp() * x.conj()
         return y.sum() if out == "sum" else y.mean()
 
-    total = microbatch(func, steps=3, in_dims=(0, None), out=out, backward=backward)(x, w)  # type: ignore[arg-type]
+    total = microbatch(func, steps=3, in_dims=(0, None), out=out, backward=backward)(x, w)
     _same(total, func(x, w))
     _same(torch.autograd.grad(_number(total), (x, w)), torch.autograd.grad(_number(func(x, w)), (x, w)))
 
