@@ -175,7 +175,6 @@ def test_twice_through_one_graph(data, backward: str) -> None:
 
 def test_pieces_of_pieces(data) -> None:
     hidden, labels, weight = data
-    inner = microbatch(_head, microbatch_size=2, in_dims=(0, 0, None))
     for backward, again in itertools.product(WAYS, repeat=2):
         inner = microbatch(_head, microbatch_size=2, in_dims=(0, 0, None), backward=again)
         loss = microbatch(inner, microbatch_size=5, in_dims=(0, 0, None), backward=backward)(
@@ -403,22 +402,6 @@ def test_random_numbers_are_drawn_again_and_left_as_one_pass_leaves_them() -> No
     grad = torch.func.grad(lambda w: microbatch(lambda x: F.dropout(x * w, 0.5).sum(), microbatch_size=3, out="sum")(x))
     assert torch.equal(grad(weight.detach()), expected)
     assert torch.rand(()) == after
-
-
-def test_autocast_is_entered_again() -> None:
-    layer, x = nn.Linear(6, 6), torch.randn(13, 6, generator=torch.Generator().manual_seed(0))
-    for backward in ("auto", "recompute"):
-        kinds: list[torch.dtype] = []
-
-        def loss(x: Tensor) -> Tensor:
-            y = layer(x)
-            kinds.append(y.dtype)  # noqa: B023
-            return y.float().square().sum()
-
-        with torch.autocast("cpu", torch.bfloat16):
-            total = microbatch(loss, microbatch_size=4, out="sum", backward=backward)(x)
-        total.backward()
-        assert set(kinds) == {torch.bfloat16}
 
 
 def test_under_no_grad_nothing_is_kept() -> None:
@@ -934,3 +917,54 @@ def test_pieces_of_an_iterable_are_not_kept_without_grad() -> None:
     with torch.no_grad():
         microbatch(lambda x: x.sum(), out="sum")(pieces())
     assert max(alive) <= 1
+
+
+# What else is promised.
+
+
+def test_negative_dims(data) -> None:
+    _, _, weight = data
+    batch = _double(3, 8, 6, seed=2, grad=True)
+
+    def mlp(x: Tensor, weight: Tensor) -> Tensor:
+        return (x @ weight.mT).sin() @ weight
+
+    tiled = microbatch(mlp, microbatch_size=3, in_dims=(-2, None), out_dims=-2)
+    _same(tiled(batch, weight), mlp(batch, weight))
+    expected = torch.autograd.grad(mlp(batch, weight).square().sum(), (batch, weight))
+    _same(torch.autograd.grad(tiled(batch, weight).square().sum(), (batch, weight)), expected)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_no_examples_have_gradients_of_zero(data, steps: int) -> None:
+    hidden, labels, weight = data
+    loss = microbatch(_head, steps=steps, in_dims=(0, 0, None))(hidden[:0], labels[:0], weight).total
+    rows = microbatch(lambda h, w: h @ w.mT, steps=steps, in_dims=(0, None))(hidden[:0], weight)
+    assert rows.shape == (0, 11)
+    for value in (loss, rows.sum()):
+        for grad in torch.autograd.grad(value, (hidden, weight)):
+            assert not grad.any()
+
+
+@pytest.mark.parametrize("backward", WAYS)
+def test_a_sum_inside_of_a_checkpoint(data, backward: str) -> None:
+    hidden, labels, weight = data
+    head = microbatch(_head, microbatch_size=4, in_dims=(0, 0, None), backward=backward)
+    loss = checkpoint(lambda h, w: head(h.sin(), labels, w).value, hidden, weight, use_reentrant=False)
+    expected = torch.autograd.grad(_head(hidden.sin(), labels, weight).value, (hidden, weight))
+    _same(torch.autograd.grad(loss, (hidden, weight)), expected)
+
+
+def test_a_sum_of_half_precision_over_100_000_rows_and_its_gradient() -> None:
+    weight = torch.ones(1, dtype=torch.float16, requires_grad=True)
+    rows = torch.full((100_000, 1), 0.25, dtype=torch.float16)
+    total = microbatch(lambda x, w: (x * w).sum(), microbatch_size=500, in_dims=(0, None), out="sum")(rows, weight)
+    assert total == 25_000  # 0.25 + ... in float16 stops at 512
+    (grad,) = torch.autograd.grad(total, weight)
+    assert grad == 25_000
+
+
+def test_a_weight_is_rounded_once_under_a_transform() -> None:
+    x = torch.tensor([256.0, 1.0, -256.0], dtype=torch.bfloat16)
+    loss = microbatch(lambda x, w: (x * w).sum(), microbatch_size=1, in_dims=(0, None), out="sum")
+    assert torch.func.grad(lambda w: loss(x, w)[None].sum())(torch.ones(1, dtype=torch.bfloat16)) == 1
