@@ -86,8 +86,10 @@ _MICROBATCH = """\
 ## By pieces
 
 The head of a language model, forward and backward, by [`microbatch`](microbatch.md). The floor is what is given and returned:
-hidden states, weight, and their gradients; peaks are exact. The times are first ones, of a machine that was busy with other
-work (see "plain again"): they say little.
+hidden states, weight, and their gradients; peaks are exact. Against torch's own at equal pieces, what is left in float32 is the
+loss: torch computes softmax and its gradient in place, autograd each in new memory. Of what was tried on two cores (of
+torch's time at pieces of 256, 2048 tokens, median of 5): `logsumexp` less `gather` 1.33, less the product with the label's row
+1.31, pieces of 128, 512 and 1024 1.18, 1.13 and 1.27, the function compiled 1.12; as it stands here 1.16 to 1.25.
 
 {tables}
 """
