@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import NamedTuple
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import get_device_states, set_device_states
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+from torch.utils.checkpoint import set_device_states
+
+from gradacc import _where
 
 
 class Surroundings(NamedTuple):
@@ -30,15 +33,14 @@ def of(tensors: Sequence[Tensor]) -> Surroundings:
     used = _accelerator_in_use() if not found else None
     kinds = sorted(found | {"cpu"} | ({used} if used is not None else set()))
     device = next((kind for kind in kinds if kind != "cpu"), "cpu")
-    devices, states = get_device_states(*tensors)
+    devices = sorted({tensor.get_device() for tensor in tensors if tensor.device.type in found})
     if used is not None:
         devices = [torch.accelerator.current_device_index()]
-        states = [torch.get_device_module(used).get_rng_state(each) for each in devices]
-    return Surroundings(
+    now = Surroundings(
         torch.get_rng_state(),
         device,
         devices,
-        states,
+        [],
         [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             for kind in kinds
@@ -46,6 +48,21 @@ def of(tensors: Sequence[Tensor]) -> Surroundings:
         ],
         torch.is_autocast_cache_enabled(),
     )
+    return now._replace(states=_states(now))
+
+
+def _states(surroundings: Surroundings) -> list[Tensor]:
+    """Of its devices, as they are now."""
+    if not surroundings.devices:
+        return []
+    module = torch.get_device_module(surroundings.device)
+    with _outside_of_transforms():
+        return [module.get_rng_state(device) for device in surroundings.devices]
+
+
+def _outside_of_transforms() -> AbstractContextManager[Any]:
+    """A device's state may be a tensor that it copies, which is none of a transform's."""
+    return temporarily_clear_interpreter_stack() if _where.functorch_is_active() else nullcontext()
 
 
 def _accelerator_in_use() -> str | None:
@@ -60,14 +77,15 @@ def _accelerator_in_use() -> str | None:
 def rewind(surroundings: Surroundings) -> None:
     """Torch's random numbers as they were then."""
     torch.set_rng_state(surroundings.cpu)
-    set_device_states(surroundings.devices, surroundings.states, device_type=surroundings.device)
+    with _outside_of_transforms():
+        set_device_states(surroundings.devices, surroundings.states, device_type=surroundings.device)
 
 
 @contextmanager
 def restored(surroundings: Surroundings) -> Iterator[None]:
     """With the random numbers and the autocast of then; afterwards those of now."""
     with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(surroundings.devices, device_type=surroundings.device))
+        stack.callback(rewind, surroundings._replace(cpu=torch.get_rng_state(), states=_states(surroundings)))
         rewind(surroundings)
         for kind, dtype, enabled in surroundings.autocast:
             stack.enter_context(torch.autocast(kind, dtype, enabled, surroundings.cached))

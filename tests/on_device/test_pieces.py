@@ -86,3 +86,19 @@ def test_random_numbers_of_the_device_are_drawn_again_where_the_arguments_are_el
     y = microbatch(noisy, microbatch_size=3)(x)
     y.sum().backward()
     torch.testing.assert_close(to_cpu(weight.grad), to_cpu(y.detach()).sum(0))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated:DeprecationWarning"
+)  # torch's own, of forward mode
+def test_under_a_transform_the_device_s_random_numbers_are_drawn_again():
+    hidden, labels, weight = _data()
+
+    def loss(weight, hidden, head):
+        return head(hidden, labels, weight).value
+
+    by_pieces = microbatch(_head, microbatch_size=4, in_dims=(0, 0, None))
+    for transform in (torch.func.grad, torch.func.hessian, lambda f: torch.func.jacrev(torch.func.jacrev(f, 1), 0)):
+        # On the CPU, in a process that has used a device.
+        expected = transform(loss)(weight, hidden, _head)
+        torch.testing.assert_close(transform(loss)(weight, hidden, by_pieces), expected)
