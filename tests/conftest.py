@@ -9,6 +9,8 @@ from torch import Tensor
 
 from tests.workers import Pool
 
+# Collected for its docstrings, it would give every test process an accelerator, which tests are not of.
+collect_ignore = ["device.py"]
 hypothesis.settings.register_profile("gradacc", deadline=None, derandomize=True, print_blob=False)
 hypothesis.settings.load_profile("gradacc")
 torch.set_num_threads(1)
