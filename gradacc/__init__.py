@@ -15,7 +15,7 @@ from gradacc._kept import Kept
 from gradacc._mean import Mean
 from gradacc._microbatch import MicrobatchOptions, microbatch
 from gradacc._module import Apply, functional
-from gradacc._options import AccumulateOptions, AccumulatorOptions, Backward, Nonfinite, Reduction
+from gradacc._options import AccumulateOptions, AccumulatorOptions, Backward, Nonfinite, Reduction, Through
 from gradacc._state import AccumulatorState
 from gradacc._train import TrainState, train_step
 from gradacc._tree import TensorTree
@@ -38,6 +38,7 @@ __all__ = [
     "Nonfinite",
     "Reduction",
     "TensorTree",
+    "Through",
     "TrainState",
     "__version__",
     "accumulate",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Unpack, overload
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from gradacc import _call, _connect, _lengths, _loop, _options, _split, _sync, _tree, _weights
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
-from gradacc._options import AccumulateOptions, Nonfinite, Options, Reduction
+from gradacc._options import AccumulateOptions, Nonfinite, Options, Reduction, Through
+from gradacc._through import stages
 
 
 @overload
@@ -24,8 +26,8 @@ def accumulate(
 def accumulate(
     loss_fn: Callable[..., Any] | None = None,
     *,
-    steps: int | None = None,
-    microbatch_size: int | None = None,
+    steps: int | Mapping[str, int] | None = None,
+    microbatch_size: int | Mapping[str, int] | None = None,
     split: Callable[[Any], Any] | None = None,
     in_dims: tuple[Any, ...] | None = None,
     argnums: int | tuple[int, ...] = 0,
@@ -35,6 +37,7 @@ def accumulate(
     sync: AllReduce | None = None,
     nonfinite: Nonfinite = "keep",
     weights: Callable[..., Any] | None = None,
+    through: Through | None = None,
 ) -> Callable[..., Any]:
     """The gradient of one large batch, in the memory of a micro-batch.
 
@@ -56,7 +59,7 @@ def accumulate(
         tensor([52.6667, 66.6667])
     """
     given = _options.Given(
-        steps, microbatch_size, split, in_dims, argnums, has_aux, reduction, dtype, sync, nonfinite, weights
+        steps, microbatch_size, split, in_dims, argnums, has_aux, reduction, dtype, sync, nonfinite, weights, through
     )
     if loss_fn is None:
         return functools.partial(accumulate, **given._asdict())
@@ -74,8 +77,8 @@ def accumulate_and_value(
 def accumulate_and_value(
     loss_fn: Callable[..., Any] | None = None,
     *,
-    steps: int | None = None,
-    microbatch_size: int | None = None,
+    steps: int | Mapping[str, int] | None = None,
+    microbatch_size: int | Mapping[str, int] | None = None,
     split: Callable[[Any], Any] | None = None,
     in_dims: tuple[Any, ...] | None = None,
     argnums: int | tuple[int, ...] = 0,
@@ -85,6 +88,7 @@ def accumulate_and_value(
     sync: AllReduce | None = None,
     nonfinite: Nonfinite = "keep",
     weights: Callable[..., Any] | None = None,
+    through: Through | None = None,
 ) -> Callable[..., Any]:
     """The gradient and the value of one large batch, in the memory of a micro-batch.
 
@@ -164,7 +168,7 @@ def accumulate_and_value(
     batch's count).
     """
     given = _options.Given(
-        steps, microbatch_size, split, in_dims, argnums, has_aux, reduction, dtype, sync, nonfinite, weights
+        steps, microbatch_size, split, in_dims, argnums, has_aux, reduction, dtype, sync, nonfinite, weights, through
     )
     if loss_fn is None:
         return functools.partial(accumulate_and_value, **given._asdict())
@@ -179,6 +183,8 @@ class _Lasting(NamedTuple):
     """Of the calls that count weights."""
     note: Callable[[int], None]
     """Of the lists for which it is compiled."""
+    first: Callable[[], bool]
+    """Whether it is asked for the first time."""
 
 
 def _grad_and_value(name: str, loss_fn: Callable[..., Any], given: _options.Given) -> Callable[..., Any]:
@@ -188,7 +194,8 @@ def _grad_and_value(name: str, loss_fn: Callable[..., Any], given: _options.Give
         agreed = _sync.Agreed(name, loss_fn, options.sync.group)
         if options.weights is not None:
             counting = _sync.Agreed(f"{name}, weights", options.weights, options.sync.group)
-    lasting = _Lasting(agreed, counting, _lengths.lengths(name))
+    once = itertools.chain([True], itertools.repeat(False))
+    lasting = _Lasting(agreed, counting, _lengths.lengths(name), functools.partial(next, once))
 
     @functools.wraps(loss_fn, updated=())  # the __dict__ of a compiled loss holds Dynamo's marks, which are not ours
     def grad_fn(*args: Any, **kwargs: Any) -> Any:
@@ -224,22 +231,39 @@ def _run(
         loss = _loop.loss_of(options, loss_fn, args, differentiated, treedef, kwargs)
         fold = _loop.start(options, params, treedef, loss, divisors)
         boundary.bind(params, treedef, fold.accumulated, args[batch])
-        divided = _split.microbatches(options, args, differentiated, batch)
-        if divided.cut is not None and divided.cut.runs and divided.cut.runs[0].size == 1:
-            _call.warn_unsplit(options, args, kwargs, differentiated, batch)
-        if divided.cut is None and torch.compiler.is_compiling():
-            divided = divided._replace(parts=_lengths.counting(divided.parts, lasting.note))
-        buffer, sums, empty = _loop.run(fold, divided, boundary)
+        if options.through is None:
+            fold, folded = _fold(options, lasting, fold, (args, kwargs), (differentiated, batch), boundary)
+        else:
+            given = stages.Given(loss_fn, args, kwargs, (differentiated, batch))
+            fold, folded = stages.run(fold, given, boundary, lasting.first)
+        buffer, sums, empty = folded
     except BaseException as error:
         boundary.fail(error)
         raise
-    fold = fold._replace(known=divided.examples)
     results = _loop.finish(fold, buffer, sums, boundary, lambda sums: _loop.typed(fold, sums, empty))
     if call is None:
         return results
-    alone = _Lasting(None, None, lasting.note)
+    alone = _Lasting(None, None, lasting.note, lasting.first)
     again = _why_not_again(boundary.crosses, args[batch]) or functools.partial(_run, options, alone, loss_fn)
     return _connect.connect(options.name, call, results, buffer.closed_over(), again)
+
+
+def _fold(
+    options: Options,
+    lasting: _Lasting,
+    fold: _loop.Fold,
+    arguments: tuple[tuple[Any, ...], dict[str, Any]],
+    positions: tuple[Sequence[int], int],
+    boundary: _sync.Boundary,
+) -> tuple[_loop.Fold, _loop.Folded]:
+    """Of micro-batches, each with a loss of its own."""
+    args, kwargs = arguments
+    divided = _split.microbatches(options, args, *positions)
+    if divided.cut is not None and divided.cut.runs and divided.cut.runs[0].size == 1:
+        _call.warn_unsplit(options, args, kwargs, *positions)
+    if divided.cut is None and torch.compiler.is_compiling():
+        divided = divided._replace(parts=_lengths.counting(divided.parts, lasting.note))
+    return fold._replace(known=divided.examples), _loop.run(fold, divided, boundary)
 
 
 def _why_not_again(crosses: bool, batch: Any) -> str | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -22,6 +22,9 @@ from gradacc._loss import Outcome
 from gradacc._options import Options
 from gradacc._sums import Sums
 from gradacc._where import loops, transforming
+
+Folded: TypeAlias = tuple[Buffer, Sums, _split.Microbatch | None]
+"""Gradients, what is summed beside them, and the first empty micro-batch, if there is any."""
 
 Loss = Callable[[_split.Microbatch, Sequence[Tensor]], Outcome]
 """``loss(microbatch, leaves)``: the loss of one micro-batch, with these leaves as parameters."""
@@ -99,10 +102,8 @@ def _called(name: str, loss: Callable[[], Any]) -> Any:
     return explain.explained(name, loss)
 
 
-def run(
-    fold: Fold, divided: _split.Microbatches, boundary: _sync.Boundary
-) -> tuple[Buffer, Sums, _split.Microbatch | None]:
-    """All micro-batches: gradients, what is summed beside them, and the first empty one, if there is any."""
+def run(fold: Fold, divided: _split.Microbatches, boundary: _sync.Boundary) -> Folded:
+    """All micro-batches."""
     with fold.engine.guard():
         buffer = fold.engine.init(fold.params, fold.accumulated)
     sums, empty = _sums.NOTHING, divided.whole if divided.examples == 0 else None
@@ -127,7 +128,7 @@ def step(
     """One micro-batch; where there is a ``boundary``, its gradients are delivered there as they become final."""
     options, engine = fold.options, fold.engine
     tape, outcome = engine.forward(buffer, functools.partial(_evaluate, fold, microbatch))
-    counts = _sums.contribution(options, sums, outcome, fold.known, _is_narrow(fold, outcome))
+    counts = _sums.contribution(options, sums, outcome, fold.known, is_narrow(buffer, outcome.targets))
     # Gradients of one target are final with the last micro-batch; those of several are added up behind the boundary.
     deliver = None if boundary is None or len(outcome.targets) > 1 else boundary.deliver
     if boundary is not None:
@@ -190,10 +191,10 @@ def check_dependence(name: str, depends: bool) -> None:
         )
 
 
-def _is_narrow(fold: Fold, outcome: Outcome) -> bool:
+def is_narrow(buffer: Buffer, targets: Sequence[Tensor]) -> bool:
     """Whether the backward pass has numbers of fewer digits than the buffer: NOTE [cotangents and factors]."""
-    return any(target.dtype.itemsize < 4 for target in outcome.targets) or any(
-        param.dtype != dtype for param, dtype in zip(fold.params, fold.accumulated, strict=True)
+    return any(target.dtype.itemsize < 4 for target in targets) or any(
+        param.dtype != dtype for param, dtype in zip(buffer.params, buffer.dtypes, strict=True)
     )
 
 

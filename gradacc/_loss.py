@@ -112,6 +112,9 @@ def divided(options: Options, outcome: Outcome, divisors: Divisors | None) -> Ou
     A total of weight 0 is left out, where that is read.
     """
     terms = outcome.value
+    if options.through is not None and isinstance(terms, Terms):
+        # One loss, of the whole batch.
+        divisors = Divisors(terms.weights, terms.treedef)
     if divisors is None or not isinstance(terms, Terms):
         return outcome
     if terms.treedef != divisors.treedef:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, TypedDict
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
 
 import torch
 from torch import nn
 
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
-from gradacc._values import positive_int
+from gradacc._values import positive_int, takes_keyword
 
 Reduction = Literal["mean", "sum"]
 """What a loss that is a plain tensor is over its examples."""
@@ -22,6 +22,10 @@ Nonfinite = Literal["keep", "drop"]
 
 Backward = Literal["auto", "recompute", "forward"]
 """How the gradients of pieces are taken: by running each again, or with the forward pass."""
+
+
+Through: TypeAlias = Callable[..., Any] | Mapping[str, Callable[..., Any]]
+"""What encodes micro-batches for a loss over the whole batch."""
 
 
 class _LossOptions(TypedDict, total=False):
@@ -38,8 +42,9 @@ class AccumulateOptions(_LossOptions, total=False):
     """The options of `accumulate` and `accumulate_and_value`, for ``**options`` of a function around one of them."""
 
     weights: Callable[..., Any] | None
-    steps: int | None
-    microbatch_size: int | None
+    through: Through | None
+    steps: int | Mapping[str, int] | None
+    microbatch_size: int | Mapping[str, int] | None
     split: Callable[[Any], Any] | None
 
 
@@ -63,14 +68,17 @@ class Given(NamedTuple):
     sync: Any = None
     nonfinite: Any = "keep"
     weights: Any = None
+    through: Any = None
 
 
 class Options(NamedTuple):
     """The options of a factory, checked; ``name`` is the factory's, for messages."""
 
     name: str
-    steps: int | None
-    microbatch_size: int | None
+    steps: Any
+    """An int, or one for each encoder; None."""
+    microbatch_size: Any
+    """Likewise."""
     split: Callable[[Any], Any] | None
     in_dims: tuple[Any, ...] | None
     argnums: int | tuple[int, ...]
@@ -80,6 +88,14 @@ class Options(NamedTuple):
     sync: AllReduce | None
     nonfinite: Nonfinite
     weights: Callable[..., Any] | None
+    through: Through | None
+    rows: bool
+    """Whether the loss is of some rows against all."""
+
+    @property
+    def counted(self) -> bool:
+        """Whether what several means are divided by is known before their gradients: NOTE [several means] in ``_sums.py``."""
+        return self.weights is not None or self.through is not None
 
 
 def options(name: str, loss_fn: Any, given: Given) -> Options:
@@ -94,7 +110,7 @@ def options(name: str, loss_fn: Any, given: Given) -> Options:
             f"{name}: loss_fn must be a function of (params, batch), got {describe(loss_fn)}; options are keyword-only, "
             "as in accumulate(loss_fn, steps=4)"
         )
-    steps, microbatch_size, split = ways(name, given.steps, given.microbatch_size, given.split)
+    steps, microbatch_size, split = ways(name, given.steps, given.microbatch_size, given.split, given.through)
     if given.in_dims is not None and type(given.in_dims) is not tuple:
         raise TypeError(
             f"{name}: in_dims must be a tuple with an int, None or a pytree prefix for each positional argument, "
@@ -106,6 +122,7 @@ def options(name: str, loss_fn: Any, given: Given) -> Options:
         raise ValueError(f"{name}: reduction must be 'mean' or 'sum', got {given.reduction!r}")
     check_dtype(name, given.dtype)
     _check_weights(name, given)
+    _check_through(name, given)
     check_sync(name, given.sync)
     return Options(
         name=name,
@@ -120,13 +137,15 @@ def options(name: str, loss_fn: Any, given: Given) -> Options:
         sync=given.sync,
         nonfinite=given.nonfinite,
         weights=given.weights,
+        through=given.through,
+        rows=given.through is not None and takes_keyword(loss_fn, "rows"),
     )
 
 
 def ways(
-    name: str, steps: Any, microbatch_size: Any, split: Any
-) -> tuple[int | None, int | None, Callable[[Any], Any] | None]:
-    """How a batch is divided, checked: at most one of the three is given."""
+    name: str, steps: Any, microbatch_size: Any, split: Any, through: Any = None
+) -> tuple[Any, Any, Callable[[Any], Any] | None]:
+    """How a batch is divided, checked: at most one of the three is given, of several encoders maybe to each its own."""
     given = {"steps": steps, "microbatch_size": microbatch_size, "split": split}
     both = [way for way, value in given.items() if value is not None]
     if len(both) > 1:
@@ -136,10 +155,23 @@ def ways(
             f"{name}: split must be a function of the batch that yields micro-batches, got {describe(split)}"
         )
     return (
-        None if steps is None else positive_int(name, "steps", steps),
-        None if microbatch_size is None else positive_int(name, "microbatch_size", microbatch_size),
+        _numbers(name, "steps", steps, through),
+        _numbers(name, "microbatch_size", microbatch_size, through),
         split,
     )
+
+
+def _numbers(name: str, option: str, value: Any, through: Any) -> Any:
+    """A positive int, or a dict of them in the structure of ``through``."""
+    if value is None or not isinstance(value, Mapping):
+        return None if value is None else positive_int(name, option, value)
+    if not isinstance(through, Mapping) or set(value) != set(through):
+        keys = list(through) if isinstance(through, Mapping) else describe(through)
+        raise ValueError(
+            f"{name}: {option} is a dict of {list(value)}, and through is {keys}; give one number, or one for each "
+            "function of a through= that is a dict"
+        )
+    return {key: positive_int(name, f"{option}[{key!r}]", value[key]) for key in through}
 
 
 def check_dtype(name: str, dtype: Any) -> None:
@@ -174,6 +206,44 @@ def _check_weights(name: str, given: Given) -> None:
         raise ValueError(
             f"{name}: got weights, by which several means are divided, and reduction='sum', of a loss that is not divided; "
             "leave one of them out"
+        )
+
+
+def _check_through(name: str, given: Given) -> None:
+    """What encodes micro-batches, and what does not go with one loss of the whole batch."""
+    through = given.through
+    if through is None:
+        return
+    named = through.items() if isinstance(through, Mapping) else [(None, through)]
+    if not named:
+        raise ValueError(f"{name}: through is an empty dict; give it a function for each output that loss_fn reads")
+    for key, func in named:
+        what = "through" if key is None else f"through[{key!r}]"
+        if isinstance(func, nn.Module):
+            raise TypeError(
+                f"{name}: {what} is an nn.Module ({type(func).__name__}), which does not take its parameters as an argument. "
+                "Use apply, params, buffers = gradacc.functional(module), and a function of (params, batch) that calls "
+                "apply(params, ...)"
+            )
+        if not callable(func):
+            raise TypeError(
+                f"{name}: {what} must be a function of (params, batch) that returns outputs with a leading batch dimension, or "
+                f"a dict of such functions, got {describe(func)}"
+            )
+    if given.steps is None and given.microbatch_size is None and given.split is None:
+        raise ValueError(
+            f"{name}: got through, whose loss_fn sees the whole batch, and nothing that says how encode divides it; give "
+            "steps, microbatch_size or split"
+        )
+    if given.nonfinite == "drop":
+        raise ValueError(
+            f"{name}: got through, with one loss of the whole batch, and nonfinite='drop', which drops micro-batches; leave it "
+            "out (gradacc.optim.skip_nonfinite leaves out the update)"
+        )
+    if given.weights is not None:
+        raise ValueError(
+            f"{name}: got weights, which counts what several means are divided by before the first micro-batch, and through, "
+            "whose loss_fn sees the whole batch and counts it; leave weights out"
         )
 
 

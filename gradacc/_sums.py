@@ -141,7 +141,7 @@ def _contribution_of_terms(options: Options, outcome: Outcome, terms: Terms, nar
     share = None if outcome.weight is None else outcome.weight / 1.0
     something = [isinstance(weight, Tensor) or weight != 0.0 for weight in terms.weights]
     passes: list[Pass | None] = []
-    if options.weights is not None:
+    if options.counted:
         passes.append(Pass(1.0, 1.0, None) if any(something) else None)
     else:
         for mean, weight, counts in zip(terms.means, terms.weights, something, strict=True):
@@ -275,11 +275,11 @@ def factor(sums: Sums) -> float | Tensor:
 def gradient_factors(options: Options, sums: Sums) -> list[float | Tensor]:
     """What each target's gradients are multiplied by at the end: the gradient of nothing is zero."""
     if options.reduction == "sum" or not sums.differentiated:
-        return [1.0 for _ in range(1 if options.weights is not None else len(terms(sums)[0]) or 1)]
+        return [1.0 for _ in range(1 if options.counted else len(terms(sums)[0]) or 1)]
     if is_part(sums.value):
         rest = factor(sums)
         return [torch.where(sums.weight == 0, 0.0, rest) if isinstance(sums.weight, Tensor) else rest]
-    if options.weights is not None:
+    if options.counted:
         return [sums.unit]
     return [_unit_over(sums.unit, part.mean.weight) for part in terms(sums)[0] if isinstance(part, Total)]
 

@@ -204,6 +204,7 @@ def test_everything_public_has_a_docstring_with_an_example():
         "Backward",
         "MicrobatchOptions",
         "Nonfinite",
+        "Through",
         "Reduction",
         "TensorTree",
     }

@@ -34,9 +34,9 @@ class Joined:
         self.lengths: list[list[int]] = []
         """Of each piece, how much of each concatenation it is."""
 
-    def add(self, flat: outputs.Output, piece: Piece) -> outputs.Place:
-        """One piece more."""
-        place = outputs.Place(len(self.places), piece.size, self.of.total, self.of.number)
+    def add(self, flat: outputs.Output, size: int | None) -> outputs.Place:
+        """One piece more, of so many examples."""
+        place = outputs.Place(len(self.places), size, self.of.total, self.of.number)
         if self.first is None:
             self.first = flat
             self.leaves = outputs.described(self.outs, flat)
@@ -104,7 +104,7 @@ class Fold:
             self.before.append(_surroundings.of(own))
             self.memory += [(leaf, leaf._version) for leaf in own]
         ran = pull.run(call, piece, sources)
-        place = self.joined.add(ran.output, piece)
+        place = self.joined.add(ran.output, piece.size)
         self.pieces.append(piece)
         self.differentiable.update(dict.fromkeys(ran.roots))
         kept = [ran.output.leaves[i] for i in self.joined.nonlinear]

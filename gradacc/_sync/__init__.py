@@ -45,6 +45,7 @@ from gradacc._sums import Sums
 from gradacc._sync import channel as channels
 from gradacc._sync import group as groups
 from gradacc._sync.agreement import Agreed as Agreed
+from gradacc._sync.gather import Gather as Gather
 from gradacc._sync.link import Link
 from gradacc._sync.traced import Traced
 
@@ -59,6 +60,10 @@ class Boundary(Protocol):
     @property
     def overlaps(self) -> bool:
         """Whether gradients are to be delivered before `cross`."""
+
+    @property
+    def gather(self) -> Gather | None:
+        """Of the rows of all ranks, where the loss is of the whole batch."""
 
     def bind(self, params: Sequence[Tensor], treedef: _tree.TreeDef, dtypes: Sequence[torch.dtype], batch: Any) -> None:
         """Say what is differentiated, and what the batch is, as soon as it is known."""
@@ -88,6 +93,7 @@ class Alone:
     """Everything is the union already."""
 
     crosses = overlaps = False
+    gather = None
 
     def bind(self, params: Sequence[Tensor], treedef: _tree.TreeDef, dtypes: Sequence[torch.dtype], batch: Any) -> None:
         """Nobody asks."""
@@ -119,6 +125,11 @@ def connect(options: Options, agreed: Agreed | None) -> Boundary:
     if group is None:
         return Alone()
     if _where.loops():
+        if options.through is not None:
+            raise NotImplementedError(
+                f"{options.name}: through= with sync= in a compiled function is not available; compile loss_fn and the "
+                "encoder, and call grad_fn outside"
+            )
         return Traced(options, group)
     if _where.transforming():
         raise NotImplementedError(

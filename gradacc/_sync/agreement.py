@@ -119,6 +119,8 @@ def describe(
             ("overlap", sync.overlap),
             ("weights", options.weights is not None),
             ("nonfinite", options.nonfinite),
+            ("through", options.through is not None),
+            ("rows", options.rows),
         ),
         () if layout is None else tuple(layouts.specs(layout)),
         coded,

@@ -61,7 +61,7 @@ def specs(layout: Layout) -> list[Spec]:
 
 def targets(options: Options, specs: Sequence[Spec]) -> int:
     """How many gradients there are of each parameter: NOTE [several means] in ``_sums.py``."""
-    return 1 if options.weights is not None else sum(spec.is_loss for spec in specs)
+    return 1 if options.counted else sum(spec.is_loss for spec in specs)
 
 
 def restore(layout: Layout, summed: Sequence[Any], local: Sums, like: Tensor, fixed: tuple[Any, Any, bool]) -> Sums:

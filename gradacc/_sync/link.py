@@ -32,6 +32,7 @@ from gradacc._sync.channel import (
     WITHHELD,
     Channel,
 )
+from gradacc._sync.gather import Gather
 from gradacc._sync.layout import Layout
 from gradacc._sync.sending import Sending
 from gradacc._sync.turn import DESCRIPTIONS, GREETING, REST, SUMS, Next, Turn
@@ -46,6 +47,7 @@ class Link(Turn):
         self.options, self.agreed = options, agreed
         self.begun = agreed.begun
         self.states, self.dropped = agreed.begun.take()
+        self.gather = None if options.through is None else Gather(self, options.rows)
         self.agreement: Agreement | None = None
         self.factor: float | Tensor = 1.0
         """What a gradient is multiplied by on its way: from this rank's unit to the common one."""
@@ -116,6 +118,12 @@ class Link(Turn):
             groups.release(error)
             raise
         return grads, types(sums), arrived
+
+    def fail(self, error: BaseException) -> None:
+        """This rank's call raises, before or behind its exchanges of rows."""
+        if self.gather is not None:
+            self.gather.fail(error)
+        super().fail(error)
 
     def done(self) -> None:
         """The call returns what it is to return."""

@@ -29,7 +29,7 @@ class Traced:
     def __init__(self, options: Options, group: dist.ProcessGroup) -> None:
         self.options, self.group = options, group
 
-    crosses, overlaps = True, False
+    crosses, overlaps, gather = True, False, None
 
     def bind(self, params: Sequence[Tensor], treedef: _tree.TreeDef, dtypes: Sequence[torch.dtype], batch: Any) -> None:
         """Say what is differentiated, as soon as it is known."""

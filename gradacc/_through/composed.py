@@ -1,0 +1,79 @@
+"""The loss through its encoders as one function of the whole batch.
+
+It is what is differentiated where there is one micro-batch, and under transforms and while Dynamo traces, where each encoder
+is a `microbatch`, whose backward pass runs pieces again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gradacc import _split
+from gradacc._describe import describe
+from gradacc._mean import Mean
+from gradacc._microbatch import microbatch
+from gradacc._options import Options
+from gradacc._through import encoders
+from gradacc._through.encoders import Encoder
+
+
+def composed(options: Options, loss_fn: Callable[..., Any], positions: tuple[Sequence[int], int]) -> Callable[..., Any]:
+    """``loss(*arguments)``, of the arguments of a call."""
+    differentiated, batch = positions
+
+    def loss(*args: Any, **kwargs: Any) -> Any:
+        own = encoders.arguments(args, differentiated, batch)
+        dims = encoders.in_dims(options, args, differentiated, batch)
+        found: dict[str | None, Any] = {
+            encoder.key: _by_pieces(encoder, args, positions, dims)(*own) for encoder in encoders.encoders(options)
+        }
+        outputs = found.get(None, found)
+        rows = (
+            slice(0, _split.undivided(options._replace(in_dims=dims), own, *positions).sizes[0])
+            if options.rows
+            else None
+        )
+        return call(options, loss_fn, (args, kwargs), batch, outputs, rows)
+
+    return loss
+
+
+def call(
+    options: Options,
+    loss_fn: Callable[..., Any],
+    arguments: tuple[Sequence[Any], dict[str, Any]],
+    batch: int,
+    outputs: Any,
+    rows: slice | None,
+) -> Any:
+    """``loss_fn(params, outputs, batch, ...)``, checked where it is of some rows."""
+    args, kwargs = arguments
+    named = kwargs if rows is None else {**kwargs, "rows": rows}
+    found = loss_fn(*args[:batch], outputs, *args[batch:], **named)
+    value = found[0] if options.has_aux and isinstance(found, tuple) and len(found) == 2 else found
+    if rows is not None and not isinstance(value, Mean):
+        raise TypeError(
+            f"{options.name}: loss_fn takes rows, those of the outputs that it is of, and returned {describe(value)}; it must "
+            "return gradacc.Mean(sum over these rows, number of them), which adds up over ranks"
+        )
+    return found
+
+
+def _by_pieces(
+    encoder: Encoder, args: Sequence[Any], positions: tuple[Sequence[int], int], dims: tuple[Any, ...]
+) -> Callable[..., Any]:
+    """The encoder, of the whole batch."""
+    options = encoder.options
+    checked = encoders.checked(encoder, positions, dims)
+    if len(encoders.divided(encoder, args, *positions).microbatches) <= 1:
+        return checked
+    return microbatch(
+        checked,
+        steps=options.steps,
+        microbatch_size=options.microbatch_size,
+        split=options.split,
+        in_dims=dims,
+        dtype=options.dtype,
+        backward="recompute",
+    )
