@@ -164,7 +164,7 @@ class Gather:
         own = torch.tensor(mine, device=groups.device(group))
         table = torch.empty(group.size() * len(mine), dtype=own.dtype, device=own.device)
         with groups.explaining_errors(self.name, group):
-            work = dist.all_gather_into_tensor(table, own, group=group, async_op=True)
+            work = dist.all_gather_single(table, own, group=group, async_op=True)
             self.next = _ROWS
             work.wait()
         found: list[list[int]] = table.view(group.size(), -1).tolist()
@@ -221,7 +221,7 @@ class Gather:
                 filled += part.numel()
         table = torch.empty(group.size() * own.numel(), dtype=torch.uint8, device=own.device)
         with groups.explaining_errors(self.name, group):
-            work = dist.all_gather_into_tensor(table, own, group=group, async_op=True)
+            work = dist.all_gather_single(table, own, group=group, async_op=True)
             self.next = _NOTHING
             work.wait()
         return list(table.view(group.size(), -1))

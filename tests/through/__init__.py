@@ -1,0 +1,1 @@
+"""`accumulate(through=)`: losses over the whole batch."""

@@ -1,0 +1,200 @@
+"""Losses over the batches of all ranks: both forms, uneven and empty ranks, what crosses, and failing together."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import gradacc
+from gradacc import Mean
+from tests.laws.test_ranks import Collectives
+from tests.through import cases
+
+
+def _shares(batch: dict[str, Tensor], sizes: list[int]) -> list[dict[str, Tensor]]:
+    parts = {key: leaf.split(sizes) for key, leaf in batch.items()}
+    return [{key: part[n] for key, part in parts.items()} for n in range(len(sizes))]
+
+
+def of_a_rank(group: Any, name: str, batch: Any) -> Any:
+    loss = cases.LOSSES.get(name, cases.rows_of_clip)
+    grad_fn = gradacc.accumulate_and_value(
+        loss, through=cases.encode, microbatch_size=3, sync=gradacc.all_reduce(group)
+    )
+    params = cases.params()
+    grads, value = grad_fn(params, batch)
+    with Collectives() as counter:
+        again, same = grad_fn(params, batch)
+    torch.testing.assert_close((again, cases.value(same)), (grads, cases.value(value)), rtol=0, atol=0)
+    return grads, value, [str(each).split(".")[1] for each in counter.seen]
+
+
+SIZES = [[11], [6, 5], [3, 7, 1], [1, 0, 9, 1], [0, 11]]
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("name", [*cases.LOSSES, "rows_of_clip"])
+def test_ranks_are_one_process_with_the_union(pool, name: str, sizes: list[int]) -> None:
+    params, batch = cases.params(), cases.batch(11)
+    loss = cases.LOSSES.get(name, cases.clip)
+    expected = torch.func.grad_and_value(lambda p: cases.value(loss(p, cases.encode(p, batch), batch)))(params)
+    answers = pool.run_each(len(sizes), of_a_rank, [(name, share) for share in _shares(batch, sizes)])
+    gathers = ["_allgather_base_", "_allgather_base_"] + ["alltoall_base_"] * (name == "rows_of_clip")
+    for grads, value, seen in answers:
+        torch.testing.assert_close((grads, cases.value(value)), expected, rtol=1e-10, atol=1e-12)
+        if isinstance(value, Mean):
+            assert value.weight == 11
+        # A rank without rows is told what an output is.
+        told = ["broadcast_", "broadcast_"] * (0 in sizes)
+        assert seen == ([] if len(sizes) == 1 else [gathers[0], *told, *gathers[1:], "allreduce_"])
+
+
+def with_aux(group: Any, batch: Any, rows: bool) -> Any:
+    def aux(outputs: Any, value: Tensor) -> Any:
+        right = (outputs["image"] @ outputs["text"].T).argmax(1) == torch.arange(len(outputs["image"]))
+        return {
+            "right": Mean(right.sum(), len(right)),
+            "norm": outputs["image"].norm(),
+            "each": outputs["image"].sum(1),
+        }
+
+    def loss(params: Any, outputs: Any, batch: Any) -> Any:
+        value = cases.clip(params, outputs, batch)
+        return value, aux(outputs, value)
+
+    def of_rows(params: Any, outputs: Any, batch: Any, rows: slice) -> Any:
+        own = {key: leaf[rows] for key, leaf in outputs.items()}
+        return cases.rows_of_clip(params, outputs, batch, rows), aux(own, outputs["text"])
+
+    grad_fn = gradacc.accumulate_and_value(
+        of_rows if rows else loss,
+        through=cases.encode,
+        microbatch_size=3,
+        has_aux=True,
+        sync=gradacc.all_reduce(group),
+    )
+    return grad_fn(cases.params(), batch)[1]
+
+
+def test_aux_of_ranks(pool) -> None:
+    params, batch = cases.params(), cases.batch(11)
+    shares = _shares(batch, [6, 5])
+    outputs = cases.encode(params, batch)
+    right = (outputs["image"] @ outputs["text"].T).argmax(1) == torch.arange(11)
+    each = outputs["image"].sum(1).split([6, 5])
+    for n, (value, aux) in enumerate(pool.run_each(2, with_aux, [(share, False) for share in shares])):
+        torch.testing.assert_close(value, cases.clip(params, outputs, batch))
+        assert (aux["right"].total, aux["right"].weight) == (right.sum(), 11)
+        torch.testing.assert_close(aux["norm"], outputs["image"].norm())
+        torch.testing.assert_close(aux["each"], each[n])
+    for n, (value, aux) in enumerate(pool.run_each(2, with_aux, [(share, True) for share in shares])):
+        torch.testing.assert_close(value.value, cases.clip(params, outputs, batch))
+        assert aux["right"].weight == 11
+        torch.testing.assert_close(aux["each"], each[n])
+
+
+def nothing_counts_here(group: Any, rank: int, batch: Any) -> Any:
+    """A rank whose rows weigh nothing gets cotangents for them all the same."""
+
+    def loss(params: Any, outputs: Any, batch: Any, rows: slice) -> Mean:
+        own = cases.rows_of_clip(params, outputs, batch, rows)
+        return Mean(own.total * 0, 0) if rank == 0 else own
+
+    grad_fn = gradacc.accumulate(loss, through=cases.encode, microbatch_size=2, sync=gradacc.all_reduce(group))
+    return grad_fn(cases.params(), batch)
+
+
+def test_rows_of_weight_0_are_columns_of_the_others(pool) -> None:
+    params, batch = cases.params(), cases.batch(11)
+
+    def loss(params: Any) -> Tensor:
+        return cases.rows_of_clip(params, cases.encode(params, batch), batch, slice(6, 11)).value
+
+    expected = torch.func.grad(loss)(params)
+    shares = _shares(batch, [6, 5])
+    for grads in pool.run_each(2, nothing_counts_here, list(enumerate(shares))):
+        torch.testing.assert_close(grads, expected, rtol=1e-10, atol=1e-12)
+
+
+class Wrong(Exception):
+    """On one rank."""
+
+
+def failing(group: Any, rank: int, batch: Any, where: str, rows: bool) -> str:
+    fails = [False]
+
+    def encode(params: Any, batch: Any) -> Any:
+        if fails[0] and where == "encode":
+            raise Wrong
+        found = cases.encode(params, batch)
+        return {**found, "image": found["image"][:, :3]} if fails[0] and where == "shape" else found
+
+    def loss(params: Any, outputs: Any, batch: Any) -> Any:
+        if fails[0] and where == "loss":
+            raise Wrong
+        return cases.siglip(params, outputs, batch)
+
+    def of_rows(params: Any, outputs: Any, batch: Any, rows: slice) -> Any:
+        if fails[0] and where == "loss":
+            raise Wrong
+        return cases.rows_of_clip(params, outputs, batch, rows)
+
+    grad_fn = gradacc.accumulate(
+        of_rows if rows else loss, through=encode, microbatch_size=4, sync=gradacc.all_reduce(group)
+    )
+    first = grad_fn(cases.params(), batch)
+    fails[0] = rank == 1
+    given = "no batch" if fails[0] and where == "batch" else batch
+    try:
+        grad_fn(cases.params(), given)
+    except (Wrong, ValueError, TypeError, RuntimeError) as error:
+        fails[0] = False
+        torch.testing.assert_close(grad_fn(cases.params(), batch), first, rtol=0, atol=0)
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["replicated", "rows"])
+@pytest.mark.parametrize("where", ["batch", "encode", "shape", "loss"])
+def test_ranks_fail_together_and_go_on(pool, where: str, rows: bool) -> None:
+    shares = _shares(cases.batch(11), [3, 4, 4])
+    said = pool.run_each(3, failing, [(rank, share, where, rows) for rank, share in enumerate(shares)])
+    if where == "shape":
+        assert all(
+            "what is gathered differs: outputs['image'] is torch.float64 of shape (rows, 4)" in each for each in said
+        )
+        return
+    assert said[1].startswith("TypeError" if where == "batch" else "Wrong")
+    for rank in (0, 2):
+        assert said[rank].startswith(
+            f"RuntimeError: accumulate: no gradient on rank {rank}, because the call raised on rank 1"
+        )
+
+
+def drawing(group: Any, batch: Any) -> str:
+    def loss(params: Any, outputs: Any, batch: Any) -> Tensor:
+        return cases.clip(params, outputs, batch) * torch.rand(())
+
+    grad_fn = gradacc.accumulate(loss, through=cases.encode, steps=2, sync=gradacc.all_reduce(group))
+    with pytest.raises(ValueError, match="loss_fn draws random numbers, which are others on each rank"):
+        grad_fn(cases.params(), batch)
+    return "raised"
+
+
+def test_a_replicated_loss_draws_no_random_numbers(pool) -> None:
+    assert pool.run_each(2, drawing, [(share,) for share in _shares(cases.batch(11), [6, 5])]) == ["raised"] * 2
+
+
+def of_no_mean(group: Any, batch: Any) -> str:
+    def loss(params: Any, outputs: Any, batch: Any, rows: slice) -> Tensor:
+        return cases.rows_of_clip(params, outputs, batch, rows).value
+
+    grad_fn = gradacc.accumulate(loss, through=cases.encode, steps=2, sync=gradacc.all_reduce(group))
+    with pytest.raises(TypeError, match=r"loss_fn takes rows.*must return gradacc.Mean"):
+        grad_fn(cases.params(), batch)
+    return "raised"
+
+
+def test_a_loss_of_rows_is_a_mean(pool) -> None:
+    assert pool.run_each(2, of_no_mean, [(share,) for share in _shares(cases.batch(11), [6, 5])]) == ["raised"] * 2
