@@ -60,6 +60,7 @@ def accumulator(
     sync: AllReduce | None = None,
     nonfinite: Nonfinite = "keep",
     donate: bool = False,
+    **others: Any,
 ) -> Accumulator | Callable[[Callable[..., Any]], Accumulator]:
     """The gradient and the value of one large batch, from micro-batches that arrive one at a time.
 
@@ -129,6 +130,7 @@ def accumulator(
 
     Source: ``optax.microbatching.Accumulator`` (init, update, finalize); `merge` is the combine of a parallel fold.
     """
+    _check_others(others)
     if loss_fn is None:
         return functools.partial(
             accumulator,
@@ -182,6 +184,20 @@ def accumulator(
         return _finalize(options, agreed, donate, state)
 
     return Accumulator(init, update, merge, finalize)
+
+
+def _check_others(others: dict[str, Any]) -> None:
+    """Options of another form, and of none."""
+    for option in others:
+        why = "which is no option of it"
+        if option in ("steps", "microbatch_size", "split", "weights"):
+            why = "which says of a whole batch what update is given one by one: its micro-batches; leave it out"
+        if option == "through":
+            why = (
+                "whose loss needs the outputs of the whole batch, while update is given one micro-batch; use "
+                "gradacc.accumulate_and_value(loss_fn, through=...)"
+            )
+        raise TypeError(f"accumulator: got {option}, {why}")
 
 
 _NO_GRAPH = (

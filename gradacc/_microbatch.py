@@ -148,14 +148,16 @@ def microbatch(
     _options.check_sync(_NAME, sync)
     ways = divide.Ways(_NAME, *_options.ways(_NAME, steps, microbatch_size, split), in_dims)
     outs = outputs.Outs(_NAME, out, out_dims, dtype)
-    return _by_pieces(func, ways, outs, backward) if sync is None else _over_ranks(func, ways, outs, sync)
+    return by_pieces(func, ways, outs, backward) if sync is None else _over_ranks(func, ways, outs, sync)
 
 
-def _by_pieces(
+def by_pieces(
     func: Callable[..., Any], ways: divide.Ways, outs: outputs.Outs, backward: Backward
 ) -> Callable[..., Any]:
+    """The transform, of options that have been checked."""
+
     @functools.wraps(func, updated=())
-    def by_pieces(*args: Any, **kwargs: Any) -> Any:
+    def in_pieces(*args: Any, **kwargs: Any) -> Any:
         pieces = divide.pieces(ways, args, kwargs)
         if not _where.under_transform():
             return node.run(func, pieces, outs, backward)
@@ -163,7 +165,7 @@ def _by_pieces(
             return functional.run(func, pieces, outs)
         return outputs.unflatten(*composite.run(func, pieces, outs, checkpoints=_where.loops()))
 
-    return by_pieces
+    return in_pieces
 
 
 def _over_ranks(func: Callable[..., Any], ways: divide.Ways, outs: outputs.Outs, sync: AllReduce) -> Callable[..., Any]:

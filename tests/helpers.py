@@ -1,6 +1,7 @@
 """What several test modules share: comparing trees, fingerprints, and running under a functorch transform."""
 
 import gc
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 from unittest import mock
@@ -9,6 +10,7 @@ import optree
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradacc
 from gradacc._engines import fused
@@ -64,6 +66,33 @@ def living_tensors() -> dict[int, Tensor]:
     given out twice). The number of tensors says less: what earlier tests left behind may go in the meantime.
     """
     return {id(thing): thing for thing in gc.get_objects() if issubclass(type(thing), Tensor)}
+
+
+class PeakElements(TorchDispatchMode):
+    """``peak``: the most elements of tensors made inside that are alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.alive, self.peak = 0, 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [leaf for leaf in optree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        given = {leaf.untyped_storage()._cdata for leaf in tensors}
+        result = func(*args, **(kwargs or {}))
+        for leaf in optree.tree_leaves(result):
+            # What an operation in place returns is there already, and so is the memory of a view.
+            if isinstance(leaf, Tensor) and id(leaf) not in self.known and leaf.untyped_storage()._cdata not in given:
+                size = leaf.numel()
+                self.alive += size
+                self.peak = max(self.peak, self.alive)
+                self.known.add(id(leaf))
+                weakref.finalize(leaf, self._gone, id(leaf), size)
+        return result
+
+    def _gone(self, key: int, size: int) -> None:
+        self.alive -= size
+        self.known.remove(key)
 
 
 def assert_trees_equal(actual: Any, expected: Any) -> None:

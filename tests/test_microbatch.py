@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import gradacc
 from gradacc import Mean, microbatch
+from tests.helpers import PeakElements
 
 WAYS = ("auto", "recompute", "forward")
 
@@ -620,28 +621,6 @@ def test_a_piece_may_leave_an_input_unused_under_vmap(depends: bool) -> None:
 def test_the_functional_checkpoint_keeps_inputs_only() -> None:
     kept: list[int] = []
 
-    class Counting(torch.utils._python_dispatch.TorchDispatchMode):
-        """The most memory that is alive at once."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.alive, self.peak = 0, 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            import weakref
-
-            result = func(*args, **(kwargs or {}))
-            for leaf in torch.utils._pytree.tree_leaves(result):
-                if isinstance(leaf, Tensor) and leaf._base is None:
-                    size = leaf.numel()
-                    self.alive += size
-                    self.peak = max(self.peak, self.alive)
-                    weakref.finalize(leaf, self._gone, size)
-            return result
-
-        def _gone(self, size: int) -> None:
-            self.alive -= size
-
     layers = [_double(16, 16, seed=n) for n in range(8)]
 
     def block(w: Tensor, x: Tensor) -> Tensor:
@@ -656,7 +635,7 @@ def test_the_functional_checkpoint_keeps_inputs_only() -> None:
 
     x, grads = _double(512, 16), []
     for checkpoints in (False, True):
-        with Counting() as counter:
+        with PeakElements() as counter:
             grads.append(torch.func.grad(loss)(layers, x, checkpoints))
         kept.append(counter.peak)
     _same(grads[0], grads[1])

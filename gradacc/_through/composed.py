@@ -12,8 +12,10 @@ from typing import Any
 from gradacc import _split
 from gradacc._describe import describe
 from gradacc._mean import Mean
-from gradacc._microbatch import microbatch
+from gradacc._microbatch import by_pieces
 from gradacc._options import Options
+from gradacc._pieces.divide import Ways
+from gradacc._pieces.outputs import Outs
 from gradacc._through import encoders
 from gradacc._through.encoders import Encoder
 
@@ -68,12 +70,5 @@ def _by_pieces(
     checked = encoders.checked(encoder, positions, dims)
     if len(encoders.divided(encoder, args, *positions).microbatches) <= 1:
         return checked
-    return microbatch(
-        checked,
-        steps=options.steps,
-        microbatch_size=options.microbatch_size,
-        split=options.split,
-        in_dims=dims,
-        dtype=options.dtype,
-        backward="recompute",
-    )
+    ways = Ways(encoder.name, options.steps, options.microbatch_size, options.split, dims)
+    return by_pieces(checked, ways, Outs(encoder.name, "concat", 0, options.dtype), "recompute")
