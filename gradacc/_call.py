@@ -181,8 +181,8 @@ def note_unsplit(
     error: Exception, options: Options, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
 ) -> None:
     """Add to a loss's own error what was passed whole, or split, where that is likely not what was meant."""
-    if torch.compiler.is_compiling():
-        return  # Dynamo knows no tracebacks
+    if torch.compiler.is_compiling() or options.through is not None:
+        return  # Dynamo knows no tracebacks; a loss of the whole batch gets nothing in parts
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next

@@ -132,6 +132,12 @@ def forward(buffer: Buffer, loss: Callable[[Sequence[Tensor]], Outcome]) -> tupl
     return Tape(leaves, outcome.targets, edges, seen, since, RemovableHandle.next_id != hooks), outcome
 
 
+def give_up(buffer: Buffer, tape: Tape) -> Buffer:
+    """The buffer, where a tape is not to be played back: its leaves are as they were made, NOTE [leaves of a whole call]."""
+    _forget_casts(tape.leaves)
+    return buffer._replace(leaves=[] if tape.hooked else tape.leaves, hooks=RemovableHandle.next_id)
+
+
 def backward(buffer: Buffer, tape: Tape, counts: Contribution, deliver: Deliver | None = None) -> Buffer:
     """Run it backward, into the buffer: ``buffer.grads`` is changed in place."""
     _grow(buffer.grads, counts.growth)

@@ -142,8 +142,12 @@ def check_rows(encoder: Encoder, flat: Output, sizes: Sequence[int]) -> None:
             f"{name}: encode returned {found}: no floating or complex tensor, so that no gradient leads through it. Return "
             "what loss_fn is to be differentiated by; what needs no gradient can be computed in loss_fn"
         )
+    # Of a micro-batch whose tensors disagree, outputs must agree among themselves.
+    rows = (
+        sizes if len(sizes) == 1 else [leaf.size(0) for leaf in flat.leaves if isinstance(leaf, Tensor) and leaf.ndim]
+    )
     for n, leaf in enumerate(flat.leaves):
-        if isinstance(leaf, Tensor) and (leaf.ndim == 0 or (len(sizes) == 1 and leaf.size(0) != sizes[0])):
+        if isinstance(leaf, Tensor) and (leaf.ndim == 0 or leaf.size(0) != rows[0]):
             path = _tree.paths(flat.treedef, "outputs")[n]
             raise ValueError(
                 f"{name}: {path} is {describe(leaf)}, of a micro-batch of {' or '.join(map(str, sizes))} examples; what encode "

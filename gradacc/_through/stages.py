@@ -104,9 +104,8 @@ def _encode(fold: Fold, given: Given, buffer: Buffer, division: Division) -> tup
         differentiable.update(ran.differentiable)
         rows.append(next(leaf.size(0) for leaf in ran.output.leaves if isinstance(leaf, Tensor)))
         kept = ran if len(microbatches) == 1 else None
+        buffer = eager.give_up(buffer, ran.tape)
         del ran
-        # A cast of this graph's would lead out of the next one's.
-        torch.clear_autocast_cache()
     changed = held.changed(before)
     if changed is not None and kept is None:
         raise ValueError(
@@ -161,12 +160,12 @@ def _differentiate(fold: Fold, given: Given, buffer: Buffer, whole: union.Whole)
     """The loss of the whole batch: its gradients by the parameters are the buffer's first."""
     options, count = fold.options, len(fold.params)
     leaves = whole.tensors[: whole.pulled]
-    accumulated = [*fold.accumulated, *_dtypes.dtypes(options.dtype, leaves)[0]]
+    accumulated = [*fold.accumulated, *_dtypes.dtypes(None, leaves)[0]]
     microbatch = _split.Microbatch(whole.args, (whole.size,))
 
     def loss(tensors: Sequence[Tensor]) -> Outcome:
         # The loss may change its outputs in place.
-        found = whole.outputs([*(tensor.clone() for tensor in tensors[count:]), *whole.tensors[whole.pulled :]])
+        found = whole.outputs([tensor.clone() for tensor in (*tensors[count:], *whole.tensors[whole.pulled :])])
 
         def with_outputs(*args: Any, **kwargs: Any) -> Any:
             return composed.call(options, given.loss_fn, (args, kwargs), given.batch, found, whole.rows)
@@ -251,12 +250,12 @@ def _compared(one: Encoded, ran: Ran, begin: int, read: bool) -> bool | Tensor:
         raise _changed(one, f"{one.treedef}, then {ran.output.treedef}")
     paths = functools.partial(_tree.paths, one.treedef, one.name)
     for i, leaf in enumerate(ran.output.leaves):
-        if not isinstance(leaf, Tensor):
+        if not isinstance(leaf, Tensor) or leaf.is_meta:
             continue
         first = one.leaves[i][begin : begin + len(leaf)]
         if first.shape != leaf.shape or first.dtype != leaf.dtype:
             raise _changed(one, f"{paths()[i]} of shape {tuple(first.shape)}, then {tuple(leaf.shape)}")
-        if leaf.is_cpu and not leaf.is_meta:
+        if leaf.is_cpu:
             if not torch.equal(first, leaf) and not _is_near(first, leaf):
                 raise _changed(one, f"another {paths()[i]} (by up to {_distance(first, leaf):.2g})")
             continue
