@@ -190,8 +190,8 @@ def _interaction(evidence: Evidence, measured: Probe, parts: _additive.Parts, to
             else "That is by exclusion; what connects them is not known."
         ),
         "take away what connects examples: statistics over the batch (BatchNorm in training mode: use GroupNorm or "
-        "evaluation mode), negatives or pairs from the batch (give the encoder of a contrastive loss to accumulate as through=), "
-        "ratios of sums over the batch.",
+        "evaluation mode), negatives or pairs from the batch (give the encoder of a contrastive loss to accumulate as "
+        "through=), ratios of sums over the batch.",
     )
 
 
