@@ -138,7 +138,7 @@ def accumulate_and_value(
         nonfinite: ``"drop"``: a micro-batch with a NaN or inf in its loss or gradient counts as one of weight 0, and the value
             is a `Kept` of ``(value, dropped)``. Its gradient is a buffer of its own until it has been looked at.
         through: ``encode(params, batch)``, for a loss over the whole batch (contrastive, ranking): it is run for each
-            micro-batch, twice, and ``loss_fn(params, outputs, batch)`` once, for all outputs (a pytree with a leading batch dimension). The
+            micro-batch, twice, and ``loss_fn(params, outputs, batch)`` once, for all outputs (a row an example). The
             gradient is that of ``loss_fn(params, encode(params, batch), batch)``. A dict of functions gives a dict of outputs;
             ``steps`` and ``microbatch_size`` may be dicts then. With ``sync``, outputs are of all ranks: ``docs/through.md``.
         weights: ``weights(batch)``, of several means: the weight of each, in their structure, counted before the first forward
