@@ -5,6 +5,7 @@ import signal
 import sys
 import time
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,8 +29,10 @@ def main(how: str, seconds: str) -> int:
 
     sync = gradacc.all_reduce(overlap=how == "killed with overlap")
     grad_fn = gradacc.accumulate(loss, steps=2, sync=sync)
+    if how.startswith("killed while others"):
+        grad_fn = _of_the_whole_batch(how)
     params = {"a": torch.ones(64, 600), "b": torch.ones(600, 600)}
-    while len(calls) < 10:
+    for _ in range(5):
         began = time.monotonic()
         try:
             grad_fn(params, torch.ones(4, 64))
@@ -37,6 +40,23 @@ def main(how: str, seconds: str) -> int:
             print(f"|{time.monotonic() - began}|{error}", flush=True)
             os._exit(3)  # the group is broken: nothing is torn down in good order
     return 0
+
+
+def _of_the_whole_batch(how: str) -> Any:
+    calls = []
+
+    def encode(params, x):
+        calls.append(1)
+        # Two micro-batches a call, each encoded twice.
+        dies = 9 if how == "killed while others gather" else 11
+        if dist.get_rank() == 1 and len(calls) == dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return x @ params["a"] @ params["b"]
+
+    def loss(params, outputs, x, rows):
+        return gradacc.Mean((outputs[rows] @ outputs.T).tanh().sum(), len(x))
+
+    return gradacc.accumulate(loss, through=encode, steps=2, sync=gradacc.all_reduce())
 
 
 if __name__ == "__main__":

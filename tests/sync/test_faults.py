@@ -271,7 +271,17 @@ def start(world, how):
     ]
 
 
-@pytest.mark.parametrize("how", ["killed", "killed with overlap", "killed at first use", "stopped"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "killed",
+        "killed with overlap",
+        "killed at first use",
+        "killed while others gather",
+        "killed while others pull",
+        "stopped",
+    ],
+)
 def test_a_rank_that_is_killed_or_stops(how):
     """SIGKILL or SIGSTOP in the middle of a step: every other rank ends with an error that names the group, in time."""
     processes = start(3, how)

@@ -172,6 +172,42 @@ def test_ranks_fail_together_and_go_on(pool, where: str, rows: bool) -> None:
         )
 
 
+def interrupted(group: Any, rank: int, batch: Any, where: str) -> Any:
+    interrupts = [rank == 1]
+
+    def encode(params: Any, batch: Any) -> Any:
+        if interrupts[0] and where == "encode":
+            interrupts[0] = False
+            raise KeyboardInterrupt
+        return cases.encode(params, batch)
+
+    def loss(params: Any, outputs: Any, batch: Any, rows: slice) -> Any:
+        if interrupts[0] and where == "loss":
+            interrupts[0] = False
+            raise KeyboardInterrupt
+        return cases.rows_of_clip(params, outputs, batch, rows)
+
+    grad_fn = gradacc.accumulate(loss, through=encode, microbatch_size=4, sync=gradacc.all_reduce(group))
+    said = "no error"
+    try:
+        grad_fn(cases.params(), batch)
+    except (KeyboardInterrupt, RuntimeError) as error:
+        said = f"{type(error).__name__}: {error}"
+    return said, grad_fn(cases.params(), batch)
+
+
+@pytest.mark.parametrize("where", ["encode", "loss"])
+def test_a_rank_that_is_interrupted_tells_it_in_its_next_call(pool, where: str) -> None:
+    params, batch = cases.params(), cases.batch(11)
+    expected = torch.func.grad(lambda p: cases.clip(p, cases.encode(p, batch), batch))(params)
+    shares = _shares(batch, [6, 5])
+    answers = pool.run_each(2, interrupted, [(rank, share, where) for rank, share in enumerate(shares)])
+    assert answers[1][0].startswith("KeyboardInterrupt")
+    assert "no gradient on rank 0, because the call raised on rank 1" in answers[0][0]
+    for _, grads in answers:
+        torch.testing.assert_close(grads, expected, rtol=1e-10, atol=1e-12)
+
+
 def drawing(group: Any, batch: Any) -> str:
     def loss(params: Any, outputs: Any, batch: Any) -> Tensor:
         return cases.clip(params, outputs, batch) * torch.rand(())
