@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from gradacc import _call, _dtypes, _left, _loss, _nonfinite, _split, _sums, _sync, _tree, _weights
+from gradacc import _call, _dtypes, _left, _loss, _nonfinite, _order, _split, _sums, _sync, _tree, _weights
 from gradacc._engines import Buffer, Engine, eager, functional
 from gradacc._kept import Kept
 from gradacc._loss import Outcome
@@ -108,6 +108,7 @@ def run(fold: Fold, divided: _split.Microbatches, boundary: _sync.Boundary) -> F
         buffer = fold.engine.init(fold.params, fold.accumulated)
     sums, empty = _sums.NOTHING, divided.whole if divided.examples == 0 else None
     fold = fold._replace(known=divided.examples)
+    orders: list[_order.Order | None] = []
     if divided.cut is not None and loops():
         from gradacc._engines.compiled import loop
 
@@ -119,7 +120,9 @@ def run(fold: Fold, divided: _split.Microbatches, boundary: _sync.Boundary) -> F
         # The caller's iterator runs in the caller's modes, not under the guard.
         with fold.engine.guard():
             buffer, sums = step(fold, buffer, sums, microbatch, boundary if is_last else None)
-    return buffer, sums, empty
+        orders.append(microbatch.order)
+    with fold.engine.guard():
+        return buffer, _sums.restored(fold.options.name, sums, orders), empty
 
 
 def step(

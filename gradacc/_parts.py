@@ -25,7 +25,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from gradacc import _dtypes, _tree
+from gradacc import _dtypes, _order, _tree
 from gradacc._mean import Mean
 
 
@@ -129,7 +129,8 @@ def add(name: str, a: Part, b: Part, path: Callable[[], str]) -> Part:
         if a.tensors and b.tensors and a.tensors[0].shape[1:] != b.tensors[0].shape[1:]:
             raise ValueError(
                 f"{name}: {path()} has shape {tuple(a.tensors[0].shape)} in one micro-batch and "
-                f"{tuple(b.tensors[0].shape)} in another, which cannot be concatenated. Pad it to one shape, or return a Mean"
+                f"{tuple(b.tensors[0].shape)} in another, which cannot be concatenated. Pad it to one shape, reduce it to one row an "
+                "example, or return a Mean"
             )
         return Pieces(a.tensors + b.tensors)
     raise TypeError(
@@ -149,6 +150,16 @@ def final(part: Part, factor: float | Tensor) -> Any:
         # Counts stay int64, which holds any of them.
         return Mean(total.to(dtype) if dtype.is_floating_point or dtype.is_complex else total, part.mean.weight)
     return joined(part.tensors)
+
+
+def restored(part: Part, orders: Sequence[_order.Order], what: Callable[[], str]) -> Part:
+    """Pieces as one, in the order of the batch; ``orders``: of each micro-batch."""
+    if not isinstance(part, Pieces):
+        return part
+    rows = [piece.shape[0] for piece in part.tensors]
+    if rows != [len(order) for order in orders]:
+        _order.check_rows(what(), rows, orders)
+    return Pieces([_order.restored(joined(part.tensors), orders)])
 
 
 def joined(pieces: Sequence[Tensor]) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gradacc import _batch, _call, _sizes, _tree
+from gradacc import _batch, _call, _order, _sizes, _tree
 from gradacc._describe import describe
 from gradacc._options import Options
 
@@ -23,6 +23,9 @@ class Microbatch(NamedTuple):
 
     empty: bool = False
     """Whether there is nothing in it: tensors without examples, and no other leaf that a weight could be counted from."""
+
+    order: _order.Order | None = None
+    """Where its examples are in the batch, where they are not in its order."""
 
 
 class Run(NamedTuple):
@@ -204,8 +207,10 @@ def _iterable(options: Options, batch: Any) -> Any:
 def _iterate(
     options: Options, parts: Iterable[Any], args: Sequence[Any], dims: Sequence[Any], batch: int
 ) -> Iterator[Microbatch]:
-    for part in parts:
-        yield _counted(options, (*args[:batch], part, *args[batch + 1 :]), dims)
+    for part, order in _order.each(options.name, parts):
+        microbatch = _counted(options, (*args[:batch], part, *args[batch + 1 :]), dims)
+        _order.check_size(options.name, microbatch.sizes[0] if len(microbatch.sizes) == 1 else None, order)
+        yield microbatch._replace(order=order)
 
 
 def _counted(options: Options, args: tuple[Any, ...], dims: Sequence[Any]) -> Microbatch:

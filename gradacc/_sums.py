@@ -31,13 +31,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradacc import _aux, _dtypes, _parts, _tree, _units, _where
+from gradacc import _aux, _dtypes, _order, _parts, _tree, _units, _where
 from gradacc._loss import Outcome, Terms
 from gradacc._mean import Mean
 from gradacc._options import Options
@@ -207,6 +207,20 @@ def merge(options: Options, a: Sums, b: Sums) -> tuple[Sums, tuple[float | Tenso
         a.differentiated or b.differentiated,
     )
     return merged, (1.0, 1.0) if options.reduction == "sum" else shares
+
+
+def restored(name: str, sums: Sums, orders: Sequence[_order.Order | None]) -> Sums:
+    """``sums`` with what is concatenated in the order of the batch; ``orders``: of each micro-batch that was added."""
+    known = [order for order in orders if order is not None]
+    if not known or sums.aux is None:
+        return sums
+    parts, treedef = flatten_aux(sums.aux)
+    assert treedef is not None
+    found = [
+        _parts.restored(part, known, lambda index=index: f"{name}: {_tree.paths(treedef, 'aux')[index]}")  # type: ignore[misc]
+        for index, part in enumerate(parts)
+    ]
+    return replace(sums, aux=_tree.unflatten(treedef, found))
 
 
 def numbers(sums: Sums) -> tuple[list[Any], Sums, list[list[Any]]]:

@@ -29,7 +29,7 @@ def run(
             before(index)
         own = functools.partial(called, func, piece, of.sources)
         returned.append(checkpoint(own, use_reentrant=False) if checkpoints else own())
-        places.append(outputs.Place(index, piece.size, of.total, of.number))
+        places.append(outputs.Place(index, piece.size, of.total, of.number, piece.order))
     return join.together(outs, returned, places)
 
 

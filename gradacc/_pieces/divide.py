@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from gradacc import _batch, _split, _tree
+from gradacc import _batch, _order, _split, _tree
 from gradacc._describe import describe
 
 
@@ -41,6 +41,8 @@ class Piece(NamedTuple):
     offset: int
     size: int | None
     """The number of its examples; None where its tensors do not agree, or there is none."""
+    order: _order.Order | None = None
+    """Where its examples are in the batch, where they are not in its order."""
 
     def leaves(self, sources: Sequence[Any]) -> list[Any]:
         """Cut out of the sources: views."""
@@ -124,13 +126,15 @@ def _iterate(ways: Ways, args: Sequence[Any], kwargs: Mapping[str, Any], dims: S
     whole, before = range(len(sources)), len(_tree.flatten(list(args[:at]))[0])
 
     def parts() -> Iterator[Piece]:
-        for part in batch:
+        for part, order in _order.each(ways.name, batch):
             leaves, _ = _tree.flatten(part)
             _, treedef = _tree.flatten(((*args[:at], part, *args[at + 1 :]), values))
             own = range(len(sources), len(sources) + len(leaves))
             sources.extend(leaves)
             picks = [Pick(i, None) for i in (*whole[:before], *own, *whole[before:])]
-            yield Piece(treedef, list(kwargs), picks, 0, _size(ways.name, part, leaves, dims[at], at))
+            size = _size(ways.name, part, leaves, dims[at], at)
+            _order.check_size(ways.name, size, order)
+            yield Piece(treedef, list(kwargs), picks, 0, size, order)
 
     return Pieces(sources, parts(), None, None)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradacc import _surroundings
+from gradacc import _order, _surroundings
 from gradacc._engines import eager
 from gradacc._options import Backward
 from gradacc._pieces import held, join, outputs, pull
@@ -34,9 +34,9 @@ class Joined:
         self.lengths: list[list[int]] = []
         """Of each piece, how much of each concatenation it is."""
 
-    def add(self, flat: outputs.Output, size: int | None) -> outputs.Place:
-        """One piece more, of so many examples."""
-        place = outputs.Place(len(self.places), size, self.of.total, self.of.number)
+    def add(self, flat: outputs.Output, size: int | None, order: _order.Order | None = None) -> outputs.Place:
+        """One piece more, of so many examples, which are at these places of the batch."""
+        place = outputs.Place(len(self.places), size, self.of.total, self.of.number, order)
         if self.first is None:
             self.first = flat
             self.leaves = outputs.described(self.outs, flat)
@@ -63,9 +63,13 @@ class Joined:
                 "empty piece, or a batch with steps= or microbatch_size="
             )
         examples = join.examples(self.places)
-        found = [
+        totals = [
             join.total(self.outs, leaf, state, value, examples)
             for leaf, state, value in zip(self.leaves, self.states, self.first.leaves, strict=True)
+        ]
+        found = [
+            join.in_order(self.outs, leaf, total, self.places, [lengths[i] for lengths in self.lengths])
+            for i, (leaf, total) in enumerate(zip(self.leaves, totals, strict=True))
         ]
         # One piece's own output may be in the caller's memory.
         return [eager.as_buffer(value) if isinstance(value, Tensor) else value for value in found]
@@ -104,7 +108,7 @@ class Fold:
             self.before.append(_surroundings.of(own))
             self.memory += [(leaf, leaf._version) for leaf in own]
         ran = pull.run(call, piece, sources)
-        place = self.joined.add(ran.output, piece.size)
+        place = self.joined.add(ran.output, piece.size, piece.order)
         self.pieces.append(piece)
         self.differentiable.update(dict.fromkeys(ran.roots))
         kept = [ran.output.leaves[i] for i in self.joined.nonlinear]

@@ -256,7 +256,7 @@ def _pulled_by_pieces(
     given = {i: cotangent for i, cotangent in all_given.items() if _is_inexact(plan.values[i])}
     if any(not join.is_linear(leaves[i]) for i in given):
         return _pulled_whole(plan, tensors, needed, list(given.values()))
-    places = [outputs.Place(n, piece.size, of.total, of.number) for n, piece in enumerate(of.parts)]
+    places = [outputs.Place(n, piece.size, of.total, of.number, piece.order) for n, piece in enumerate(of.parts)]
     shares, before = join.examples(places), [0] * len(leaves)
     sums: list[Any] = [None] * len(needed)
     dims = {source: dim for piece in of.parts for source, dim in piece.picks}

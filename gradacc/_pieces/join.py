@@ -12,6 +12,9 @@
 a value       ``finalize(… update(init(y_1), …))`` autograd's
 ============  ===================================  ========================================================
 
+Of pieces whose examples are in another order than the batch's (`gradacc.data.Reordered`), a concatenation is brought back into
+that order, and a piece's cotangent is the entries of ``c`` at its examples' places.
+
 The first four are linear: a piece's cotangent is known without its output. The outputs of the others are kept for the backward
 pass. Sums are made in what `accumulate` sums in (float32 for half precision, int64 for integers and bools), and cast back once.
 """
@@ -25,7 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _dtypes, _tree
+from gradacc import _dtypes, _order, _tree
 from gradacc._describe import describe
 from gradacc._parts import widened
 from gradacc._pieces.outputs import Leaf, Output, Outs, Place, check_alike, check_leaf, described, flatten, is_reducer
@@ -126,7 +129,8 @@ def whole(outs: Outs, leaf: Leaf, values: Sequence[Any], places: Sequence[Place]
             _check_pieces(outs, leaf, values[0], value)
         if leaf.out == "stack":
             return torch.stack(list(values), _stack_dim(leaf, values[0]))
-        return _joined(values, _dim(leaf, values[0]))
+        lengths = [length(leaf, value) for value in values]
+        return in_order(outs, leaf, _joined(values, _dim(leaf, values[0])), places, lengths)
     if is_reducer(leaf.out):
         state = leaf.out.init(values[0])
         for value in values:
@@ -147,6 +151,8 @@ def cotangent(leaf: Leaf, whole: Tensor, value: Tensor, at: tuple[Place, int, fl
     place, before, examples = at
     if leaf.out == "concat":
         dim = _dim(leaf, value)
+        if place.order is not None:
+            return _order.taken(whole, place.order, dim)
         return whole.narrow(dim, before, value.size(dim))
     if leaf.out == "stack":
         return whole.select(_stack_dim(leaf, value), place.piece)
@@ -160,6 +166,15 @@ def cotangent(leaf: Leaf, whole: Tensor, value: Tensor, at: tuple[Place, int, fl
 def length(leaf: Leaf, value: Any) -> int:
     """How much of a concatenation a piece is."""
     return value.size(_dim(leaf, value)) if leaf.out == "concat" and isinstance(value, Tensor) else 0
+
+
+def in_order(outs: Outs, leaf: Leaf, result: Any, places: Sequence[Place], lengths: Sequence[int]) -> Any:
+    """A concatenation in the order of the batch; ``lengths``: how much of it each piece is. What is none stays."""
+    orders = [place.order for place in places if place.order is not None]
+    if leaf.out != "concat" or not isinstance(result, Tensor) or not orders:
+        return result
+    _order.check_rows(f"{outs.name}: {leaf.path}", lengths, orders)
+    return _order.restored(result, orders, leaf.dim % result.ndim)
 
 
 def _reduced_by(outs: Outs, leaf: Leaf, result: Any) -> Any:
@@ -210,7 +225,8 @@ def _check_pieces(outs: Outs, leaf: Leaf, first: Tensor, other: Any) -> None:
     if not fits or any(a != b for d, (a, b) in enumerate(zip(first.shape, other.shape, strict=True)) if d != dim):
         raise ValueError(
             f"{outs.name}: {leaf.path} is {_kind(first)} in one piece and {_kind(other)} in another, which cannot be put "
-            f"together by {leaf.out!r}. Pad it to one shape, or reduce it: out='sum', or a gradacc.Mean"
+            f"together by {leaf.out!r}. Pad it to one shape, reduce it to one row an example, or to a sum: out='sum', or a "
+            "gradacc.Mean"
         )
 
 

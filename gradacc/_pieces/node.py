@@ -78,7 +78,8 @@ def results(func: Callable[..., Any], joined: Joined, backward: Backward) -> lis
     if not torch.is_grad_enabled():
         shared = len(of.sources)
         for piece in of.parts:
-            joined.add(outputs.detached(outputs.flatten(composite.called(func, piece, of.sources))), piece.size)
+            output = outputs.detached(outputs.flatten(composite.called(func, piece, of.sources)))
+            joined.add(output, piece.size, piece.order)
             # Nothing is kept of an iterable's pieces.
             for source, _ in piece.picks if of.total is None else ():
                 of.sources[source] = None if source >= shared else of.sources[source]

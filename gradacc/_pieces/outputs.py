@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from gradacc import _batch, _dtypes, _tree, _where
+from gradacc import _batch, _dtypes, _order, _tree, _where
 from gradacc._describe import describe
 from gradacc._mean import Mean, as_pooled
 
@@ -71,6 +71,8 @@ class Place(NamedTuple):
     """All examples,"""
     pieces: int | None
     """and all pieces; None where they come from an iterable."""
+    order: _order.Order | None = None
+    """Where its examples are in the batch, where they are not in its order."""
 
     @property
     def share(self) -> float:

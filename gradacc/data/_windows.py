@@ -21,8 +21,6 @@ from gradacc._window import Window
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
-__all__ = ["Steps", "Windows", "windows"]
-
 T = TypeVar("T")
 
 Steps: TypeAlias = int | Callable[[int], int]
