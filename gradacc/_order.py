@@ -24,7 +24,7 @@ Order = tuple[int, ...]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Reordered:
-    """Micro-batches of examples in another order than the batch's: what a ``split=`` returns, so that results are in the batch's.
+    """Micro-batches of examples in another order than the batch's, as ``split=`` returns them: results are in the batch's.
 
     .. code-block:: text
 
@@ -120,9 +120,9 @@ def check_rows(what: str, rows: Sequence[int], orders: Sequence[Order]) -> None:
     for own, order in zip(rows, orders, strict=True):
         if own != len(order):
             raise ValueError(
-                f"{what} has {own} rows of a micro-batch of {len(order)} examples, and split took the examples out of the batch's "
-                "order, into which only one row an example can be brought back. Return one row an example, or reduce it "
-                "(a gradacc.Mean)"
+                f"{what} has {own} rows of a micro-batch of {len(order)} examples, and split took the examples out of their "
+                "order, into which only one row an example can be brought back. Return one row an example, or reduce it (a "
+                "gradacc.Mean)"
             )
 
 

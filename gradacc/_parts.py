@@ -129,8 +129,8 @@ def add(name: str, a: Part, b: Part, path: Callable[[], str]) -> Part:
         if a.tensors and b.tensors and a.tensors[0].shape[1:] != b.tensors[0].shape[1:]:
             raise ValueError(
                 f"{name}: {path()} has shape {tuple(a.tensors[0].shape)} in one micro-batch and "
-                f"{tuple(b.tensors[0].shape)} in another, which cannot be concatenated. Pad it to one shape, reduce it to one row an "
-                "example, or return a Mean"
+                f"{tuple(b.tensors[0].shape)} in another, which cannot be concatenated. Pad it to one shape, reduce it to "
+                "one row an example, or return a Mean"
             )
         return Pieces(a.tensors + b.tensors)
     raise TypeError(

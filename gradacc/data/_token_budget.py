@@ -52,7 +52,8 @@ def token_budget(max_tokens: int, length: Callable[[Any], Any], *, trim: Any = 1
             is left out.
         length: ``length(batch)`` returns for each example the position behind its last token: an integer tensor of shape [B],
             or a list of ints. With padding on the right that is the number of its tokens,
-            ``lambda batch: batch["attention_mask"].sum(1)``. Position ``j`` of example ``i`` may be cut where ``j >= length_i``.
+            ``lambda batch: batch["attention_mask"].sum(1)``. Position ``j`` of example ``i`` may be cut where
+            ``j >= length_i``.
         trim: along which dimension tensors are cut, an int or a pytree prefix of the batch of ints and None ("not cut"):
             ``trim={"input_ids": 1, "attention_mask": 1, "labels": 1, "features": None}``. By default that is dim 1 of whatever
             has it. None: nothing is cut (for a model that drops padding by itself).
@@ -158,7 +159,7 @@ def grouped(lengths: Sequence[int], budget: int) -> list[Order]:
 
 
 def _filled(costs: Sequence[int], limit: int) -> tuple[list[int], list[int]]:
-    """Of the examples from each place on, longest first, in groups that are filled up to ``limit``: number and cost of those."""
+    """Of the examples from each place on, longest first, in groups filled up to ``limit``: their number and cost."""
     number, total = [0] * (len(costs) + 1), [0] * (len(costs) + 1)
     for start in range(len(costs) - 1, -1, -1):
         size = min(max(1, limit // costs[start]), len(costs) - start)
@@ -175,14 +176,15 @@ def _examples(batch: Any, leaves: Sequence[Any], paths: Sequence[str]) -> int:
             if not _batch.is_dense(leaf) or leaf.ndim == 0:
                 layout = "" if _batch.is_dense(leaf) else f" and layout {leaf.layout}"
                 raise TypeError(
-                    f"{_NAME}: {path} is {describe(leaf)}{layout}; the batch's tensors are dense, with the examples along dim 0. "
-                    "Pass what is not of each example as another argument of loss_fn, or as a Python number"
+                    f"{_NAME}: {path} is {describe(leaf)}{layout}; the batch's tensors are dense, with the examples along "
+                    "dim 0. Pass what is not of each example as another argument of loss_fn, or as a Python number"
                 )
             sizes.setdefault(leaf.size(0), path)
         elif not _batch.is_passed_through(leaf):
             raise TypeError(
-                f"{_NAME}: {path} is {describe(leaf)}, of which no examples can be taken: the batch is a pytree of tensors, "
-                "numbers, bools and None. Convert it to a tensor (torch.as_tensor), or pass it as another argument of loss_fn"
+                f"{_NAME}: {path} is {describe(leaf)}, of which no examples can be taken: the batch is a pytree of "
+                "tensors, numbers, bools and None. Convert it to a tensor (torch.as_tensor), or pass it as another argument of "
+                "loss_fn"
             )
     if len(sizes) != 1:
         found = ", ".join(f"{path} has {size}" for size, path in sizes.items())
@@ -250,8 +252,8 @@ def _check_values(tensor: Tensor, what: str) -> None:
         )
     if not _where.is_readable(tensor):
         raise NotImplementedError(
-            f"{_NAME}: under torch.vmap, {what} {describe(tensor)} that has another value for each of what is batched, and "
-            "they decide shapes. Pass steps= or microbatch_size= there"
+            f"{_NAME}: under torch.vmap, {what} {describe(tensor)} with other values for each of what is batched, and "
+            "shapes depend on them. Pass steps= or microbatch_size= there"
         )
 
 
@@ -265,14 +267,15 @@ def _check_cut(leaves: Sequence[Any], dims: Sequence[int | None], paths: Sequenc
     for leaf, dim, path in cut:
         if leaf.size(dim) != width:
             raise ValueError(
-                f"{_NAME}: {where} has size {width} along dim {along}, and {path} {leaf.size(dim)} along dim {dim}: which of them "
-                f"are a token each? {_say_so(paths)}"
+                f"{_NAME}: {where} has size {width} along dim {along}, and {path} {leaf.size(dim)} along dim {dim}: which of "
+                f"them are a token each? {_say_so(paths)}"
             )
     for place, each in enumerate(lengths):
         if each > width:
             raise ValueError(
                 f"{_NAME}: length returned {each} for example {place}, and {where}, {describe(first)}, has {width} positions "
-                f"(dim {along}). Is it padded to its longest example? Or, where that dimension is none of tokens: {_say_so(paths)}"
+                f"(dim {along}). Is it padded to its longest example? Or, where that dimension is none of tokens: "
+                f"{_say_so(paths)}"
             )
     shortest = min(range(len(lengths)), key=lengths.__getitem__)
     if lengths[shortest] < width:
