@@ -70,7 +70,11 @@ class Reordered:
         found = sorted(place for some in order for place in some)
         if found != list(range(len(found))):
             wrong = next(n for n, place in enumerate(found) if place != n)
-            which = f"{found[wrong]} twice" if found[wrong] < wrong else f"{found[wrong]}, and not {wrong}"
+            which = (
+                f"{found[wrong]} twice"
+                if wrong and found[wrong] == found[wrong - 1]
+                else f"{found[wrong]}, and not {wrong}"
+            )
             raise ValueError(
                 f"Reordered: order has {len(found)} positions, which must be 0 to {len(found) - 1}, each once; it has {which}. "
                 "Each example of the batch is in exactly one micro-batch"

@@ -107,6 +107,7 @@ def token_budget(max_tokens: int, length: Callable[[Any], Any], *, trim: Any = 1
         longest = [max((lengths[place] for place in group), default=0) for group in groups]
         return Reordered(_Microbatches(leaves, treedef, dims, groups, longest), groups)
 
+    _where.whole_or_not_at_all(split)
     return split
 
 
