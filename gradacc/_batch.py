@@ -52,12 +52,15 @@ def is_passed_through(leaf: Any) -> bool:
     return isinstance(leaf, (bool, int, float, complex, str))
 
 
-def check_lists(name: str, tree: Any, dims: Sequence[Any], root: str, examples: int) -> None:
+def check_lists(
+    name: str, tree: Any, dims: Sequence[Any], root: str, examples: int, whole: str = "give it None in in_dims, or "
+) -> None:
     """Refuse a list that holds something of each example, and no tensors: NOTE [lists in a batch].
 
     Arguments:
         dims: what `in_dims` says of each leaf; a list of which all is passed whole may hold anything.
         examples: the size of the batch.
+        whole: for the message, how to pass it whole but as another argument.
     """
 
     def is_suspect(node: Any) -> bool:
@@ -72,8 +75,8 @@ def check_lists(name: str, tree: Any, dims: Sequence[Any], root: str, examples: 
         fix = "Convert it to a tensor (torch.tensor)" if kind == "numbers" else "Encode it as a tensor"
         raise TypeError(
             f"{name}: {path()} is a {type(node).__name__} of {len(node)} items ({kind}){of_each}, "
-            f"which cannot be split: every micro-batch would get all of it. {fix}; where it is meant whole, give it None in "
-            "in_dims, or pass it as another argument of loss_fn"
+            f"which cannot be split: every micro-batch would get all of it. {fix}; where it is meant whole, {whole}"
+            "pass it as another argument of loss_fn"
         )
 
 

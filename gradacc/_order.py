@@ -86,7 +86,7 @@ class Reordered:
 
 
 def _items(some: Any) -> Iterable[Any]:
-    items: Iterable[Any] = some.tolist() if isinstance(some, Tensor) else some
+    items: Iterable[Any] = some.detach().cpu().tolist() if isinstance(some, Tensor) else some
     return items
 
 
@@ -140,4 +140,4 @@ def restored(tensor: Tensor, orders: Sequence[Order], dim: int = 0) -> Tensor:
 
 def taken(tensor: Tensor, places: Sequence[int], dim: int) -> Tensor:
     """The entries at these places, in their order: new memory."""
-    return tensor.index_select(dim, torch.tensor(places, dtype=torch.int64, device=tensor.device))
+    return tensor.index_select(dim, torch.tensor(places, dtype=torch.int64).to(tensor.device, non_blocking=True))

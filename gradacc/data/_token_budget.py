@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradacc import _batch, _tree, _where
+from gradacc import _batch, _order, _tree, _where
 from gradacc._describe import describe
 from gradacc._order import Order, Reordered
 from gradacc._values import positive_int
@@ -135,7 +135,7 @@ def _part(leaf: Any, dim: int | None, group: Order, longest: int) -> Any:
         return leaf
     if dim is not None and group:
         leaf = leaf.narrow(dim, 0, min(max(longest, 1), leaf.size(dim)))
-    return leaf.index_select(0, torch.tensor(group, dtype=torch.int64, device=leaf.device))
+    return _order.taken(leaf, group, 0)
 
 
 def grouped(lengths: Sequence[int], budget: int) -> list[Order]:
@@ -197,7 +197,9 @@ def _examples(batch: Any, leaves: Sequence[Any], paths: Sequence[str]) -> int:
         )
     (examples,) = sizes
     if not all(isinstance(leaf, Tensor) for leaf in leaves):
-        _batch.check_lists(_NAME, batch, [0] * len(leaves), "batch", examples)
+        _batch.check_lists(_NAME, batch, [0] * len(leaves), "batch", examples, whole="")
+    if len(leaves) >= examples > 1:
+        _batch.check_tensor_lists(_NAME, batch, [0] * len(leaves), "batch", examples, True)
     return examples
 
 
@@ -228,7 +230,7 @@ def _lengths(found: Any, examples: int) -> list[int]:
         if tuple(found.shape) != (examples,):
             raise ValueError(f"{_NAME}: length returned {describe(found)}; {fix}")
         _check_values(found, "length returned")
-        lengths: list[int] = found.tolist()
+        lengths: list[int] = found.detach().cpu().tolist()
     elif isinstance(found, (list, tuple)):
         wrong = [each for each in found if isinstance(each, bool) or not hasattr(each, "__index__")]
         if wrong:
@@ -291,7 +293,7 @@ def _check_padding(
     for leaf, dim, path in cut:
         _check_values(leaf, f"{path} is")
         values = leaf.detach().movedim(dim, 1)
-        ends = torch.tensor(lengths, device=leaf.device)[:, None]
+        ends = torch.tensor(lengths).to(leaf.device, non_blocking=True)[:, None]
         beyond = torch.arange(values.size(1), device=leaf.device) >= ends
         padding = values[shortest, -1]
         same = (values == padding) | ((values != values) & (padding != padding))

@@ -533,6 +533,7 @@ BATCHES = {
     "a sparse tensor": ({"x": IDS, "y": IDS.to_sparse()}, TypeError, "layout torch.sparse_coo"),
     "an array": ({"x": IDS, "y": IDS.numpy()}, TypeError, "batch\\['y'\\] is a numpy.ndarray"),
     "a list of numbers": ({"x": IDS, "y": [1, 2, 3]}, TypeError, "one item for each of the 3 examples"),
+    "a list of examples": ([{"x": x, "y": x} for x in torch.ones(3, 3)], TypeError, "If each item is of one example"),
     "strings": ({"x": IDS, "y": ["a", "b"]}, TypeError, "\\(strings\\)"),
     "nothing": ({}, ValueError, "there is no tensor in the batch"),
 }
@@ -541,8 +542,9 @@ BATCHES = {
 @pytest.mark.parametrize("case", BATCHES)
 def test_a_batch_of_which_no_examples_can_be_taken(case):
     batch, error, message = BATCHES[case]
-    with pytest.raises(error, match=f"token_budget: .*{message}"):
+    with pytest.raises(error, match=f"token_budget: .*{message}") as raised:
         token_budget(8, lambda batch: [2, 4, 1])(batch)
+    assert "list of numbers" not in case or "in_dims" not in str(raised.value)
 
 
 def test_a_row_for_each_token_is_an_error_that_says_what_to_return():

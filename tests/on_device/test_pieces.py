@@ -4,7 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gradacc import Mean, microbatch
+from gradacc import Mean, accumulate, microbatch
+from gradacc.data import token_budget
 from tests.device import to_cpu, to_device
 
 
@@ -102,3 +103,26 @@ def test_under_a_transform_the_device_s_random_numbers_are_drawn_again():
         # On the CPU, in a process that has used a device.
         expected = transform(loss)(weight, hidden, _head)
         torch.testing.assert_close(transform(loss)(weight, hidden, by_pieces), expected)
+
+
+def test_micro_batches_by_cost_are_made_there_and_wait_twice_for_the_lengths(waits):
+    lengths = torch.tensor([3, 9, 1, 4, 9, 2])
+    mask = (torch.arange(9) < lengths[:, None]).double()
+    batch = {"mask": mask, "x": torch.arange(54, dtype=torch.float64).view(6, 9).sin() * mask}
+    split = token_budget(12, lambda batch: batch["mask"].sum(1).long())
+
+    def loss_fn(w, batch):
+        own = (w * batch["x"]).sin().sum(1)
+        return Mean(own.sum(), batch["mask"].sum()), own
+
+    def of(w, batch):
+        grads, aux = accumulate(loss_fn, split=split, has_aux=True)(w, batch)
+        return grads, aux, microbatch(lambda batch: batch["x"].sum(1), split=split)(batch)
+
+    w = torch.ones((), dtype=torch.float64)
+    expected, there = of(w, batch), {name: to_device(leaf) for name, leaf in batch.items()}
+    waits.clear()
+    actual = of(to_device(w), there)
+    assert waits == {"to the CPU": 2, "item": 2}  # of two calls
+    torch.testing.assert_close([to_cpu(leaf) for leaf in actual], list(expected))
+    torch.testing.assert_close(expected[1], loss_fn(w, batch)[1])
