@@ -352,6 +352,30 @@ def test_several_means_with_counted_weights():
         assert_trees_close(gradacc.accumulate(loss, split=split, **options)(w, batch), expected)
 
 
+def test_an_encoder_of_transformers_under_a_contrastive_loss():
+    """The embeddings of all examples meet in the loss: each must be at its own place."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16)
+    model = transformers.BertModel(transformers.BertConfig(**sizes, max_position_embeddings=16)).double().eval()
+    apply, params, _ = gradacc.functional(model)
+    params = {name: leaf.requires_grad_() for name, leaf in params.items() if "pooler" not in name}
+    batch = padded(LENGTHS)
+    encoding = transformers.BatchEncoding({name: batch[name] for name in ("input_ids", "attention_mask")})
+
+    def encode(params, encoding):
+        states = apply({**model.state_dict(), **params}, **encoding).last_hidden_state
+        return F.normalize((states * encoding["attention_mask"][..., None]).sum(1))
+
+    def loss(encode):
+        embeddings = encode(params, encoding)
+        return F.cross_entropy(embeddings @ embeddings.mT + batch["score"], torch.arange(len(embeddings)).roll(1))
+
+    pieces = gradacc.microbatch(encode, split=token_budget(20, of_mask), in_dims=(None, 0))
+    leaves = list(params.values())
+    assert_trees_close(torch.autograd.grad(loss(pieces), leaves), torch.autograd.grad(loss(encode), leaves), atol=1e-12)
+
+
 EDGES = {
     "one example": (5,),
     "no tokens": (0, 0, 0),
