@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _dtypes, _loop, _loss, _split, _sums, _surroundings, _sync, _tree
+from gradacc import _dtypes, _loop, _loss, _order, _split, _sums, _surroundings, _sync, _tree
 from gradacc._engines import Buffer, eager
 from gradacc._loop import Fold
 from gradacc._loss import Outcome
@@ -100,7 +100,7 @@ def _encode(fold: Fold, given: Given, buffer: Buffer, division: Division) -> tup
     kept = None
     for microbatch, size in zip(microbatches, sizes, strict=True):
         ran = _run(fold, given, buffer, encoder, microbatch)
-        joined.add(ran.output, size)
+        joined.add(ran.output, size, microbatch.order)
         differentiable.update(ran.differentiable)
         rows.append(next(leaf.size(0) for leaf in ran.output.leaves if isinstance(leaf, Tensor)))
         kept = ran if len(microbatches) == 1 else None
@@ -223,8 +223,8 @@ def _pull(
                 ran = one.kept
                 if ran is None:
                     ran = _run(fold, given, buffer, one.division.encoder, microbatch)
-                parts = [None if cotangent is None else cotangent[begin : begin + rows] for cotangent in own]
-                same = True if ran is one.kept else _compared(one, ran, begin, read)
+                parts = [None if each is None else _rows(each, microbatch, begin, rows) for each in own]
+                same = True if ran is one.kept else _compared(one, ran, (microbatch, begin), read)
                 _fill(one, ran, parts, same)
                 narrow = _loop.is_narrow(buffer, [])
                 counts = Contribution(True, stage.sums.unit, 1.0, None, [Pass(1.0, 1.0, stage.keeps)], None, narrow)
@@ -232,6 +232,11 @@ def _pull(
                 buffer = fold.engine.backward(buffer, ran.tape, counts, deliver if is_last else None)
                 begin += rows
     return buffer
+
+
+def _rows(whole: Tensor, microbatch: _split.Microbatch, begin: int, number: int) -> Tensor:
+    """Those of a micro-batch, of what has a row for each example of the batch."""
+    return whole[begin : begin + number] if microbatch.order is None else _order.taken(whole, microbatch.order, 0)
 
 
 def _fill(one: Encoded, ran: Ran, parts: Sequence[Tensor | None], same: bool | Tensor) -> None:
@@ -243,8 +248,8 @@ def _fill(one: Encoded, ran: Ran, parts: Sequence[Tensor | None], same: bool | T
         ran.cotangents.append(torch.where(same, part, math.nan) if isinstance(same, Tensor) else part)
 
 
-def _compared(one: Encoded, ran: Ran, begin: int, read: bool) -> bool | Tensor:
-    """NOTE [encoded twice]: whether the outputs are those of the first run, where that is not read."""
+def _compared(one: Encoded, ran: Ran, at: tuple[_split.Microbatch, int], read: bool) -> bool | Tensor:
+    """NOTE [encoded twice]: whether the outputs are those of the first run, where that is not read; ``at``: of which rows."""
     same: bool | Tensor = True
     if ran.output.treedef != one.treedef:
         raise _changed(one, f"{one.treedef}, then {ran.output.treedef}")
@@ -252,7 +257,7 @@ def _compared(one: Encoded, ran: Ran, begin: int, read: bool) -> bool | Tensor:
     for i, leaf in enumerate(ran.output.leaves):
         if not isinstance(leaf, Tensor) or leaf.is_meta:
             continue
-        first = one.leaves[i][begin : begin + len(leaf)]
+        first = _rows(one.leaves[i], *at, len(leaf))
         if first.shape != leaf.shape or first.dtype != leaf.dtype:
             raise _changed(one, f"{paths()[i]} of shape {tuple(first.shape)}, then {tuple(leaf.shape)}")
         if leaf.is_cpu:

@@ -376,6 +376,48 @@ def test_an_encoder_of_transformers_under_a_contrastive_loss():
     assert_trees_close(torch.autograd.grad(loss(pieces), leaves), torch.autograd.grad(loss(encode), leaves), atol=1e-12)
 
 
+def encode(params, batch):
+    """Embeddings; and a row for each example that has no gradient."""
+    return {"embedding": F.normalize(embed(params, {**batch, "score": batch["score"].cos()})), "score": batch["score"]}
+
+
+def contrast(params, outputs, batch):
+    """Every example against every other one, with what must be beside it in the batch."""
+    logits = outputs["embedding"] @ outputs["embedding"].mT + outputs["score"] * batch["score"][:, None]
+    loss = F.cross_entropy(logits, torch.arange(len(logits)).roll(1), reduction="sum")
+    return gradacc.Mean(loss, len(logits)), {"score": outputs["score"], "own": batch["score"]}
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("budget", [1, 12, 20, 1000])
+def test_through_a_loss_over_the_whole_batch(engine, budget):
+    batch = padded(LENGTHS)
+    grad_fn = gradacc.accumulate(contrast, through=encode, split=token_budget(budget, of_mask), has_aux=True)
+    grads, aux = ENGINES[engine](lambda: grad_fn(PARAMS, batch))
+    expected = torch.func.grad(lambda params: contrast(params, encode(params, batch), batch)[0].value)(PARAMS)
+    assert_trees_close(grads, expected, atol=1e-12)
+    assert_trees_equal(aux, {"score": batch["score"], "own": batch["score"]})
+
+
+def of_a_rank_through(group, lengths):
+    batch = padded(lengths, 9, seed=len(lengths))
+    grad_fn = gradacc.accumulate(
+        lambda *args: contrast(*args)[0],
+        through=encode,
+        split=token_budget(12, of_mask),
+        sync=gradacc.all_reduce(group),
+    )
+    return batch, grad_fn(PARAMS, batch)
+
+
+def test_through_over_ranks(pool):
+    answers = pool.run_each(3, of_a_rank_through, [((9, 1, 2, 7),), ((),), ((3, 3, 8, 1, 5, 2),)])
+    batch = {name: torch.cat([own[name] for own, _ in answers]) for name in answers[0][0]}
+    expected = torch.func.grad(lambda params: contrast(params, encode(params, batch), batch)[0].value)(PARAMS)
+    for _, grads in answers:
+        assert_trees_close(grads, expected, atol=1e-12)
+
+
 EDGES = {
     "one example": (5,),
     "no tokens": (0, 0, 0),
