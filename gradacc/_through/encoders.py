@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from gradacc import _call, _split, _surroundings, _tree
+from gradacc import _call, _order, _split, _surroundings, _tree, _where
+from gradacc._batch import is_dense
 from gradacc._describe import describe
 from gradacc._dtypes import is_inexact
 from gradacc._options import Options
@@ -117,8 +119,49 @@ def divided(encoder: Encoder, args: Sequence[Any], differentiated: Sequence[int]
     """The micro-batches of an encoder, decided once."""
     own = arguments(args, differentiated, batch)
     options = encoder.options._replace(in_dims=in_dims(encoder.options, args, differentiated, batch))
-    parts = _split.microbatches(options, own, differentiated, batch).parts
-    return Division(encoder, [part for part in parts if not part.empty])
+    parts = [part for part in _split.microbatches(options, own, differentiated, batch).parts if not part.empty]
+    if options.split is not None:
+        _check_order(encoder, own[batch], [part.args[batch] for part in parts], [part.order for part in parts])
+    return Division(encoder, parts)
+
+
+def _check_order(encoder: Encoder, batch: Any, parts: Sequence[Any], orders: Sequence[_order.Order | None]) -> None:
+    """A split that reorders says so: outputs would be paired with the wrong examples of the batch.
+
+    What can be compared is: tensors of the batch, on a CPU, where micro-batches have them too.
+    """
+    leaves, treedef = _tree.flatten(batch)
+    known = [n for n, leaf in enumerate(leaves) if _is_comparable(leaf)]
+    begin = [0] * len(leaves)
+    for part, order in zip(parts, orders, strict=True):
+        own, structure = _tree.flatten(part)
+        if structure != treedef:
+            return
+        for n in known:
+            if not _is_comparable(own[n]):
+                continue
+            rows = leaves[n][begin[n] : begin[n] + len(own[n])] if order is None else _order.taken(leaves[n], order, 0)
+            begin[n] += len(own[n])
+            if not _are_same(rows, own[n]):
+                path = _tree.paths(treedef, "batch")[n]
+                raise ValueError(
+                    f"{encoder.name}: split yields examples in another order than the batch's ({path} differs), and loss_fn "
+                    "would pair their outputs with other examples. Return gradacc.data.Reordered(microbatches, order), which "
+                    "says where each is"
+                )
+
+
+def _is_comparable(leaf: Any) -> bool:
+    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.is_cpu and is_dense(leaf) and _where.is_readable(leaf)
+
+
+def _are_same(rows: Tensor, own: Tensor) -> bool:
+    """Of what both have: a micro-batch may be cut to its longest example."""
+    for dim in range(1, min(rows.ndim, own.ndim)):
+        rows = rows.narrow(dim, 0, min(rows.size(dim), own.size(dim)))
+    if rows.shape != own.shape:
+        return True
+    return torch.equal(rows, own) or bool(((rows == own) | ((rows != rows) & (own != own))).all())
 
 
 def checked(encoder: Encoder, positions: tuple[Sequence[int], int], dims: tuple[Any, ...]) -> Callable[..., Any]:

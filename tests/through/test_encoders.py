@@ -147,6 +147,23 @@ def test_a_split_yields_all_of_the_batch() -> None:
         grad_fn(cases.params(), cases.batch(7))
 
 
+def test_a_split_that_reorders_says_so() -> None:
+    params, batch = cases.params(), cases.batch(7)
+    order = [[6, 1, 2], [0, 3, 4, 5]]
+
+    def split(batch: Any) -> Any:
+        return [{key: leaf[some] for key, leaf in batch.items()} for some in order]
+
+    grad_fn = gradacc.accumulate(cases.batch_hard_triplets, through=cases.encode, split=split)
+    with pytest.raises(ValueError, match=r"split yields the examples in another order.*gradacc.data.Reordered"):
+        grad_fn(params, batch)
+    grads = gradacc.accumulate(
+        cases.batch_hard_triplets, through=cases.encode, split=lambda batch: gradacc.data.Reordered(split(batch), order)
+    )(params, batch)
+    expected = torch.func.grad(lambda p: cases.batch_hard_triplets(p, cases.encode(p, batch), batch))(params)
+    torch.testing.assert_close(grads, expected)
+
+
 def test_what_only_the_loss_gets_is_not_split() -> None:
     grad_fn = gradacc.accumulate(lambda p, o, b, y: 0, through=cases.encode, steps=2, in_dims=(None, 0, 0))
     with pytest.raises(ValueError, match=r"in_dims\[2\]=0 splits an argument that only loss_fn gets"):
