@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradacc import random
+from tests.helpers import some_slow
 from tests.random import oracle, strategies
 
 # torch's own forward mode scripts its decompositions
@@ -182,7 +183,7 @@ def test_under_grad_and_jvp():
     assert torch.equal(torch.func.jvp(noisy, (x,), (x,))[1], noisy(x))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", some_slow(["eager", "aot_eager"], "aot_eager"))
 def test_compiled(backend):
     keys = random.split(random.key(18), 6)
     compiled = torch.compile(every_draw, fullgraph=True, backend=backend)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gradacc import random
+from tests.helpers import some_slow
 from tests.random import strategies
 
 # torch's own forward mode scripts its decompositions
@@ -99,8 +100,10 @@ def test_vmap_is_the_loop():
     torch.testing.assert_close(grads, torch.func.grad(lambda x: drop(x, KEYS).square().sum())(X))
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize(
+    ("backend", "dynamic"),
+    some_slow([(b, d) for b in ("eager", "aot_eager") for d in (None, True)], ("aot_eager", None)),
+)
 def test_compiled(backend, dynamic):
     def loss(x, keys):
         return random.dropout(random.dropout(x, random.fold_in(keys, 0), 0.3), random.fold_in(keys, 1), 0.5).sum()
