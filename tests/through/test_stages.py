@@ -127,6 +127,36 @@ def test_memory_is_that_of_a_micro_batch_and_of_the_outputs() -> None:
     assert peaks[True, 256] - peaks[True, 32] < 224 * 2 * 8
 
 
+@pytest.mark.slow
+def test_clip_of_16384_pairs_in_a_part_of_its_logits() -> None:
+    """The loss of ``docs/through.md``, by rows."""
+    size = 16384
+
+    def direction(queries: Tensor, own: Tensor, keys: Tensor, scale: Tensor) -> Mean:
+        return Mean(F.cross_entropy(scale.exp() * queries @ keys.T, own, reduction="sum"), len(own))
+
+    by_rows = gradacc.microbatch(direction, microbatch_size=1024, in_dims=(0, 0, None, None))
+
+    def loss(params: Any, outputs: Any, batch: Any) -> Tensor:
+        own = torch.arange(len(outputs["image"]))
+        return (
+            by_rows(outputs["image"], own, outputs["text"], params["scale"]).value
+            + by_rows(outputs["text"], own, outputs["image"], params["scale"]).value
+        ) / 2
+
+    def encode(params: Any, batch: Any) -> Any:
+        return {key: F.normalize(leaf, dim=1) for key, leaf in cases.encode(params, batch).items()}
+
+    params, batch = cases.params(torch.float32), cases.batch(size, torch.float32)
+    grad_fn = gradacc.accumulate(loss, through=encode, microbatch_size=2048)
+    with PeakElements() as counter:
+        grads = grad_fn(params, batch)
+    assert counter.peak < size * size / 6
+    small = cases.batch(512, torch.float32)
+    torch.testing.assert_close(grad_fn(params, small), expected(cases.encode, cases.clip, small, params))
+    assert all(grad.isfinite().all() and grad.any() for grad in grads.values())
+
+
 def test_nothing_grows() -> None:
     params, batch = cases.params(), cases.batch(SIZE)
     grad_fn = gradacc.accumulate_and_value(cases.clip, through=cases.encode, steps=3)
