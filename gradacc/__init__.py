@@ -15,6 +15,7 @@ from gradacc._kept import Kept
 from gradacc._mean import Mean
 from gradacc._microbatch import MicrobatchOptions, microbatch
 from gradacc._module import Apply, functional
+from gradacc._moments import Moments
 from gradacc._options import AccumulateOptions, AccumulatorOptions, Backward, Nonfinite, Reduction, Through
 from gradacc._state import AccumulatorState
 from gradacc._train import TrainState, train_step
@@ -35,6 +36,7 @@ __all__ = [
     "Kept",
     "Mean",
     "MicrobatchOptions",
+    "Moments",
     "Nonfinite",
     "Reduction",
     "TensorTree",

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Unpack, overload
 import torch
 from torch import Tensor
 
-from gradacc import _call, _connect, _lengths, _loop, _options, _split, _sync, _tree, _weights
+from gradacc import _call, _carry, _connect, _lengths, _loop, _options, _split, _sync, _tree, _weights
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
 from gradacc._options import AccumulateOptions, Nonfinite, Options, Reduction, Through
@@ -37,6 +37,7 @@ def accumulate(
     sync: AllReduce | None = None,
     nonfinite: Nonfinite = "keep",
     weights: Callable[..., Any] | None = None,
+    has_carry: bool = False,
     through: Through | None = None,
 ) -> Callable[..., Any]:
     """The gradient of one large batch, in the memory of a micro-batch.
@@ -59,11 +60,23 @@ def accumulate(
         tensor([52.6667, 66.6667])
     """
     given = _options.Given(
-        steps, microbatch_size, split, in_dims, argnums, has_aux, reduction, dtype, sync, nonfinite, weights, through
+        steps,
+        microbatch_size,
+        split,
+        in_dims,
+        argnums,
+        has_aux,
+        reduction,
+        dtype,
+        sync,
+        nonfinite,
+        weights,
+        has_carry,
+        through,
     )
     if loss_fn is None:
         return functools.partial(accumulate, **given._asdict())
-    return _without_value(_grad_and_value("accumulate", loss_fn, given), has_aux)
+    return _without_value(_grad_and_value("accumulate", loss_fn, given), has_aux, has_carry)
 
 
 @overload
@@ -88,6 +101,7 @@ def accumulate_and_value(
     sync: AllReduce | None = None,
     nonfinite: Nonfinite = "keep",
     weights: Callable[..., Any] | None = None,
+    has_carry: bool = False,
     through: Through | None = None,
 ) -> Callable[..., Any]:
     """The gradient and the value of one large batch, in the memory of a micro-batch.
@@ -171,7 +185,19 @@ def accumulate_and_value(
     Source: ``optax.microbatching.microbatch``; torchtitan's trainer (count first); Gao et al., arXiv 2101.06983 (``through``).
     """
     given = _options.Given(
-        steps, microbatch_size, split, in_dims, argnums, has_aux, reduction, dtype, sync, nonfinite, weights, through
+        steps,
+        microbatch_size,
+        split,
+        in_dims,
+        argnums,
+        has_aux,
+        reduction,
+        dtype,
+        sync,
+        nonfinite,
+        weights,
+        has_carry,
+        through,
     )
     if loss_fn is None:
         return functools.partial(accumulate_and_value, **given._asdict())
@@ -207,11 +233,13 @@ def _grad_and_value(name: str, loss_fn: Callable[..., Any], given: _options.Give
     return grad_fn
 
 
-def _without_value(grad_and_value: Callable[..., Any], has_aux: bool) -> Callable[..., Any]:
+def _without_value(grad_and_value: Callable[..., Any], has_aux: bool, has_carry: bool) -> Callable[..., Any]:
     @functools.wraps(grad_and_value)
     def grad_fn(*args: Any, **kwargs: Any) -> Any:
-        grads, rest = grad_and_value(*args, **kwargs)
-        return (grads, rest[1]) if has_aux else grads
+        results = grad_and_value(*args, **kwargs)
+        (grads, rest), carry = results if has_carry else (results, None)
+        usual = (grads, rest[1]) if has_aux else grads
+        return (usual, carry) if has_carry else usual
 
     return grad_fn
 
@@ -231,8 +259,9 @@ def _run(
         params, treedef = _call.parameters(options, args, differentiated)
         rest = [arg for n, arg in enumerate(args) if n not in differentiated]
         call = _connect.call_to_connect((args, kwargs), params, (rest, kwargs))
-        loss = _loop.loss_of(options, loss_fn, args, differentiated, treedef, kwargs)
-        fold = _loop.start(options, params, treedef, loss, divisors)
+        named, carry = _carry.of_call(options.name, kwargs) if options.has_carry else (kwargs, None)
+        loss = _loop.loss_of(options, loss_fn, args, differentiated, treedef, (named, carry))
+        fold = _loop.start(options, params, treedef, loss, divisors, carry)
         boundary.bind(params, treedef, fold.accumulated, args[batch])
         if options.through is None:
             fold, folded = _fold(options, lasting, fold, (args, kwargs), (differentiated, batch), boundary)
@@ -243,12 +272,14 @@ def _run(
     except BaseException as error:
         boundary.fail(error)
         raise
-    results = _loop.finish(fold, buffer, sums, boundary, lambda sums: _loop.typed(fold, sums, empty))
+    results, carried = _loop.finish(fold, buffer, sums, boundary, lambda sums: _loop.typed(fold, sums, empty))
     if call is None:
-        return results
+        return (results, carried) if options.has_carry else results
     alone = _Lasting(None, None, lasting.note, lasting.first)
     again = _why_not_again(boundary.crosses, args[batch]) or functools.partial(_run, options, alone, loss_fn)
-    return _connect.connect(options.name, call, results, buffer.closed_over(), again)
+    results = _connect.connect(options.name, call, results, buffer.closed_over(), again)
+    # The carry has no graph: what it was computed from ends with the call.
+    return (results, carried) if options.has_carry else results
 
 
 def _fold(

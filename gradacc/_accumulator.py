@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, Unpack, overload
@@ -9,7 +10,21 @@ from typing import Any, NamedTuple, Unpack, overload
 import torch
 from torch import Tensor
 
-from gradacc import _call, _connect, _donated, _loop, _options, _split, _state, _state_text, _sums, _sync, _tree, _where
+from gradacc import (
+    _call,
+    _carry,
+    _connect,
+    _donated,
+    _loop,
+    _options,
+    _split,
+    _state,
+    _state_text,
+    _sums,
+    _sync,
+    _tree,
+    _where,
+)
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
 from gradacc._engines import eager
@@ -30,8 +45,8 @@ class Accumulator(NamedTuple):
         (tensor(3.3333), tensor(1.6667))
     """
 
-    init: Callable[[Any], AccumulatorState]
-    """``init(params) -> state``: nothing accumulated, and no memory for it."""
+    init: Callable[..., AccumulatorState]
+    """``init(params) -> state``: nothing accumulated, and no memory for it; with ``has_carry``, ``init(params, carry=c)``."""
 
     update: Callable[..., AccumulatorState]
     """``update(state, params, microbatch, *args, **kwargs) -> state``: with one more micro-batch."""
@@ -59,6 +74,7 @@ def accumulator(
     dtype: torch.dtype | None = None,
     sync: AllReduce | None = None,
     nonfinite: Nonfinite = "keep",
+    has_carry: bool = False,
     donate: bool = False,
     **others: Any,
 ) -> Accumulator | Callable[[Callable[..., Any]], Accumulator]:
@@ -141,6 +157,7 @@ def accumulator(
             dtype=dtype,
             sync=sync,
             nonfinite=nonfinite,
+            has_carry=has_carry,
             donate=donate,
         )
     given = _options.Given(
@@ -151,6 +168,7 @@ def accumulator(
         dtype=dtype,
         sync=sync,
         nonfinite=nonfinite,
+        has_carry=has_carry,
     )
     options = _options.options("accumulator", loss_fn, given)
     if not isinstance(donate, bool):
@@ -159,11 +177,11 @@ def accumulator(
         options = options._replace(sync=AllReduce(options.sync.group, options.sync.compress, overlap=False))
     agreed = None if options.sync is None else _sync.Agreed(options.name, loss_fn, options.sync.group)
 
-    def init(params: Any) -> AccumulatorState:
-        """Nothing accumulated."""
+    def init(params: Any, **carried: Any) -> AccumulatorState:
+        """Nothing accumulated; with ``has_carry``, ``carry=`` is what it begins with."""
         if agreed is not None and not torch.compiler.is_compiling():
             agreed.begun.begin()
-        return _init(options, params)
+        return _init(options, params, carried)
 
     def update(state: AccumulatorState, *args: Any, **kwargs: Any) -> AccumulatorState:
         """One more micro-batch: ``args`` and ``kwargs`` are what ``loss_fn`` takes."""
@@ -207,9 +225,23 @@ _NO_GRAPH = (
 )
 
 
-def _init(options: Options, params: Any) -> AccumulatorState:
+def _init(options: Options, params: Any, carried: dict[str, Any]) -> AccumulatorState:
     leaves, treedef = _tree.flatten(params)
-    return _state.initial(options, _call.check_parameters(options.name, leaves, treedef, "params"), treedef)
+    found = _call.check_parameters(options.name, leaves, treedef, "params")
+    others, given = (
+        _carry.of_call(options.name, carried, "init(params, carry=c)") if options.has_carry else (carried, None)
+    )
+    if others:
+        raise TypeError(
+            f"{options.name}: init got {', '.join(others)}; it takes params, and with has_carry=True carry= (a carry is given to "
+            "init, and is in the state from then on)"
+        )
+    if given is None:
+        return _state.initial(options, found, treedef, None, None)
+    detached = _loop.engine() is eager
+    own = _tree.map_tensors(lambda leaf: (leaf.detach() if detached else leaf).clone(), given.leaves)
+    carry = _tree.unflatten(given.treedef, own)
+    return _state.initial(options, found, treedef, carry, _carry.start(given, detached))
 
 
 def _update(
@@ -231,29 +263,36 @@ def _update(
     rest = [state, *(arg for n, arg in enumerate(args) if n not in differentiated), kwargs]
     call = _connect.call_to_connect((state, args, kwargs), params, rest)
     called = functools.partial(_tried, loss_fn) if microbatch.empty else loss_fn
-    loss = _loop.loss_of(options, called, args, differentiated, treedef, kwargs)
-    fold = _loop.start(options, params, treedef, loss)
+    carry = _carry_of(options, before, kwargs)
+    loss = _loop.loss_of(options, called, args, differentiated, treedef, (kwargs, carry))
+    fold = _loop.start(options, params, treedef, loss, carry=carry)
     engine, readable = fold.engine, fold.engine is eager
     if microbatch.empty:
         if before.sums.value is not None:
             return before
         try:
-            sums = _loop.typed(fold, _sums.NOTHING, microbatch)
+            sums = _loop.typed(fold, fold.nothing(), microbatch)
+            sums = dataclasses.replace(sums, carry=before.sums.carry)
         except _RaisedError:
             return before
         with engine.guard():
             nothing = facts._replace(arrived=False, empty=True)
-            return _state.pack(nothing, treedef, [None] * len(params), sums, readable)
+            return _state.pack(nothing, treedef, [None] * len(params), sums, readable, before.carry)
     closed: list[Tensor] = []
 
     def more() -> AccumulatorState:
         grads, _, sums = _state.unpack(before, readable)
-        known, sums = (facts._replace(plain=(), empty=False), _sums.NOTHING) if facts.empty else (facts, sums)
+        known, sums = (
+            (facts._replace(plain=(), empty=False), _sums.nothing(sums.carry)) if facts.empty else (facts, sums)
+        )
+        if carry is not None:
+            # NOTE [memory of a carry]
+            sums = dataclasses.replace(sums, carry=_tree.map_tensors(Tensor.clone, sums.carry))
         buffer = engine.resume(params, fold.accumulated, grads, facts.arrived, donate)
         buffer, sums = _loop.step(fold, buffer, sums, microbatch)
         if call is not None:
             closed.extend(buffer.closed_over())
-        return _state.pack(known._replace(arrived=buffer.arrived), treedef, buffer.grads, sums, readable)
+        return _state.pack(known._replace(arrived=buffer.arrived), treedef, buffer.grads, sums, readable, before.carry)
 
     with engine.guard():
         after = _donated.written_by("accumulator.update", before, more) if donate and readable else more()
@@ -298,7 +337,7 @@ def _merge(options: Options, donate: bool, one: Any, other: Any) -> AccumulatorS
             total = engine.merge(grads, others, shares, donate)
             plain = tuple(x and y for x, y in zip(a.facts.plain, b.facts.plain, strict=True))
             facts = a.facts._replace(plain=plain, arrived=a.facts.arrived or b.facts.arrived)
-            return _state.pack(facts, treedef, total, merged, readable)
+            return _state.pack(facts, treedef, total, merged, readable, a.carry)
 
         after = _donated.written_by("accumulator.merge", (a, b), both) if donate and readable else both()
     return after if call is None else _connect.connect(options.name, call, after, (), _NO_GRAPH)
@@ -317,7 +356,7 @@ def _finalize(options: Options, agreed: _sync.Agreed | None, donate: bool, state
         engine = _loop.engine()
         with engine.guard():
             params, treedef = _state.like_params(state)
-            fold = _loop.start(options, params, treedef, None)
+            fold = _loop.start(options, params, treedef, None, carry=_carry_of(options, state, {}))
             boundary.bind(params, treedef, fold.accumulated, None)
             grads, _, sums = _state.unpack(state, engine is eager)
             if not donate:
@@ -327,18 +366,29 @@ def _finalize(options: Options, agreed: _sync.Agreed | None, donate: bool, state
             buffer = engine.resume(params, fold.accumulated, grads, state.facts.arrived, donated=True)
             # Each buffer is to die when its result exists.
             del grads
-        typed, sums = sums, _sums.NOTHING if state.facts.empty else sums
+        typed, sums = sums, _sums.nothing(sums.carry) if state.facts.empty else sums
     except BaseException as error:
         boundary.fail(error)
         raise
 
-    def end() -> tuple[Any, Any]:
+    def end() -> tuple[tuple[Any, Any], Any]:
         return _loop.finish(fold, buffer, sums, boundary, lambda sums: typed if sums.value is None else sums)
 
-    results: tuple[Any, Any] = (
-        _donated.written_by("accumulator.finalize", state, end) if donate and engine is eager else end()
-    )
-    return results if call is None else _connect.connect(options.name, call, results, (), _NO_GRAPH)
+    results, carried = _donated.written_by("accumulator.finalize", state, end) if donate and engine is eager else end()
+    if call is not None:
+        results = _connect.connect(options.name, call, results, (), _NO_GRAPH)
+    return (results, carried) if options.has_carry else results
+
+
+def _carry_of(options: Options, state: AccumulatorState, kwargs: dict[str, Any]) -> _carry.Given | None:
+    """What a state's carry began with."""
+    if not options.has_carry:
+        return None
+    if "carry" in kwargs:
+        raise TypeError(
+            f"{options.name}: update got carry=; the carry is given to init(params, carry=c), and is in the state from then on"
+        )
+    return _carry.given(options.name, state.carry)
 
 
 _tree.register_text(AccumulatorState, _state_text.to_text, _state_text.from_text)

@@ -48,8 +48,8 @@ def _part(name: str, leaf: Any, share: float | Tensor | None, sizes: tuple[int, 
     """Six arguments: what a message about one leaf names."""
     if isinstance(leaf, Mean):
         mean = with_plain_weight(leaf)
-        if _can_be_summed(mean):
-            return Total(_summable(mean), leaf.total.dtype)
+        if can_be_summed(mean):
+            return Total(summable(mean), leaf.total.dtype)
     elif isinstance(leaf, Tensor) and (_batch.is_dense(leaf) or leaf.layout == torch.sparse_coo):
         if leaf.ndim > 0 and leaf.shape[0] in sizes:
             # NOTE [copies of aux]
@@ -76,7 +76,8 @@ def _part(name: str, leaf: Any, share: float | Tensor | None, sizes: tuple[int, 
     )
 
 
-def _can_be_summed(mean: Mean) -> bool:
+def can_be_summed(mean: Mean) -> bool:
+    """Whether it is a tensor over a finite number or a tensor, of shapes that go together."""
     total: Any = mean.total
     weight: Any = mean.weight
     if not isinstance(total, Tensor):
@@ -84,18 +85,19 @@ def _can_be_summed(mean: Mean) -> bool:
     if not isinstance(weight, Tensor):
         return isinstance(weight, (int, float)) and -math.inf < weight < math.inf
     try:
-        _broadcast(total, weight)
+        broadcast(total, weight)
     except RuntimeError:
         return False
     return True
 
 
-def _broadcast(a: Tensor, b: Tensor) -> torch.Size:
+def broadcast(a: Tensor, b: Tensor) -> torch.Size:
+    """The shape of both together; a RuntimeError where there is none."""
     shape: torch.Size = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]  # torch's
     return shape
 
 
-def _summable(mean: Mean) -> Mean:
+def summable(mean: Mean) -> Mean:
     """A new Mean in what is summed, of the same shapes; what has weight 0 is made exactly 0, whatever its total says."""
     total, weight = _parts.widened(mean.total), mean.weight
     if not isinstance(weight, Tensor):
@@ -105,6 +107,6 @@ def _summable(mean: Mean) -> Mean:
 
 def _is_nothing(weight: Tensor, total: Tensor) -> Tensor:
     """Of each total, in its shape or a narrower one, whether all weights that divide it are 0."""
-    if weight.ndim == 0 or (shape := _broadcast(weight, total)) == total.shape:
+    if weight.ndim == 0 or (shape := broadcast(weight, total)) == total.shape:
         return weight == 0
     return (weight != 0).expand(shape).to(torch.int64).sum_to_size(total.shape) == 0

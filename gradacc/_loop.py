@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
@@ -15,7 +16,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from gradacc import _call, _dtypes, _left, _loss, _nonfinite, _order, _split, _sums, _sync, _tree, _weights
+from gradacc import _call, _carry, _dtypes, _left, _loss, _nonfinite, _order, _split, _sums, _sync, _tree, _weights
 from gradacc._engines import Buffer, Engine, eager, functional
 from gradacc._kept import Kept
 from gradacc._loss import Outcome
@@ -26,8 +27,11 @@ from gradacc._where import loops, transforming
 Folded: TypeAlias = tuple[Buffer, Sums, _split.Microbatch | None]
 """Gradients, what is summed beside them, and the first empty micro-batch, if there is any."""
 
-Loss = Callable[[_split.Microbatch, Sequence[Tensor]], Outcome]
-"""``loss(microbatch, leaves)``: the loss of one micro-batch, with these leaves as parameters."""
+Loss = Callable[[_split.Microbatch, dict[str, Any], Sequence[Tensor]], Outcome]
+"""``loss(microbatch, named, leaves)``: the loss of one micro-batch, with these leaves as parameters.
+
+``named``: the keyword argument ``carry``, where there is one.
+"""
 
 
 class Fold(NamedTuple):
@@ -46,6 +50,12 @@ class Fold(NamedTuple):
     """What several means are divided by, where it was counted."""
     known: int | None = None
     """The number of examples of all micro-batches, where it is known beforehand."""
+    carry: _carry.Given | None = None
+    """What was passed in, where there is a carry."""
+
+    def nothing(self) -> Sums:
+        """Before the first micro-batch."""
+        return _sums.NOTHING if self.carry is None else _sums.nothing(_carry.start(self.carry, self.engine is eager))
 
 
 def engine() -> Engine:
@@ -59,10 +69,11 @@ def start(
     treedef: _tree.TreeDef,
     loss: Loss | None,
     divisors: _loss.Divisors | None = None,
+    carry: _carry.Given | None = None,
 ) -> Fold:
     """With the engine that this place needs."""
     accumulated, returned = _dtypes.dtypes(options.dtype, params)
-    return Fold(options, engine(), loss, params, treedef, accumulated, returned, divisors)
+    return Fold(options, engine(), loss, params, treedef, accumulated, returned, divisors, carry=carry)
 
 
 def loss_of(
@@ -71,25 +82,29 @@ def loss_of(
     args: Sequence[Any],
     differentiated: Sequence[int],
     treedef: _tree.TreeDef,
-    kwargs: dict[str, Any],
+    named: tuple[dict[str, Any], _carry.Given | None],
 ) -> Loss:
-    """``loss_fn`` as a function of a micro-batch and of leaves, in a call with these arguments."""
+    """``loss_fn`` as a function of a micro-batch and of leaves, in a call with these arguments.
+
+    ``named``: keyword arguments but the carry, and the carry that the call was given.
+    """
+    kwargs, given = named
     single, own = isinstance(options.argnums, int), engine()
     passes: _left.Call = WeakKeyDictionary()
     rest = [arg for n, arg in enumerate(args) if n not in differentiated], kwargs
 
-    def loss(microbatch: _split.Microbatch, leaves: Sequence[Tensor]) -> Outcome:
+    def loss(microbatch: _split.Microbatch, carried: dict[str, Any], leaves: Sequence[Tensor]) -> Outcome:
         tree = _tree.unflatten(treedef, leaves)
         trees = dict(zip(differentiated, (tree,) if single else tree, strict=True))
         positional = [trees[n] if n in trees else own.admit(arg) for n, arg in enumerate(microbatch.args)]
-        named = own.admit(kwargs)
+        named = own.admit({**kwargs, **carried})
         try:
             with own.calling(rest, passes):
                 out = _called(options.name, functools.partial(loss_fn, *positional, **named))
         except Exception as error:
             _call.note_unsplit(error, options, args, kwargs)
             raise
-        return _loss.outcome(options, out, microbatch.sizes)
+        return _loss.outcome(options, out, microbatch.sizes, given)
 
     return loss
 
@@ -106,7 +121,8 @@ def run(fold: Fold, divided: _split.Microbatches, boundary: _sync.Boundary) -> F
     """All micro-batches."""
     with fold.engine.guard():
         buffer = fold.engine.init(fold.params, fold.accumulated)
-    sums, empty = _sums.NOTHING, divided.whole if divided.examples == 0 else None
+        sums = fold.nothing()
+    empty = divided.whole if divided.examples == 0 else None
     fold = fold._replace(known=divided.examples)
     orders: list[_order.Order | None] = []
     if divided.cut is not None and loops():
@@ -130,7 +146,7 @@ def step(
 ) -> tuple[Buffer, Sums]:
     """One micro-batch; where there is a ``boundary``, its gradients are delivered there as they become final."""
     options, engine = fold.options, fold.engine
-    tape, outcome = engine.forward(buffer, functools.partial(_evaluate, fold, microbatch))
+    tape, outcome = engine.forward(buffer, functools.partial(_evaluate, fold, microbatch, _carried(fold, sums)))
     counts = _sums.contribution(options, sums, outcome, fold.known, is_narrow(buffer, outcome.targets))
     # Gradients of one target are final with the last micro-batch; those of several are added up behind the boundary.
     deliver = None if boundary is None or len(outcome.targets) > 1 else boundary.deliver
@@ -145,9 +161,13 @@ def step(
     return buffer, _sums.add(options, sums, outcome, counts, microbatch.sizes)
 
 
-def _evaluate(fold: Fold, microbatch: _split.Microbatch, leaves: Sequence[Tensor]) -> Outcome:
+def _evaluate(fold: Fold, microbatch: _split.Microbatch, carried: dict[str, Any], leaves: Sequence[Tensor]) -> Outcome:
     assert fold.loss is not None
-    return _loss.divided(fold.options, fold.loss(microbatch, leaves), fold.divisors)
+    return _loss.divided(fold.options, fold.loss(microbatch, carried, leaves), fold.divisors)
+
+
+def _carried(fold: Fold, sums: Sums) -> dict[str, Any]:
+    return {} if fold.carry is None else {"carry": _carry.tree(fold.carry, sums.carry)}
 
 
 def typed(fold: Fold, sums: Sums, empty: _split.Microbatch | None) -> Sums:
@@ -157,19 +177,21 @@ def typed(fold: Fold, sums: Sums, empty: _split.Microbatch | None) -> Sums:
     assert fold.loss is not None
     # Nothing to differentiate.
     with fold.engine.guard(), torch.no_grad():
-        return _sums.add_types(fold.options, sums, fold.loss(empty, fold.params), fold.known, empty.sizes)
+        return _sums.add_types(
+            fold.options, sums, fold.loss(empty, _carried(fold, sums), fold.params), fold.known, empty.sizes
+        )
 
 
 def finish(
     fold: Fold, buffer: Buffer, sums: Sums, boundary: _sync.Boundary, types: Callable[[Sums], Sums]
-) -> tuple[Any, Any]:
-    """``finalize . sync``: what ``grad_fn`` returns.
+) -> tuple[tuple[Any, Any], Any]:
+    """``finalize . sync``: what ``grad_fn`` usually returns, and the carry.
 
     ``types``: of sums that have seen nothing, on any rank, those with the types of an empty batch, where there was one.
     """
     options, engine = fold.options, fold.engine
     with engine.guard():
-        grads, sums, arrived = boundary.cross(buffer.grads, sums, buffer.arrived, types)
+        grads, sums, arrived, carry = _crossed(fold, buffer, sums, boundary, types)
         check_dependence(options.name, not sums.differentiated or arrived)
         value, aux = _sums.finalize(options, sums, fold.params[0])
         if options.nonfinite == "drop":
@@ -181,7 +203,28 @@ def finish(
         results = engine.finalize(buffer, fold.returned, factors)
         tree = _tree.unflatten(fold.treedef, results)
     boundary.done()
-    return tree, ((value, aux) if options.has_aux else value)
+    return (tree, ((value, aux) if options.has_aux else value)), carry
+
+
+def _crossed(
+    fold: Fold, buffer: Buffer, sums: Sums, boundary: _sync.Boundary, types: Callable[[Sums], Sums]
+) -> tuple[list[Tensor | None], Sums, bool, Any]:
+    """`Boundary.cross`, and the carry."""
+    if fold.carry is None:
+        return *boundary.cross(buffer.grads, sums, buffer.arrived, types), None
+    parts = sums.carry
+    if not boundary.crosses:
+        grads, sums, arrived = boundary.cross(buffer.grads, sums, buffer.arrived, types)
+        return grads, sums, arrived, _carry.final(fold.carry, parts)
+    sums = dataclasses.replace(sums, carry=_carry.that_crosses(fold.carry, parts))
+
+    def typed(sums: Sums) -> Sums:
+        # An empty batch, which is asked for types, gets what was given.
+        return dataclasses.replace(types(dataclasses.replace(sums, carry=parts)), carry=sums.carry)
+
+    grads, sums, arrived = boundary.cross(buffer.grads, sums, buffer.arrived, typed)
+    whole = parts if sums.carry is None else _carry.crossed(sums.carry, parts)
+    return grads, sums, arrived, _carry.final(fold.carry, whole)
 
 
 def check_dependence(name: str, depends: bool) -> None:

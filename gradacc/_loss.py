@@ -6,16 +6,18 @@ import functools
 import math
 import numbers
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradacc import _aux, _mean, _tree, _where
+from gradacc import _aux, _carry, _mean, _tree, _where
 from gradacc._aux import Aux
+from gradacc._carry import Given
 from gradacc._describe import describe
 from gradacc._mean import SEVERAL_MEANS, Mean, are_means, with_plain_weight
+from gradacc._moments import Moments
 from gradacc._options import Options
 
 
@@ -50,6 +52,9 @@ class Outcome(NamedTuple):
 
     aux: Aux
 
+    carry: Sequence[Any] = ()
+    """Leaves of the carry that it returned: tensors, `Mean`s, `Moments`."""
+
     def tensors(self) -> list[Tensor]:
         """Its tensors, in the order in which `map` visits them."""
         found: list[Tensor] = []
@@ -59,11 +64,19 @@ class Outcome(NamedTuple):
     def map(self, func: Callable[[Tensor], Tensor]) -> Outcome:
         """The same with ``func`` of every tensor."""
         aux = self.aux._replace(leaves=[_map(func, leaf) for leaf in self.aux.leaves])
-        return Outcome([func(target) for target in self.targets], _map(func, self.value), _map(func, self.weight), aux)
+        carry = [_map(func, leaf) for leaf in self.carry] if self.carry else self.carry
+        targets = [func(target) for target in self.targets]
+        return Outcome(targets, _map(func, self.value), _map(func, self.weight), aux, carry)
 
 
-def outcome(options: Options, out: Any, sizes: tuple[int, ...]) -> Outcome:
-    """Of what ``loss_fn`` returned for a micro-batch whose tensors have these sizes along their split dimension."""
+def outcome(options: Options, out: Any, sizes: tuple[int, ...], carry: Given | None = None) -> Outcome:
+    """Of what ``loss_fn`` returned for a micro-batch whose tensors have these sizes along their split dimension.
+
+    ``carry``: what the call was given, where there is one.
+    """
+    if carry is not None:
+        usual, new = with_carry(options, out)
+        return outcome(options, usual, sizes)._replace(carry=_carry.returned(options.name, carry, new))
     value, aux = returned(options, out)
     if options.weights is not None or are_means(value, some=True):
         terms = _terms(options, value)
@@ -131,6 +144,16 @@ def divided(options: Options, outcome: Outcome, divisors: Divisors | None) -> Ou
             # What was counted wrongly is an error in the end; dividing by 0 would be one of another kind.
             parts.append(mean.total / (divisor or math.nan))
     return outcome._replace(targets=[functools.reduce(operator.add, parts) if parts else terms.means[0].total])
+
+
+def with_carry(options: Options, out: Any) -> tuple[Any, Any]:
+    """What ``loss_fn`` returned as ``(usual, carry)``."""
+    if not (isinstance(out, tuple) and len(out) == 2):
+        usual = "(loss, aux)" if options.has_aux else "loss"
+        raise TypeError(
+            f"{options.name}: with has_carry=True loss_fn must return (usual, carry), here ({usual}, carry), got {_pair(out)}"
+        )
+    return out
 
 
 def returned(options: Options, out: Any) -> tuple[Any, Any]:
@@ -250,6 +273,8 @@ def _map(func: Callable[[Tensor], Tensor], leaf: Any) -> Any:
     if isinstance(leaf, Terms):
         means = [_map(func, mean) for mean in leaf.means]
         return Terms(means, [_map(func, weight) for weight in leaf.weights], leaf.treedef)
+    if isinstance(leaf, Moments):
+        return Moments(_map(func, leaf.count), func(leaf.mean), func(leaf.m2))
     return func(leaf) if isinstance(leaf, Tensor) else leaf
 
 

@@ -36,6 +36,7 @@ class _LossOptions(TypedDict, total=False):
     dtype: torch.dtype | None
     sync: AllReduce | None
     nonfinite: Nonfinite
+    has_carry: bool
 
 
 class AccumulateOptions(_LossOptions, total=False):
@@ -68,6 +69,7 @@ class Given(NamedTuple):
     sync: Any = None
     nonfinite: Any = "keep"
     weights: Any = None
+    has_carry: Any = False
     through: Any = None
 
 
@@ -88,6 +90,7 @@ class Options(NamedTuple):
     sync: AllReduce | None
     nonfinite: Nonfinite
     weights: Callable[..., Any] | None
+    has_carry: bool
     through: Through | None
     rows: bool
     """Whether the loss is of some rows against all."""
@@ -116,8 +119,9 @@ def options(name: str, loss_fn: Any, given: Given) -> Options:
             f"{name}: in_dims must be a tuple with an int, None or a pytree prefix for each positional argument, "
             f"for example (None, 0, 0) for loss_fn(params, x, y); got {describe(given.in_dims)}"
         )
-    if not isinstance(given.has_aux, bool):
-        raise TypeError(f"{name}: has_aux must be True or False, got {describe(given.has_aux)}")
+    for option in ("has_aux", "has_carry"):
+        if not isinstance(getattr(given, option), bool):
+            raise TypeError(f"{name}: {option} must be True or False, got {describe(getattr(given, option))}")
     if given.reduction not in ("mean", "sum"):
         raise ValueError(f"{name}: reduction must be 'mean' or 'sum', got {given.reduction!r}")
     check_dtype(name, given.dtype)
@@ -137,6 +141,7 @@ def options(name: str, loss_fn: Any, given: Given) -> Options:
         sync=given.sync,
         nonfinite=given.nonfinite,
         weights=given.weights,
+        has_carry=given.has_carry,
         through=given.through,
         rows=given.through is not None and takes_keyword(loss_fn, "rows"),
     )

@@ -7,6 +7,8 @@ part         of                                                 the large batch'
 `Sum`        a loss that is a sum                               ``total``
 `Total`      a `Mean`                                           `Mean` of both sums
 `Pieces`     what has a batch dimension                         concatenation
+`Latest`     a tensor of a carry                                that of the last micro-batch
+`Combined`   `Moments` of a carry                               `Moments` of all numbers
 ===========  =================================================  ==========================================
 
 Each is a node of a tree: its numbers are leaves, and the dtype that it came in, and is returned in, is structure.
@@ -27,6 +29,7 @@ from torch import Tensor
 
 from gradacc import _dtypes, _order, _tree
 from gradacc._mean import Mean
+from gradacc._moments import Moments
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -60,23 +63,44 @@ class Pieces:
     tensors: list[Any]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Latest:
+    """What is handed from one micro-batch to the next."""
+
+    tensor: Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Combined:
+    """Moments of everything so far; ``dtype`` is that of the means."""
+
+    moments: Moments
+    dtype: torch.dtype
+
+
 _tree.register_with_facts(Average, ("total",), "dtype")
 _tree.register_with_facts(Sum, ("total",), "dtype")
 _tree.register_with_facts(Total, ("mean",), "dtype")
 _tree.register(Pieces, lambda part: (part.tensors,), ("tensors",))
+_tree.register(Latest, lambda part: (part.tensor,), ("tensor",))
+_tree.register_with_facts(Combined, ("moments",), "dtype")
 
-Part: TypeAlias = Average | Sum | Total | Pieces
+Part: TypeAlias = Average | Sum | Total | Pieces | Latest | Combined
 
 
 def is_part(node: Any) -> bool:
     """A part is a leaf here."""
-    return isinstance(node, (Average, Sum, Total, Pieces))
+    return isinstance(node, (Average, Sum, Total, Pieces, Latest, Combined))
 
 
 def numbers(part: Part) -> list[Any]:
     """What is summed in it and is a number: its leaves, but pieces. NOTE [parts without their trees]"""
     if isinstance(part, Pieces):
         return []
+    if isinstance(part, Latest):
+        return [part.tensor]
+    if isinstance(part, Combined):
+        return [part.moments.count, part.moments.mean, part.moments.m2]
     return [part.mean.total, part.mean.weight] if isinstance(part, Total) else [part.total]
 
 
@@ -86,6 +110,10 @@ def with_numbers(part: Part, left: Iterator[Any]) -> Part:
         return part
     if isinstance(part, Total):
         return Total(Mean(next(left), next(left)), part.dtype)
+    if isinstance(part, Latest):
+        return Latest(next(left))
+    if isinstance(part, Combined):
+        return Combined(Moments(next(left), next(left), next(left)), part.dtype)
     return type(part)(next(left), part.dtype)
 
 
@@ -133,6 +161,8 @@ def add(name: str, a: Part, b: Part, path: Callable[[], str]) -> Part:
                 "one row an example, or return a Mean"
             )
         return Pieces(a.tensors + b.tensors)
+    if isinstance(a, Combined) and isinstance(b, Combined):
+        return Combined(a.moments + b.moments, a.dtype)
     raise TypeError(
         f"{name}: {path()} is not of the same kind in every micro-batch (0-dim in one, with a batch dimension in another)"
     )
@@ -149,6 +179,12 @@ def final(part: Part, factor: float | Tensor) -> Any:
         total, dtype = part.mean.total, part.dtype
         # Counts stay int64, which holds any of them.
         return Mean(total.to(dtype) if dtype.is_floating_point or dtype.is_complex else total, part.mean.weight)
+    if isinstance(part, Combined):
+        count, mean, m2 = numbers(part)
+        return Moments(count, mean.to(part.dtype), m2.to(part.dtype))
+    if isinstance(part, Latest):
+        # The loss, or the caller, may hold it too, or something that it is a part of.
+        return part.tensor.clone()
     return joined(part.tensors)
 
 

@@ -47,6 +47,7 @@ class Facts(NamedTuple):
     nonfinite: str = "keep"
     empty: bool = False
     """Whether an empty micro-batch is all that there was: it says what types to return, and nothing else."""
+    has_carry: bool = False
 
 
 class Missing:
@@ -68,10 +69,12 @@ class AccumulatorState:
     sums: Sums
     """All its numbers are tensors here."""
     facts: Facts
+    carry: Any = None
+    """What `init` was given, where there is a carry; what it is now is in the sums."""
 
 
 _tree.register(Missing, lambda _: (), ())
-_tree.register_with_facts(AccumulatorState, ("grads", "sums"), "facts")
+_tree.register_with_facts(AccumulatorState, ("grads", "sums", "carry"), "facts")
 
 
 def is_missing(leaf: Any) -> bool:
@@ -79,12 +82,21 @@ def is_missing(leaf: Any) -> bool:
     return isinstance(leaf, Missing)
 
 
-def initial(options: Options, params: Sequence[Tensor], treedef: _tree.TreeDef) -> AccumulatorState:
-    """Before the first micro-batch."""
-    facts = Facts(options.reduction, options.dtype, options.has_aux, of_params(params), nonfinite=options.nonfinite)
+def initial(
+    options: Options, params: Sequence[Tensor], treedef: _tree.TreeDef, carry: Any, start: Any
+) -> AccumulatorState:
+    """Before the first micro-batch, with this carry, which begins with these parts."""
+    facts = Facts(
+        options.reduction,
+        options.dtype,
+        options.has_aux,
+        of_params(params),
+        nonfinite=options.nonfinite,
+        has_carry=options.has_carry,
+    )
     weight = torch.zeros((), dtype=torch.float64, device="cpu")
-    sums = Sums(None, None, weight, None, None, False)
-    return AccumulatorState(_tree.unflatten(treedef, [Missing() for _ in params]), sums, facts)
+    sums = Sums(None, None, weight, None, None, start, False)
+    return AccumulatorState(_tree.unflatten(treedef, [Missing() for _ in params]), sums, facts, carry)
 
 
 def of_params(params: Sequence[Tensor]) -> tuple[Param, ...]:
@@ -124,7 +136,12 @@ def _expanded(number: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def pack(
-    facts: Facts, treedef: _tree.TreeDef, grads: Sequence[Tensor | None], sums: Sums, readable: bool
+    facts: Facts,
+    treedef: _tree.TreeDef,
+    grads: Sequence[Tensor | None],
+    sums: Sums,
+    readable: bool,
+    carry: Any = None,
 ) -> AccumulatorState:
     """A fold as a state of these facts, but that `Facts.plain` is what was said of the numbers before.
 
@@ -146,6 +163,7 @@ def pack(
         with_slots(treedef, [Missing() if grad is None else grad for grad in grads], targets),
         _sums.with_numbers(rest, numbers, joined, weight, unit),
         facts._replace(plain=plain, targets=targets),
+        carry,
     )
 
 
@@ -157,7 +175,7 @@ def unpack(state: AccumulatorState, readable: bool) -> tuple[list[Tensor | None]
     grads = [None if isinstance(slot, Missing) else slot for slot in found]
     sums, facts = state.sums, state.facts
     if sums.value is None:
-        return grads, treedef, _sums.NOTHING
+        return grads, treedef, _sums.nothing(sums.carry)
     device = facts.params[0].device
     found, rest, pieces = _sums.numbers(sums)
     numbers = [
@@ -183,7 +201,7 @@ def other_options(theirs: Facts, ours: Facts | Options) -> list[tuple[str, Any, 
     """Options of an accumulator in which two differ: name, and either one's."""
     pairs = [
         (option, getattr(theirs, option), getattr(ours, option))
-        for option in ("reduction", "dtype", "has_aux", "nonfinite")
+        for option in ("reduction", "dtype", "has_aux", "nonfinite", "has_carry")
     ]
     return [(option, one, other) for option, one, other in pairs if one != other]
 

@@ -33,6 +33,7 @@ def to_text(state: AccumulatorState) -> str:
             "params": {path: _kind(param) for path, param in zip(paths, facts.params, strict=True)},
             "grads": grads[0] if facts.targets == 1 else grads,
             "sums": _structure.to_json(state.sums, device),
+            **({} if state.carry is None else {"carry": _structure.to_json(state.carry, device)}),
             "facts": {name: _to_json(value) for name, value in facts._asdict().items() if name != "params"},
         }
     )
@@ -49,7 +50,7 @@ def from_text(like: AccumulatorState, text: str) -> AccumulatorState:
         facts = Facts(params=like.facts.params, **{name: _from_json(value) for name, value in told["facts"].items()})
         params, grads = dict(told["params"]), told["grads"]
         grads = [dict(own) for own in (grads if isinstance(grads, list) else [grads])]
-        sums = told["sums"]
+        sums, carry = told["sums"], told.get("carry")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ValueError(f"is described by facts that this version of gradacc does not know ({error})") from error
     for option, theirs, ours in other_options(facts, like.facts):
@@ -78,9 +79,10 @@ def from_text(like: AccumulatorState, text: str) -> AccumulatorState:
             for slot, (path, param) in zip(place, own.items(), strict=True)
         ]
         sums = _structure.from_json(sums, like.sums, device)
+        carry = None if carry is None else _structure.from_json(carry, like.carry, device)
     except Exception as error:  # of whatever somebody has written, or of a class of the user's
         raise ValueError(f"{error}; pass a state after one update where it is init's") from error
-    return AccumulatorState(with_slots(treedef, found, facts.targets), sums, facts)
+    return AccumulatorState(with_slots(treedef, found, facts.targets), sums, facts, carry)
 
 
 def _of_each(found: list[Any], targets: int) -> list[list[Any]]:

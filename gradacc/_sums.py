@@ -30,18 +30,18 @@ NOTE [weights that are not read]
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from gradacc import _aux, _dtypes, _order, _parts, _tree, _units, _where
+from gradacc import _aux, _carry, _dtypes, _moments, _order, _parts, _tree, _units, _where
 from gradacc._loss import Outcome, Terms
 from gradacc._mean import Mean
 from gradacc._options import Options
-from gradacc._parts import Average, Part, Pieces, Sum, Total, is_part
+from gradacc._parts import Average, Combined, Part, Pieces, Sum, Total, is_part
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,14 +58,21 @@ class Sums:
     """NOTE [units]; None where nothing has had a weight yet."""
     dropped: Sum | None
     """How many micro-batches were dropped; None where none may be, or before the first one."""
+    carry: Any
+    """A list of parts, one for each leaf of the carry (a tree of them where they cross); None where there is none."""
     differentiated: bool
     """Whether any micro-batch had something to contribute: structure."""
 
 
-_tree.register_with_facts(Sums, ("value", "aux", "weight", "unit", "dropped"), "differentiated")
+_tree.register_with_facts(Sums, ("value", "aux", "weight", "unit", "dropped", "carry"), "differentiated")
 
-NOTHING = Sums(None, None, 0.0, None, None, False)
+NOTHING = Sums(None, None, 0.0, None, None, None, False)
 """Before the first micro-batch."""
+
+
+def nothing(carry: list[Part] | None) -> Sums:
+    """The same with a carry."""
+    return NOTHING if carry is None else replace(NOTHING, carry=carry)
 
 
 class Pass(NamedTuple):
@@ -157,15 +164,18 @@ def add(options: Options, sums: Sums, outcome: Outcome, counts: Contribution, si
     name, weight = options.name, weight_of(outcome)
     value = _value(options, outcome, counts.share)
     parts = _aux.parts(name, outcome.aux, counts.share, sizes)
+    # What an empty batch returned, for its types, has none.
+    carry = _carry.add(sums.carry, outcome.carry, counts.dropped) if outcome.carry else sums.carry
     if sums.value is None:
         aux = unflatten_aux(outcome.aux.treedef, parts)
-        return Sums(value, aux, weight, counts.unit, _dropped(counts, outcome), counts.counts)
+        return Sums(value, aux, weight, counts.unit, _dropped(counts, outcome), carry, counts.counts)
     return Sums(
         _merged_value(name, (sums.value, counts.growth), (value, 1.0)),
         _merged_aux(name, (sums.aux, counts.growth), (parts, outcome.aux.treedef)),
         sums.weight + weight,
         counts.unit if counts.unit is not None else sums.unit,
         _sum_of(sums.dropped, _dropped(counts, outcome)),
+        carry,
         sums.differentiated or counts.counts,
     )
 
@@ -179,7 +189,7 @@ def weight_of(outcome: Outcome) -> float | Tensor:
 
 def add_types(options: Options, sums: Sums, outcome: Outcome, known: int | None, sizes: tuple[int, ...]) -> Sums:
     """``sums`` and an empty batch, which only says what types to return; its value is 0, of weight 0."""
-    nothing = outcome._replace(value=_times_zero(outcome.value), weight=0.0)
+    nothing = outcome._replace(value=_times_zero(outcome.value), weight=0.0, carry=())
     counts = contribution(options, sums, nothing, known, narrow=False)._replace(counts=False)
     return add(options, sums, nothing, counts, sizes)
 
@@ -204,6 +214,7 @@ def merge(options: Options, a: Sums, b: Sums) -> tuple[Sums, tuple[float | Tenso
         a.weight + b.weight,
         one,
         _sum_of(a.dropped, b.dropped),
+        None if a.carry is None else _carry.merge(name, a.carry, b.carry),
         a.differentiated or b.differentiated,
     )
     return merged, (1.0, 1.0) if options.reduction == "sum" else shares
@@ -233,7 +244,8 @@ def numbers(sums: Sums) -> tuple[list[Any], Sums, list[list[Any]]]:
     aux = unflatten_aux(treedef, [Pieces([]) if isinstance(part, Pieces) else part for part in parts])
     last = [] if sums.dropped is None else [sums.dropped]
     found = [number for part in [*terms(sums)[0], *parts, *last] for number in _parts.numbers(part)]
-    return found, Sums(sums.value, aux, None, None, sums.dropped, sums.differentiated), pieces
+    found += carry_numbers(sums)
+    return found, Sums(sums.value, aux, None, None, sums.dropped, sums.carry, sums.differentiated), pieces
 
 
 def with_numbers(rest: Sums, numbers: Sequence[Any], pieces: Sequence[list[Any]], weight: Any, unit: Any) -> Sums:
@@ -244,7 +256,31 @@ def with_numbers(rest: Sums, numbers: Sequence[Any], pieces: Sequence[list[Any]]
     value = with_structure(structure, [_parts.with_numbers(part, left) for part in losses])
     full = [Pieces(next(own)) if isinstance(part, Pieces) else _parts.with_numbers(part, left) for part in parts]
     dropped = None if rest.dropped is None else Sum(next(left), rest.dropped.dtype)
-    return Sums(value, unflatten_aux(treedef, full), weight, unit, dropped, rest.differentiated)
+    carried = None if rest.carry is None else with_carry_numbers(rest.carry, left)
+    return Sums(value, unflatten_aux(treedef, full), weight, unit, dropped, carried, rest.differentiated)
+
+
+def carry_numbers(sums: Sums) -> list[Any]:
+    """The last ones of `numbers`: those of the carry."""
+    return [] if sums.carry is None else [n for part in flatten_aux(sums.carry)[0] for n in _parts.numbers(part)]
+
+
+def with_carry_numbers(carry: Any, left: Iterator[Any]) -> Any:
+    """The inverse, of a list or tree of parts."""
+    parts, treedef = flatten_aux(carry)
+    return unflatten_aux(treedef, [_parts.with_numbers(part, left) for part in parts])
+
+
+def of_all_ranks(sums: Sums) -> Sums:
+    """Of sums whose moments are each rank's, stacked: combined."""
+    if sums.carry is None:
+        return sums
+    parts, treedef = flatten_aux(sums.carry)
+    whole = [
+        Combined(_moments.stacked(*_parts.numbers(part)), part.dtype) if isinstance(part, Combined) else part
+        for part in parts
+    ]
+    return replace(sums, carry=unflatten_aux(treedef, whole))
 
 
 def flatten_aux(aux: Any) -> tuple[list[Part], _tree.TreeDef | None]:

@@ -37,6 +37,7 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     step: int | Tensor = 0
+    carry: Any = None
 
 
 def train_step(
@@ -47,7 +48,7 @@ def train_step(
     .. code-block:: python
 
         def step(state, batch, *args):
-            grads, value = grad_fn(state.params, batch, *args)
+            grads, value = grad_fn(state.params, batch, *args)                        # or with a carry, which it keeps
             params, opt_state = optimizer.step(state.params, grads, state.opt_state)  # and loss=, if it takes_loss
             return TrainState(params, opt_state, state.step + 1), metrics
 
@@ -127,8 +128,14 @@ def train_step(
         _check_inside(known, state.opt_state, kwargs)
         scale = _scale(known, state.opt_state, takes, kwargs)
         start = state.params if _where.transforming() else _tree.map_tensors(_without_graph, state.params)
-        named = {} if scale is None else {"loss_scale": scale}
-        grads, value, aux, dropped = _split_result(grad_fn(start, batch, *args, **named, **kwargs))
+        named: dict[str, Any] = {} if scale is None else {"loss_scale": scale}
+        carry = state.carry
+        if carry is not None:
+            named["carry"] = carry if _where.transforming() else _tree.map_tensors(_without_graph, carry)
+        results = grad_fn(start, batch, *args, **named, **kwargs)
+        if carry is not None:
+            results, carry = _split_carry(results)
+        grads, value, aux, dropped = _split_result(results)
         loss, told = _of_value(value, scale)
         metrics = {"loss": loss, "grad_norm": _norm(grads, scale), **told}
         judged = {"loss": _of_value(value, None)[0]} if known.takes_loss else {}
@@ -150,7 +157,7 @@ def train_step(
             metrics["skipped"] = _numbers(report.skipped(opt_state), torch.int64)
             if report.updates is not None:
                 metrics["updates"] = _numbers(report.updates(opt_state), torch.int64)
-        return TrainState(params, opt_state, number), metrics
+        return TrainState(params, opt_state, number, carry), metrics
 
     return step
 
@@ -274,6 +281,15 @@ def _weight(value: Mean) -> Tensor:
     if isinstance(value.weight, Tensor):
         return value.weight
     return _scalars.scalar(value.weight, value.total.device, torch.get_default_dtype())
+
+
+def _split_carry(returned: Any) -> tuple[Any, Any]:
+    if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[0], tuple)):
+        raise TypeError(
+            f"train_step: the state has a carry, and grad_fn returned {describe(returned)}; it must return "
+            "((grads, value), carry). Make it with gradacc.accumulate_and_value(loss_fn, has_carry=True)"
+        )
+    return returned
 
 
 def _split_result(returned: Any) -> tuple[Any, Any, Any, Tensor | None]:

@@ -180,7 +180,7 @@ def register_list(cls: type) -> None:
 
 
 def register_with_facts(cls: type, names: tuple[str, ...], facts: str) -> None:
-    """Make ``cls`` a pytree node: its children are the attributes ``names``, and it is ``cls(*children, facts)``.
+    """Make ``cls`` a pytree node: its children are the attributes ``names``, and it is made of these, and of ``facts``, by name.
 
     ``facts`` names an attribute that is structure: hashable, and compared. To torch all tensors in it are children: what
     torch would take for a leaf (None, a class that it does not know) is structure too.
@@ -189,17 +189,20 @@ def register_with_facts(cls: type, names: tuple[str, ...], facts: str) -> None:
     def to_children(node: Any) -> tuple[Any, ...]:
         return tuple(getattr(node, name) for name in names)
 
+    def made(structure: Any, children: Iterable[Any]) -> Any:
+        return cls(**dict(zip(names, children, strict=True)), **{facts: structure})
+
     def to_torch(node: Any) -> tuple[list[Any], tuple[TreeDef, Any]]:
         leaves, treedef = flatten(to_children(node))
         return leaves, (treedef, getattr(node, facts))
 
     def from_torch(leaves: Iterable[Any], context: tuple[TreeDef, Any]) -> Any:
-        return cls(*unflatten(context[0], list(leaves)), context[1])
+        return made(context[1], unflatten(context[0], list(leaves)))
 
     optree.register_pytree_node(
         cls,
         lambda node: (to_children(node), getattr(node, facts), names),
-        lambda structure, children: cls(*children, structure),
+        made,
         path_entry_type=optree.GetAttrEntry,
         namespace=NAMESPACE,
     )

@@ -119,6 +119,7 @@ def describe(
             ("overlap", sync.overlap),
             ("weights", options.weights is not None),
             ("nonfinite", options.nonfinite),
+            ("has_carry", options.has_carry),
             ("through", options.through is not None),
             ("rows", options.rows),
         ),

@@ -6,6 +6,7 @@ A layout is `Sums` whose numbers are replaced by `Spec`s: what a rank without a 
 from __future__ import annotations
 
 from collections.abc import Sequence
+import dataclasses
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from gradacc import _parts, _sums, _tree
 from gradacc._dtypes import is_inexact
 from gradacc._options import Options
-from gradacc._parts import Average, Part, Pieces, Total
+from gradacc._parts import Average, Combined, Part, Pieces, Total
 from gradacc._sums import Sums
 
 
@@ -31,6 +32,8 @@ class Spec:
     """Of a Python number: whether it is an int."""
     is_loss: bool = False
     """Whether it is what a loss is, or the total of a mean that is a part of it."""
+    gathered: bool = False
+    """Whether each rank's is wanted, in a place of its own, and not their sum: NOTE [moments cross] in ``wire.py``."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,11 @@ def of(sums: Sums) -> Layout:
     losses, structure = _sums.terms(sums)
     value = _sums.with_structure(structure, [_specs(part, is_loss=True) for part in losses])
     dropped: Any = None if sums.dropped is None else _specs(sums.dropped)
-    return Sums(value, _sums.unflatten_aux(treedef, [_specs(part) for part in parts]), None, None, dropped, True)
+    carry: Any = None
+    if sums.carry is not None:
+        own, structure_of_carry = _sums.flatten_aux(sums.carry)
+        carry = _sums.unflatten_aux(structure_of_carry, [_specs(part) for part in own])
+    return Sums(value, _sums.unflatten_aux(treedef, [_specs(part) for part in parts]), None, None, dropped, carry, True)
 
 
 def specs(layout: Layout) -> list[Spec]:
@@ -75,8 +82,8 @@ def restore(layout: Layout, summed: Sequence[Any], local: Sums, like: Tensor, fi
         pieces = [[torch.empty((0, *piece.trailing), dtype=piece.dtype, device=like.device)] for (piece,) in pieces]
     else:
         pieces = _sums.numbers(local)[2]
-    structure = Sums(rest.value, rest.aux, None, None, rest.dropped, differentiated)
-    return _sums.with_numbers(structure, summed, pieces, weight, unit)
+    structure = Sums(rest.value, rest.aux, None, None, rest.dropped, rest.carry, differentiated)
+    return _sums.of_all_ranks(_sums.with_numbers(structure, summed, pieces, weight, unit))
 
 
 def restored(value: Tensor, spec: Spec, device: torch.device) -> Any:
@@ -99,13 +106,17 @@ def difference(one: Layout, other: Layout) -> str | None:
     for a, b in zip(losses, others, strict=True):
         if _facts(a) != _facts(b):
             return f"the loss is {_words(a)}, and {_words(b)}"
-    parts, treedef = _sums.flatten_aux(one.aux)
-    others, othertree = _sums.flatten_aux(other.aux)
+    return _difference_of_trees("aux", one.aux, other.aux) or _difference_of_trees("carry", one.carry, other.carry)
+
+
+def _difference_of_trees(root: str, one: Any, other: Any) -> str | None:
+    parts, treedef = _sums.flatten_aux(one)
+    others, othertree = _sums.flatten_aux(other)
     if treedef != othertree:
-        return f"aux has the structure {treedef}, and {othertree}"
+        return f"{root} has the structure {treedef}, and {othertree}"
     if treedef is None:
         return None
-    for path, a, b in zip(_tree.paths(treedef, "aux"), parts, others, strict=True):
+    for path, a, b in zip(_tree.paths(treedef, root), parts, others, strict=True):
         if _facts(a) != _facts(b):
             return f"{path} is {_words(a)}, and {_words(b)}"
     return None
@@ -116,6 +127,9 @@ def _specs(part: Part, is_loss: bool = False) -> Part:
         first = part.tensors[0]
         return Pieces([Local(first.dtype, tuple(first.shape[1:]))])
     first, *rest = _parts.numbers(part)
+    if isinstance(part, Combined):
+        each = [dataclasses.replace(_spec(number, False), gathered=True) for number in (first, *rest)]
+        return _parts.with_numbers(part, iter(each))
     weighted = isinstance(part, Average)
     return _parts.with_numbers(part, iter([_spec(first, weighted, is_loss), *(_spec(n, weighted) for n in rest)]))
 

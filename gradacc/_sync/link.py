@@ -234,7 +234,7 @@ class Link(Turn):
                     if not plan.narrow and not self.withholds:
                         grads[index] = None
                     wire.pack(plan.places[index], flat, None if self.withholds else grad, self.factor)
-            wire.write_vectors(plan, at, flat, values)
+            wire.write_vectors(plan, at, flat, values, (self.group.rank(), self.group.size()))
             sending.launch(record)
 
     def wait_for_sums(self, sending: Sending, keep: bool) -> Tensor | None:

@@ -63,7 +63,7 @@ class Traced:
                 else _flat(as_real(grad) * factor, own is not None).to(bucket.wire)
                 for grad, place, own in ((grads[i], plan.places[i], strides[i]) for i in bucket.indices)
             ]
-            parts += [as_real(values[n]).reshape(-1) for n in plan.vectors[at]]
+            parts += [piece for n in plan.vectors[at] for piece in self._rider(plan.specs[n], values[n])]
             if at == plan.header:
                 coded = records.encode(record, bucket.wire)
                 before, after = group.rank(), group.size() - 1 - group.rank()
@@ -80,9 +80,16 @@ class Traced:
             number if spec.dtype is None else number.to(device=params[0].device, dtype=spec.dtype)
             for number, spec in zip(summed, plan.specs, strict=True)
         ]
-        differentiated = Sums(rest.value, rest.aux, None, None, rest.dropped, True)
+        differentiated = Sums(rest.value, rest.aux, None, None, rest.dropped, rest.carry, True)
         whole = _sums.with_numbers(differentiated, restored, pieces, floats[:, channels.WEIGHT].sum(), 1.0)
-        return wire.unpack(plan, wide, params, strides), whole, arrived or not sums.differentiated
+        return wire.unpack(plan, wide, params, strides), _sums.of_all_ranks(whole), arrived or not sums.differentiated
+
+    def _rider(self, spec: layouts.Spec, value: Tensor) -> list[Tensor]:
+        flat = as_real(value).reshape(-1)
+        if not spec.gathered:
+            return [flat]
+        before, after = self.group.rank(), self.group.size() - 1 - self.group.rank()
+        return [flat.new_zeros(before * len(flat)), flat, flat.new_zeros(after * len(flat))]
 
     def _plan(self, sums: Sums) -> wire.Plan:
         sync, name = self.options.sync, self.options.name

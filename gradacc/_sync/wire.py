@@ -1,4 +1,10 @@
-"""Packing: buckets of gradients, and behind them what else is summed. NOTE [one collective]"""
+"""Packing: buckets of gradients, and behind them what else is summed. NOTE [one collective]
+
+NOTE [moments cross]
+    Moments do not add up number by number, and as sums of x and x^2 they would lose the digits that Chan's formula keeps. So each
+    rank writes its own into places of its own, where every other rank adds zeros, and all combine the same ones: ranks times
+    the numbers of the moments, as an all-gather of them (torch's ``SyncBatchNorm``) sends.
+"""
 
 from __future__ import annotations
 
@@ -143,7 +149,7 @@ def shape(plan: Plan, world: int, fixed: int) -> Shape:
     columns = fixed + sum(_width(spec) for spec in plan.specs if not spec.shape)
     flats = []
     for at, bucket in enumerate(plan.buckets):
-        numel = bucket.numel + sum(_numel(plan.specs[n]) for n in plan.vectors[at])
+        numel = bucket.numel + sum(_numel(plan.specs[n], world) for n in plan.vectors[at])
         if at == plan.header:
             numel += world * records.digits(columns, bucket.wire)
         flats.append((numel, bucket.wire, bucket.device))
@@ -154,9 +160,9 @@ def _width(spec: Spec) -> int:
     return 2 if spec.dtype is not None and spec.dtype.is_complex else 1
 
 
-def _numel(spec: Spec) -> int:
+def _numel(spec: Spec, world: int) -> int:
     assert spec.dtype is not None
-    return torch.Size(spec.shape).numel() * (2 if spec.dtype.is_complex else 1)
+    return torch.Size(spec.shape).numel() * (2 if spec.dtype.is_complex else 1) * (world if spec.gathered else 1)
 
 
 def pack(place: Place, flat: Tensor, grad: Tensor | None, factor: float | Tensor) -> None:
@@ -170,24 +176,31 @@ def pack(place: Place, flat: Tensor, grad: Tensor | None, factor: float | Tensor
         torch.mul(numbers, factor, out=part.view(numbers.shape))
 
 
-def write_vectors(plan: Plan, at: int, flat: Tensor, values: Sequence[Any] | None) -> None:
-    """Put a bucket's riders behind its gradients; None: this rank has nothing."""
+def write_vectors(plan: Plan, at: int, flat: Tensor, values: Sequence[Any] | None, place: tuple[int, int]) -> None:
+    """Put a bucket's riders behind its gradients; None: this rank has nothing. ``place``: its number, and how many there are."""
+    rank, world = place
     offset = plan.buckets[at].numel
     for n in plan.vectors[at]:
-        part = flat.narrow(0, offset, _numel(plan.specs[n]))
-        part.zero_() if values is None else part.copy_(_dtypes.as_real(values[n]).reshape(-1))
+        spec = plan.specs[n]
+        part = flat.narrow(0, offset, _numel(spec, world))
         offset += part.numel()
+        if values is None or spec.gathered:
+            part.zero_()
+        if values is not None:
+            own = part.chunk(world)[rank] if spec.gathered and part.numel() else part
+            own.copy_(_dtypes.as_real(values[n]).reshape(-1))
 
 
-def read_vectors(plan: Plan, at: int, flat: Tensor) -> dict[int, Tensor]:
-    """The sums of a bucket's riders, by their number."""
+def read_vectors(plan: Plan, at: int, flat: Tensor, world: int) -> dict[int, Tensor]:
+    """The sums of a bucket's riders, by their number; of what is gathered each rank's."""
     offset, found = plan.buckets[at].numel, {}
     for n in plan.vectors[at]:
         spec = plan.specs[n]
         assert spec.dtype is not None
-        part = flat.narrow(0, offset, _numel(spec)).clone()
+        part = flat.narrow(0, offset, _numel(spec, world)).clone()
         offset += part.numel()
-        shaped = part.view(*spec.shape, 2) if spec.dtype.is_complex else part.view(spec.shape)
+        shape = (world, *spec.shape) if spec.gathered else spec.shape
+        shaped = part.view(*shape, 2) if spec.dtype.is_complex else part.view(shape)
         found[n] = torch.view_as_complex(shaped) if spec.dtype.is_complex else shaped
     return found
 
@@ -229,7 +242,7 @@ def read(plan: Plan, flats: Sequence[Tensor], fixed: int, table: Tensor, shares:
     """
     sums = _summed(plan, fixed, table, shares)
     for at, flat in enumerate(flats):
-        for n, tensor in read_vectors(plan, at, flat).items():
+        for n, tensor in read_vectors(plan, at, flat, len(table)).items():
             sums[n] = tensor
     return sums
 
@@ -242,6 +255,10 @@ def _summed(plan: Plan, fixed: int, table: Tensor, shares: Tensor) -> list[Any]:
     for spec in plan.specs:
         if spec.shape:
             sums.append(None)
+        elif spec.gathered:
+            wide = spec.dtype is None or spec.dtype.is_floating_point
+            sums.append((floats if wide else table)[:, column])
+            column += 1
         elif spec.dtype is None or spec.dtype.is_floating_point:
             sums.append((floats[:, column] * shares if spec.weighted else floats[:, column]).sum())
             column += 1

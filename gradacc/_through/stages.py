@@ -61,7 +61,7 @@ def run(fold: Fold, given: Given, boundary: _sync.Boundary, first: Callable[[], 
     loss = composed.composed(options, given.loss_fn, given.positions)
     fold = fold._replace(
         options=whole,
-        loss=_loop.loss_of(whole, loss, given.args, given.positions[0], fold.treedef, given.kwargs),
+        loss=_loop.loss_of(whole, loss, given.args, given.positions[0], fold.treedef, (given.kwargs, None)),
     )
     one = _split.microbatches(whole, given.args, *given.positions)
     fold = fold._replace(known=one.examples)
@@ -137,8 +137,8 @@ def _run(fold: Fold, given: Given, buffer: Buffer, encoder: Encoder, microbatch:
 
     own = encoders.arguments(given.args, *given.positions)
     plain = encoder.options._replace(reduction="sum", has_aux=False, through=None)
-    loss = _loop.loss_of(plain, encode, own, given.positions[0], fold.treedef, {})
-    tape, _ = fold.engine.forward(buffer, functools.partial(loss, microbatch))
+    loss = _loop.loss_of(plain, encode, own, given.positions[0], fold.treedef, ({}, None))
+    tape, _ = fold.engine.forward(buffer, functools.partial(loss, microbatch, {}))
     ((output, differentiable),) = found
     return Ran(output, differentiable, tape, cotangents)
 
