@@ -11,6 +11,7 @@ from gradacc import checkpoint, data, optim
 from gradacc._accumulate import accumulate, accumulate_and_value
 from gradacc._accumulator import Accumulator, accumulator
 from gradacc._all_reduce import AllReduce, all_reduce
+from gradacc._batch_norm import BatchNorm, batch_norm
 from gradacc._kept import Kept
 from gradacc._mean import Mean
 from gradacc._microbatch import MicrobatchOptions, microbatch
@@ -33,6 +34,7 @@ __all__ = [
     "AllReduce",
     "Apply",
     "Backward",
+    "BatchNorm",
     "Kept",
     "Mean",
     "MicrobatchOptions",
@@ -47,6 +49,7 @@ __all__ = [
     "accumulate_and_value",
     "accumulator",
     "all_reduce",
+    "batch_norm",
     "checkpoint",
     "data",
     "functional",

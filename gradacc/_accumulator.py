@@ -233,8 +233,7 @@ def _init(options: Options, params: Any, carried: dict[str, Any]) -> Accumulator
     )
     if others:
         raise TypeError(
-            f"{options.name}: init got {', '.join(others)}; it takes params, and with has_carry=True carry= (a carry is given to "
-            "init, and is in the state from then on)"
+            f"{options.name}: init got {', '.join(others)}; it takes params, and with has_carry=True carry=, which is in the state from then on"
         )
     if given is None:
         return _state.initial(options, found, treedef, None, None)

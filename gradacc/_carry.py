@@ -93,8 +93,8 @@ def returned(name: str, carry: Given, out: Any) -> list[Any]:
             path = _tree.paths(treedef, "carry")[at]
             error = ValueError if isinstance(leaf, type(old)) and _dtypes_of(leaf) == _dtypes_of(old) else TypeError
             raise error(
-                f"{name}: loss_fn returned {path} as {_words(leaf)}, and was given {_words(old)}; a carry keeps its kinds, shapes, "
-                "dtypes and devices: return it like what was given, or begin with another one"
+                f"{name}: loss_fn returned {path} as {_words(leaf)}, and was given {_words(old)}; a carry keeps its kinds, "
+                "shapes, dtypes and devices: return it like what was given, or begin with another one"
             )
         found.append(new)
     return found
@@ -118,8 +118,8 @@ def merge(name: str, one: Sequence[Part], other: Sequence[Part]) -> list[Part]:
     for a, b in zip(one, other, strict=True):
         if isinstance(a, Latest) or isinstance(b, Latest):
             raise ValueError(
-                f"{name}: the carry has a tensor (of shape {tuple(_parts.numbers(a)[0].shape)}), which goes from one micro-batch "
-                "to the next, and two states that have both seen micro-batches do not say which came first. Update one state "
+                f"{name}: the carry has a tensor (of shape {tuple(_parts.numbers(a)[0].shape)}), which goes from one "
+                "micro-batch to the next, and two states that have both seen micro-batches do not say which came first. Update one state "
                 "with all of them; or carry a gradacc.Mean or gradacc.Moments, which add up in any order"
             )
     return [_parts.add(name, a, b, lambda: "a leaf of the carry") for a, b in zip(one, other, strict=True)]
@@ -175,7 +175,8 @@ def _as_tensor(number: Any, like: Tensor) -> Tensor:
     if isinstance(number, Tensor):
         return number
     dtype = torch.float64 if like.device.type != "mps" else torch.float32
-    return torch.zeros((), dtype=dtype, device=like.device) + number
+    tensor: Tensor = torch.zeros((), dtype=dtype, device=like.device) + number
+    return tensor
 
 
 def _like(leaf: Any, old: Any) -> Any:
@@ -196,11 +197,14 @@ def _like(leaf: Any, old: Any) -> Any:
     return Moments(count, new.mean, new.m2) if _facts(new.mean) == _facts(old.mean) and count is not None else None
 
 
-def _counted(new: Tensor, old: Tensor) -> Tensor | None:
+def _counted(new: Any, old: Any) -> Tensor | None:
     """In the dtype and on the device of ``old``; integers may become floats, and not the other way round."""
     if new.shape != old.shape or (new.is_floating_point() and not old.is_floating_point()):
         return None
-    return new.to(device=old.device, dtype=_dtypes.sum_dtype(old.dtype) if old.is_floating_point() else torch.int64)
+    counted: Tensor = new.to(
+        device=old.device, dtype=_dtypes.sum_dtype(old.dtype) if old.is_floating_point() else torch.int64
+    )
+    return counted
 
 
 def _start(leaf: Any, detached: bool) -> Part:
@@ -229,7 +233,7 @@ def _plain_sum(a: Mean, b: Mean) -> Mean:
 
 def _summable(moments: Moments) -> Moments:
     """In what is summed; what has count 0 is exactly 0, whatever its mean says."""
-    nothing = moments.count == 0
+    nothing: Any = moments.count == 0
     mean, m2 = (torch.where(nothing, 0.0, _parts.widened(part)) for part in (moments.mean, moments.m2))
     return Moments(moments.count, mean, m2)
 

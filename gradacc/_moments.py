@@ -93,7 +93,7 @@ class Moments:
     def __radd__(self, other: int) -> Moments:
         if isinstance(other, int) and other == 0:  # what `sum(moments)` starts from
             return self
-        return self + other  # type: ignore[operator]  # which is refused there
+        return self.__add__(other)  # type: ignore[arg-type]  # which is refused there
 
 
 def _ratio(part: Tensor | float, whole: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor | float:

@@ -41,7 +41,7 @@ from gradacc import _aux, _carry, _dtypes, _moments, _order, _parts, _tree, _uni
 from gradacc._loss import Outcome, Terms
 from gradacc._mean import Mean
 from gradacc._options import Options
-from gradacc._parts import Average, Combined, Part, Pieces, Sum, Total, is_part
+from gradacc._parts import Average, Combined, Latest, Part, Pieces, Sum, Total, is_part
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -309,7 +309,7 @@ def unflatten_aux(treedef: _tree.TreeDef | None, leaves: Sequence[Any]) -> Any:
 
 def dtypes(sums: Sums) -> list[torch.dtype]:
     """Of the loss; of each mean of several, and of none before the first micro-batch."""
-    return [part.dtype for part in terms(sums)[0] if not isinstance(part, Pieces)]
+    return [part.dtype for part in terms(sums)[0] if not isinstance(part, (Pieces, Latest))]
 
 
 def factor(sums: Sums) -> float | Tensor:

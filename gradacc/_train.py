@@ -25,6 +25,8 @@ class TrainState(NamedTuple):
         step: steps so far, with those whose update was skipped: an int, or a 0-dim integer tensor (which a compiled step does
             not compile anew for). Optimizers count the updates that they made, which is what a learning rate that is a
             function of the step goes by.
+        carry: what a ``grad_fn`` with ``has_carry=True`` begins with (running statistics, a hidden state). None and the empty
+            tuple, the default, are no carry. (The default is not None, which `torch.vmap` takes for a leaf.)
 
     Example:
         >>> import torch, gradacc
@@ -37,7 +39,7 @@ class TrainState(NamedTuple):
     params: Any
     opt_state: Any
     step: int | Tensor = 0
-    carry: Any = None
+    carry: Any = ()
 
 
 def train_step(
@@ -129,11 +131,14 @@ def train_step(
         scale = _scale(known, state.opt_state, takes, kwargs)
         start = state.params if _where.transforming() else _tree.map_tensors(_without_graph, state.params)
         named: dict[str, Any] = {} if scale is None else {"loss_scale": scale}
-        carry = state.carry
-        if carry is not None:
+        carry, has_carry = (
+            state.carry,
+            not (state.carry is None or (isinstance(state.carry, tuple) and not state.carry)),
+        )
+        if has_carry:
             named["carry"] = carry if _where.transforming() else _tree.map_tensors(_without_graph, carry)
         results = grad_fn(start, batch, *args, **named, **kwargs)
-        if carry is not None:
+        if has_carry:
             results, carry = _split_carry(results)
         grads, value, aux, dropped = _split_result(results)
         loss, told = _of_value(value, scale)

@@ -180,7 +180,7 @@ def register_list(cls: type) -> None:
 
 
 def register_with_facts(cls: type, names: tuple[str, ...], facts: str) -> None:
-    """Make ``cls`` a pytree node: its children are the attributes ``names``, and it is made of these, and of ``facts``, by name.
+    """Make ``cls`` a pytree node: its children are the attributes ``names``, and it is made of these and ``facts`` by name.
 
     ``facts`` names an attribute that is structure: hashable, and compared. To torch all tensors in it are children: what
     torch would take for a leaf (None, a class that it does not know) is structure too.

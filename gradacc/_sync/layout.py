@@ -5,8 +5,8 @@ A layout is `Sums` whose numbers are replaced by `Spec`s: what a rank without a 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 

@@ -1,7 +1,7 @@
 """Packing: buckets of gradients, and behind them what else is summed. NOTE [one collective]
 
 NOTE [moments cross]
-    Moments do not add up number by number, and as sums of x and x^2 they would lose the digits that Chan's formula keeps. So each
+    Moments do not add up number by number, and as sums of x and x^2 they lose the digits that Chan's formula keeps. So each
     rank writes its own into places of its own, where every other rank adds zeros, and all combine the same ones: ranks times
     the numbers of the moments, as an all-gather of them (torch's ``SyncBatchNorm``) sends.
 """
@@ -177,7 +177,7 @@ def pack(place: Place, flat: Tensor, grad: Tensor | None, factor: float | Tensor
 
 
 def write_vectors(plan: Plan, at: int, flat: Tensor, values: Sequence[Any] | None, place: tuple[int, int]) -> None:
-    """Put a bucket's riders behind its gradients; None: this rank has nothing. ``place``: its number, and how many there are."""
+    """Put a bucket's riders behind its gradients; None: this rank has nothing. ``place``: rank, and world."""
     rank, world = place
     offset = plan.buckets[at].numel
     for n in plan.vectors[at]:
