@@ -157,6 +157,9 @@ def accumulate_and_value(
             ``steps`` and ``microbatch_size`` may be dicts then. With ``sync``, outputs are of all ranks: ``docs/through.md``.
         weights: ``weights(batch)``, of several means: the weight of each, in their structure, counted before the first forward
             pass (of what is split of the arguments; of a list of micro-batches one by one). One backward pass is then enough.
+        has_carry: ``loss_fn(params, batch, carry=c)`` returns ``(usual, c)``, and so does ``grad_fn(params, batch, carry=c)``.
+            A tree of tensors, which go from one micro-batch to the next, and of `Mean`s and `gradacc.Moments`, which add up.
+            ``docs/state.md``: BatchNorm, recurrent state, ranks.
 
     Returns:
         ``grad_fn(params, batch, *args, **kwargs)``, which returns ``(grads, value)``, or ``(grads, (value, aux))`` with

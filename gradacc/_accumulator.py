@@ -111,6 +111,9 @@ def accumulator(
             catches the error calls ``finalize`` all the same, with the state before it. If it begins another state by ``init``
             instead, and not all ranks do so, the next ``finalize`` and all later ones of this accumulator are errors on all
             of them; if it ends, the others wait for the group's timeout.
+        has_carry: ``init(params, carry=c)`` says what it begins with, each ``update`` threads it, and ``finalize`` returns
+            ``(usual, carry)``. ``merge`` adds `Mean`s and `gradacc.Moments`; a tensor in the carry of two states that have
+            both seen micro-batches is an error: ``docs/state.md``.
         donate: the memory of a state given to ``update``, ``merge`` or ``finalize`` may be reused; using the state, or a
             tensor of it, afterwards is an error. Without ``donate`` nothing that the caller holds changes, which costs a copy
             of all gradients an update.
@@ -233,7 +236,8 @@ def _init(options: Options, params: Any, carried: dict[str, Any]) -> Accumulator
     )
     if others:
         raise TypeError(
-            f"{options.name}: init got {', '.join(others)}; it takes params, and with has_carry=True carry=, which is in the state from then on"
+            f"{options.name}: init got {', '.join(others)}; it takes params, and with has_carry=True carry=, which is in "
+            "the state from then on"
         )
     if given is None:
         return _state.initial(options, found, treedef, None, None)

@@ -91,7 +91,7 @@ def returned(name: str, carry: Given, out: Any) -> list[Any]:
         new = _like(leaf, old)
         if new is None:
             path = _tree.paths(treedef, "carry")[at]
-            error = ValueError if isinstance(leaf, type(old)) and _dtypes_of(leaf) == _dtypes_of(old) else TypeError
+            error = ValueError if _dtypes_of(_known(leaf)) == _dtypes_of(old) else TypeError
             raise error(
                 f"{name}: loss_fn returned {path} as {_words(leaf)}, and was given {_words(old)}; a carry keeps its kinds, "
                 "shapes, dtypes and devices: return it like what was given, or begin with another one"
@@ -119,8 +119,8 @@ def merge(name: str, one: Sequence[Part], other: Sequence[Part]) -> list[Part]:
         if isinstance(a, Latest) or isinstance(b, Latest):
             raise ValueError(
                 f"{name}: the carry has a tensor (of shape {tuple(_parts.numbers(a)[0].shape)}), which goes from one "
-                "micro-batch to the next, and two states that have both seen micro-batches do not say which came first. Update one state "
-                "with all of them; or carry a gradacc.Mean or gradacc.Moments, which add up in any order"
+                "micro-batch to the next, and two states that have both seen some do not say which came first. Update one "
+                "state with all of them; or carry a gradacc.Mean or gradacc.Moments, which add up in any order"
             )
     return [_parts.add(name, a, b, lambda: "a leaf of the carry") for a, b in zip(one, other, strict=True)]
 
@@ -242,8 +242,8 @@ def _facts(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.dtype, tensor.device
 
 
-def _dtypes_of(leaf: Any) -> list[torch.dtype]:
-    return [tensor.dtype for tensor in _tree.flatten(leaf)[0] if isinstance(tensor, Tensor)]
+def _dtypes_of(leaf: Any) -> list[Any]:
+    return [type(leaf)] + [tensor.dtype for tensor in _tree.flatten(leaf)[0] if isinstance(tensor, Tensor)]
 
 
 def _words(leaf: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -93,7 +94,8 @@ class Moments:
     def __radd__(self, other: int) -> Moments:
         if isinstance(other, int) and other == 0:  # what `sum(moments)` starts from
             return self
-        return self.__add__(other)  # type: ignore[arg-type]  # which is refused there
+        refused: Any = other
+        return self + refused  # type: ignore[no-any-return]  # it is an error
 
 
 def _ratio(part: Tensor | float, whole: Tensor | float, like: Tensor, dtype: torch.dtype) -> Tensor | float:
