@@ -22,7 +22,7 @@ from gradacc import _module
 from gradacc._describe import describe
 from gradacc._moments import Moments
 
-_COUNT, _MEAN, _M2 = "_gradacc_count", "_gradacc_mean", "_gradacc_m2"
+_COUNT, _MEAN, _M2 = "gradacc_count", "gradacc_mean", "gradacc_m2"
 
 
 class BatchNorm(NamedTuple):
@@ -163,9 +163,9 @@ class _WithMoments:
         layer: Any = self
         if layer.training:
             found = Moments.of(input.detach(), [n for n in range(input.ndim) if n != 1])
-            layer._gradacc_count.copy_(found.count)
-            layer._gradacc_mean.copy_(found.mean)
-            layer._gradacc_m2.copy_(found.m2)
+            layer.gradacc_count.copy_(found.count)
+            layer.gradacc_mean.copy_(found.mean)
+            layer.gradacc_m2.copy_(found.m2)
         output: Tensor = super().forward(input)  # type: ignore[misc]  # the layer's
         return output
 

@@ -75,6 +75,16 @@ def test_with_aux():
     assert_trees_equal((again, only, carry), (grads, aux, torch.tensor(2)))
 
 
+def test_a_scaled_loss_keeps_its_carry():
+    def loss_fn(params, batch, carry):
+        return (batch @ params["w"]).mean(), carry + 1
+
+    plain = gradacc.accumulate(loss_fn, steps=2, has_carry=True)(W, X, carry=torch.tensor(0))
+    scaled = gradacc.optim.scaled_loss(loss_fn, has_carry=True)
+    grads, carry = gradacc.accumulate(scaled, steps=2, has_carry=True)(W, X, carry=torch.tensor(0), loss_scale=4.0)
+    assert_trees_close((grads["w"], carry), (4 * plain[0]["w"], plain[1]))
+
+
 def test_nothing_passed_in_is_changed_and_results_are_new():
     given = {"h": torch.ones(3), "same": torch.ones(2)}
     before = copy.deepcopy(given)

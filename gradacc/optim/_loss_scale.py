@@ -155,7 +155,7 @@ def dynamic_loss_scale(
     return Optimizer(init, step, report=report, loss_scale=scale_of, takes_loss=optimizer.takes_loss)
 
 
-def scaled_loss(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:
+def scaled_loss(loss_fn: Callable[..., Any], *, has_aux: bool = False, has_carry: bool = False) -> Callable[..., Any]:
     """The same loss times ``loss_scale``, for `dynamic_loss_scale`.
 
     .. code-block:: python
@@ -170,6 +170,7 @@ def scaled_loss(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callab
     Arguments:
         loss_fn: ``loss_fn(params, batch, *args, **kwargs)``, as for `gradacc.accumulate`.
         has_aux: ``loss_fn`` returns ``(loss, aux)``.
+        has_carry: ``loss_fn`` returns ``(usual, carry)``; the carry stays as it is.
 
     Returns:
         ``scaled(params, batch, *args, loss_scale, **kwargs)``. ``loss_scale``, a keyword argument, is a number or a 0-dim
@@ -188,16 +189,19 @@ def scaled_loss(loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callab
         >>> grad_fn(torch.ones(()), torch.arange(5.0), loss_scale=8.0)
         tensor(16.)
     """
-    options = _options.options("scaled_loss", loss_fn, _options.Given(has_aux=has_aux))
+    options = _options.options("scaled_loss", loss_fn, _options.Given(has_aux=has_aux, has_carry=has_carry))
     signature = _with_scale(loss_fn)
 
     @functools.wraps(loss_fn, updated=())
     def scaled(*args: Any, loss_scale: Any = _MISSING, **kwargs: Any) -> Any:
         factor = _factor(loss_scale)
-        value, aux = _loss.returned(options, loss_fn(*args, **kwargs))
+        usual = loss_fn(*args, **kwargs)
+        usual, carry = _loss.with_carry(options, usual) if has_carry else (usual, None)
+        value, aux = _loss.returned(options, usual)
         losses, treedef = _loss.losses(options, value)
         loss = _tree.unflatten(treedef, [_times(each, factor) for each in losses])
-        return (loss, aux) if has_aux else loss
+        scaled_usual = (loss, aux) if has_aux else loss
+        return (scaled_usual, carry) if has_carry else scaled_usual
 
     scaled.__signature__ = signature  # type: ignore[attr-defined]  # which `takes_keyword` reads, through functools.wraps
     return scaled
