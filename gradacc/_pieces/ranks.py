@@ -36,7 +36,7 @@ def run(
                 )
         own = [_part(outs, leaf, joined, n) for n, leaf in enumerate(joined.leaves)]
         sent = {leaf.path: part for leaf, part in zip(joined.leaves, own, strict=True) if part is not None}
-        sums = Sums(Sum(nothing, nothing.dtype), sent, 1.0, 1.0, None, False)
+        sums = Sums(Sum(nothing, nothing.dtype), sent, 1.0, 1.0, None, None, False)
     except BaseException as error:
         boundary.fail(error)
         raise
