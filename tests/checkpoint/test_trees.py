@@ -213,7 +213,7 @@ def containers(children: Any, keys: Any) -> Any:
         st.builds(Mean, children, children),
         st.builds(Node, children),
         st.builds(Two, children, children),
-        st.builds(TrainState, children, children),
+        st.builds(TrainState, children, children, carry=children),
         st.dictionaries(st.text(max_size=2), children, max_size=2).map(Batch),
     )
 
