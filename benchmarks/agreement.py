@@ -74,7 +74,8 @@ def measure(world: int, rounds: int) -> dict[str, Any]:
     try:
         options = _options.options("accumulate", sum, _options.Given(sync=gradacc.all_reduce()))
         leaves, treedef = _tree.flatten(PARAMS)
-        here = layout.of(Sums(Average(torch.ones(()), torch.float32), None, 1.0, 1.0, None, None, True))
+        value = Average(torch.ones(()), torch.float32)
+        here = layout.of(Sums(value=value, aux=None, weight=1.0, unit=1.0, differentiated=True))
         mine = agreement.describe(options, leaves, treedef, here, 8.0, ())
         assert dist.group.WORLD is not None
         caller = agreement.Caller("accumulate", dist.group.WORLD, 1, "accumulate(train.loss_fn:12)")

@@ -95,7 +95,7 @@ def initial(
         has_carry=options.has_carry,
     )
     weight = torch.zeros((), dtype=torch.float64, device="cpu")
-    sums = Sums(None, None, weight, None, None, start, False)
+    sums = Sums(value=None, aux=None, weight=weight, unit=None, carry=start, differentiated=False)
     return AccumulatorState(_tree.unflatten(treedef, [Missing() for _ in params]), sums, facts, carry)
 
 

@@ -44,21 +44,21 @@ from gradacc._options import Options
 from gradacc._parts import Average, Combined, Latest, Part, Pieces, Sum, Total, is_part
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Sums:
-    """NOTE [one pytree]"""
+    """NOTE [one pytree]. Every field is named where one is made: most can be None, and one more would take another's place."""
 
     value: Any
     """A part; of several means, a tuple, list or dict of them; None before the first micro-batch."""
     aux: Any
-    """A tree of parts."""
+    """A tree of parts; None where there is none."""
     weight: Any
     """Of all micro-batches: a Python number, or a 0-dim tensor where it is not read."""
     unit: Any
     """NOTE [units]; None where nothing has had a weight yet."""
-    dropped: Sum | None
+    dropped: Sum | None = None
     """How many micro-batches were dropped; None where none may be, or before the first one."""
-    carry: Any
+    carry: Any = None
     """A list of parts, one for each leaf of the carry (a tree of them where they cross); None where there is none."""
     differentiated: bool
     """Whether any micro-batch had something to contribute: structure."""
@@ -66,7 +66,7 @@ class Sums:
 
 _tree.register_with_facts(Sums, ("value", "aux", "weight", "unit", "dropped", "carry"), "differentiated")
 
-NOTHING = Sums(None, None, 0.0, None, None, None, False)
+NOTHING = Sums(value=None, aux=None, weight=0.0, unit=None, differentiated=False)
 """Before the first micro-batch."""
 
 
@@ -168,15 +168,23 @@ def add(options: Options, sums: Sums, outcome: Outcome, counts: Contribution, si
     carry = _carry.add(sums.carry, outcome.carry, counts.dropped) if outcome.carry else sums.carry
     if sums.value is None:
         aux = unflatten_aux(outcome.aux.treedef, parts)
-        return Sums(value, aux, weight, counts.unit, _dropped(counts, outcome), carry, counts.counts)
+        return Sums(
+            value=value,
+            aux=aux,
+            weight=weight,
+            unit=counts.unit,
+            dropped=_dropped(counts, outcome),
+            carry=carry,
+            differentiated=counts.counts,
+        )
     return Sums(
-        _merged_value(name, (sums.value, counts.growth), (value, 1.0)),
-        _merged_aux(name, (sums.aux, counts.growth), (parts, outcome.aux.treedef)),
-        sums.weight + weight,
-        counts.unit if counts.unit is not None else sums.unit,
-        _sum_of(sums.dropped, _dropped(counts, outcome)),
-        carry,
-        sums.differentiated or counts.counts,
+        value=_merged_value(name, (sums.value, counts.growth), (value, 1.0)),
+        aux=_merged_aux(name, (sums.aux, counts.growth), (parts, outcome.aux.treedef)),
+        weight=sums.weight + weight,
+        unit=counts.unit if counts.unit is not None else sums.unit,
+        dropped=_sum_of(sums.dropped, _dropped(counts, outcome)),
+        carry=carry,
+        differentiated=sums.differentiated or counts.counts,
     )
 
 
@@ -209,13 +217,13 @@ def merge(options: Options, a: Sums, b: Sums) -> tuple[Sums, tuple[float | Tenso
         shares = a.unit / one, b.unit / one
     parts, treedef = flatten_aux(b.aux)
     merged = Sums(
-        _merged_value(name, (a.value, shares[0]), (b.value, shares[1])),
-        _merged_aux(name, (a.aux, shares[0]), ([_parts.times(part, shares[1]) for part in parts], treedef)),
-        a.weight + b.weight,
-        one,
-        _sum_of(a.dropped, b.dropped),
-        None if a.carry is None else _carry.merge(name, a.carry, b.carry),
-        a.differentiated or b.differentiated,
+        value=_merged_value(name, (a.value, shares[0]), (b.value, shares[1])),
+        aux=_merged_aux(name, (a.aux, shares[0]), ([_parts.times(part, shares[1]) for part in parts], treedef)),
+        weight=a.weight + b.weight,
+        unit=one,
+        dropped=_sum_of(a.dropped, b.dropped),
+        carry=None if a.carry is None else _carry.merge(name, a.carry, b.carry),
+        differentiated=a.differentiated or b.differentiated,
     )
     return merged, (1.0, 1.0) if options.reduction == "sum" else shares
 
@@ -245,7 +253,7 @@ def numbers(sums: Sums) -> tuple[list[Any], Sums, list[list[Any]]]:
     last = [] if sums.dropped is None else [sums.dropped]
     found = [number for part in [*terms(sums)[0], *parts, *last] for number in _parts.numbers(part)]
     found += carry_numbers(sums)
-    return found, Sums(sums.value, aux, None, None, sums.dropped, sums.carry, sums.differentiated), pieces
+    return found, dataclasses.replace(sums, aux=aux, weight=None, unit=None), pieces
 
 
 def with_numbers(rest: Sums, numbers: Sequence[Any], pieces: Sequence[list[Any]], weight: Any, unit: Any) -> Sums:
@@ -257,7 +265,15 @@ def with_numbers(rest: Sums, numbers: Sequence[Any], pieces: Sequence[list[Any]]
     full = [Pieces(next(own)) if isinstance(part, Pieces) else _parts.with_numbers(part, left) for part in parts]
     dropped = None if rest.dropped is None else Sum(next(left), rest.dropped.dtype)
     carried = None if rest.carry is None else with_carry_numbers(rest.carry, left)
-    return Sums(value, unflatten_aux(treedef, full), weight, unit, dropped, carried, rest.differentiated)
+    return Sums(
+        value=value,
+        aux=unflatten_aux(treedef, full),
+        weight=weight,
+        unit=unit,
+        dropped=dropped,
+        carry=carried,
+        differentiated=rest.differentiated,
+    )
 
 
 def carry_numbers(sums: Sums) -> list[Any]:

@@ -117,7 +117,8 @@ def _counted(options: Options, found: Any, nothing: Tensor) -> Sums:
         )
     weights = [_loss.weight(options, leaf, nothing, "weights returned") for leaf in leaves]
     parts = [Total(Mean(nothing, weight), nothing.dtype) for weight in weights]
-    return Sums(Sum(nothing, nothing.dtype), _tree.unflatten(treedef, parts), 1.0, 1.0, None, None, False)
+    value, aux = Sum(nothing, nothing.dtype), _tree.unflatten(treedef, parts)
+    return Sums(value=value, aux=aux, weight=1.0, unit=1.0, differentiated=False)
 
 
 def _weight_of(part: _parts.Part) -> float | Tensor:

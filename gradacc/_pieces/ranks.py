@@ -36,7 +36,7 @@ def run(
                 )
         own = [_part(outs, leaf, joined, n) for n, leaf in enumerate(joined.leaves)]
         sent = {leaf.path: part for leaf, part in zip(joined.leaves, own, strict=True) if part is not None}
-        sums = Sums(Sum(nothing, nothing.dtype), sent, 1.0, 1.0, None, None, False)
+        sums = Sums(value=Sum(nothing, nothing.dtype), aux=sent, weight=1.0, unit=1.0, differentiated=False)
     except BaseException as error:
         boundary.fail(error)
         raise

@@ -58,7 +58,8 @@ def of(sums: Sums) -> Layout:
     if sums.carry is not None:
         own, structure_of_carry = _sums.flatten_aux(sums.carry)
         carry = _sums.unflatten_aux(structure_of_carry, [_specs(part) for part in own])
-    return Sums(value, _sums.unflatten_aux(treedef, [_specs(part) for part in parts]), None, None, dropped, carry, True)
+    aux = _sums.unflatten_aux(treedef, [_specs(part) for part in parts])
+    return Sums(value=value, aux=aux, weight=None, unit=None, dropped=dropped, carry=carry, differentiated=True)
 
 
 def specs(layout: Layout) -> list[Spec]:
@@ -82,7 +83,7 @@ def restore(layout: Layout, summed: Sequence[Any], local: Sums, like: Tensor, fi
         pieces = [[torch.empty((0, *piece.trailing), dtype=piece.dtype, device=like.device)] for (piece,) in pieces]
     else:
         pieces = _sums.numbers(local)[2]
-    structure = Sums(rest.value, rest.aux, None, None, rest.dropped, rest.carry, differentiated)
+    structure = dataclasses.replace(rest, differentiated=differentiated)
     return _sums.of_all_ranks(_sums.with_numbers(structure, summed, pieces, weight, unit))
 
 

@@ -6,6 +6,7 @@ compile the same `grad_fn` for batches of the same structure, and a rank that di
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -80,7 +81,7 @@ class Traced:
             number if spec.dtype is None else number.to(device=params[0].device, dtype=spec.dtype)
             for number, spec in zip(summed, plan.specs, strict=True)
         ]
-        differentiated = Sums(rest.value, rest.aux, None, None, rest.dropped, rest.carry, True)
+        differentiated = dataclasses.replace(rest, differentiated=True)
         whole = _sums.with_numbers(differentiated, restored, pieces, floats[:, channels.WEIGHT].sum(), 1.0)
         return wire.unpack(plan, wide, params, strides), _sums.of_all_ranks(whole), arrived or not sums.differentiated
 

@@ -58,7 +58,7 @@ def layout_of(kind):
         "plain": None,
         "aux": {"hits": Total(Mean(torch.ones(()), 3), torch.float32), "each": Pieces([torch.ones(2)])},
     }
-    return layout.of(Sums(value, aux[kind], 1.0, 1.0, None, True))
+    return layout.of(Sums(value=value, aux=aux[kind], weight=1.0, unit=1.0, differentiated=True))
 
 
 def agreed(rank, group, *, params=PARAMS, kind="plain", options=None, number=1, raises=False, order=()):
