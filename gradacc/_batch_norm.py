@@ -4,7 +4,7 @@ NOTE [statistics of the large batch]
     A layer that normalises with a micro-batch's statistics moves its running ones once each micro-batch. Here
     nothing is moved while micro-batches run: each layer's input gives `Moments`, which add up over micro-batches and ranks,
     and `BatchNorm.step` moves the running statistics once a call. The layers of a copy of the module, which shares its
-    parameters and buffers, are of a class that writes the moments of its input into three more buffers.
+    parameters and buffers and follows its mode, are of a class that adds the moments of its input to three more buffers.
 """
 
 from __future__ import annotations
@@ -46,11 +46,13 @@ def batch_norm(module: nn.Module) -> BatchNorm:
         running_mean = (1 - momentum) running_mean + momentum mean
         running_var  = (1 - momentum) running_var  + momentum m2 / (count - 1)
 
-    Mean and m2 are over all numbers of a channel that all micro-batches of a call, on all ranks, gave to the layer (`Moments`).
-    Normalisation stays the micro-batch's own, so a deeper layer's input is not quite what it is in the large batch.
+    Mean and m2 are over all numbers of a channel that all micro-batches of a call, on all ranks, gave to the layer (`Moments`),
+    also where a forward pass runs it more than once. Normalisation stays the micro-batch's own, so a deeper layer's input is
+    not quite what it is in the large batch.
 
     Arguments:
-        module: with layers ``BatchNorm1d``, ``2d`` or ``3d`` that track running statistics. It is not changed.
+        module: with layers ``BatchNorm1d``, ``2d`` or ``3d`` that track running statistics. It is not changed; ``apply``
+            follows its mode (``train()`` or ``eval()``) at the time of the call.
 
     Returns:
         `BatchNorm`: ``(apply, params, carry, step)``. Other buffers, and those of layers in evaluation mode, are threaded as by
@@ -75,6 +77,7 @@ def batch_norm(module: nn.Module) -> BatchNorm:
         tensor([0.5000, 0.6000])
     """
     own = _converted(module)
+    pairs = [] if own is module else [*zip(module.modules(), own.modules(), strict=True)]
     layers: dict[str, Any] = {name: part for name, part in own.named_modules() if isinstance(part, _WithMoments)}
     if not layers:
         raise ValueError(
@@ -87,13 +90,21 @@ def batch_norm(module: nn.Module) -> BatchNorm:
 
     def moments_of(found: Mapping[str, Tensor]) -> dict[str, Moments]:
         return {
-            name: Moments(found[prefix + _COUNT], found[prefix + _MEAN], found[prefix + _M2])
+            # A checkpoint that runs a layer again, in the backward pass, adds to what it wrote into.
+            name: Moments(*(found[prefix + key].clone() for key in (_COUNT, _MEAN, _M2)))
             for name, prefix in prefixes.items()
         }
 
     def applied(params: Mapping[str, Tensor], *inputs: Any, carry: Mapping[str, Any], **kwargs: Any) -> Any:
         given = _known(carry)
-        nothing = {name: torch.zeros_like(buffers[name]) for name in extra}
+        for part, follower in pairs:
+            if follower.training != part.training:
+                follower.training = part.training
+        nothing = {
+            prefix + key: torch.zeros_like(number)
+            for name, prefix in prefixes.items()
+            for key, number in zip((_COUNT, _MEAN, _M2), _numbers(given["moments"][name]), strict=True)
+        }
         output, new = apply(params, *inputs, buffers={**given["buffers"], **nothing}, **kwargs)
         kept = {name: tensor for name, tensor in new.items() if name not in extra}
         for name, prefix in prefixes.items():
@@ -108,8 +119,8 @@ def batch_norm(module: nn.Module) -> BatchNorm:
         for name, prefix in prefixes.items():
             moved |= _moved(layers[name], prefix, moved, given["moments"][name])
         nothing = {
-            name: Moments(*(torch.zeros_like(torch.as_tensor(n)) for n in (m.count, m.mean, m.m2)))
-            for name, m in given["moments"].items()
+            name: Moments(*(torch.zeros_like(number) for number in _numbers(moments)))
+            for name, moments in given["moments"].items()
         }
         return {"buffers": moved, "moments": nothing}
 
@@ -130,6 +141,10 @@ def _moved(layer: _BatchNorm, prefix: str, buffers: Mapping[str, Tensor], moment
     pairs = ((mean, (1 - rate) * mean + rate * moments.mean), (variance, (1 - rate) * variance + rate * found))
     moved = [torch.where(seen, new.to(old.dtype), old) for old, new in pairs]
     return dict(zip((prefix + key for key in _STATISTICS), [*moved, torch.where(seen, after, number)], strict=True))
+
+
+def _numbers(moments: Moments) -> list[Tensor]:
+    return [torch.as_tensor(number) for number in (moments.count, moments.mean, moments.m2)]
 
 
 def _known(carry: Any) -> Mapping[str, Any]:
@@ -156,13 +171,14 @@ def _converted(module: Any) -> Any:
 
 
 class _WithMoments:
-    """A BatchNorm layer that writes the moments of its input, in training mode."""
+    """A BatchNorm layer that adds up the moments of its input, in training mode."""
 
     def forward(self, input: Tensor) -> Tensor:
         """As the layer's own."""
         layer: Any = self
         if layer.training:
-            found = Moments.of(input.detach(), [n for n in range(input.ndim) if n != 1])
+            before = Moments(layer.gradacc_count, layer.gradacc_mean, layer.gradacc_m2)
+            found = before + Moments.of(input.detach(), [n for n in range(input.ndim) if n != 1])
             layer.gradacc_count.copy_(found.count)
             layer.gradacc_mean.copy_(found.mean)
             layer.gradacc_m2.copy_(found.m2)
