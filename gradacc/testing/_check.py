@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradacc import _batch, _call, _loss, _options, _split, _tree
+from gradacc import _batch, _call, _carry, _loss, _options, _split, _tree
 from gradacc._describe import describe
 from gradacc._mean import value_of
 from gradacc._values import positive_int
@@ -21,7 +21,7 @@ from gradacc.testing._probe import Errors, Probe, Result, copy, errors
 from gradacc.testing._report import Diagnosis, Report, Split
 
 _NAME = "check_accumulation"
-_PASSED_ON = ("in_dims", "argnums", "has_aux", "reduction", "dtype", "weights")
+_PASSED_ON = ("in_dims", "argnums", "has_aux", "reduction", "dtype", "weights", "has_carry")
 
 
 def check_accumulation(
@@ -64,7 +64,9 @@ def check_accumulation(
             ``4 eps`` (bfloat16: 3.1e-2, float16: 3.9e-3): smaller mistakes are found with float32 parameters only.
         double: compare in float64 (what is passed is converted, what the loss closes over is not), whose tolerance sees a term
             of 1e-7 of the loss that float32 takes for rounding.
-        accumulate_options: ``in_dims``, ``argnums``, ``has_aux``, ``reduction``, ``dtype``: as in `gradacc.accumulate`.
+        accumulate_options: ``in_dims``, ``argnums``, ``has_aux``, ``reduction``, ``dtype``, ``weights``: as in
+            `gradacc.accumulate`. With ``has_carry=True`` there is ``carry=``, which all calls begin with: its `Mean`s and
+            `Moments` are compared like aux; its tensors, whose last one depends on the split, are not.
 
     Returns:
         A `Report`: ``exact``, ``splits`` (errors, worst leaf's path and verdict of each), ``cause``, ``why``, ``fix``;
@@ -104,7 +106,8 @@ def check_accumulation(
              edges), counted from the data; for cross entropy with class weights w, Mean(sum of the weighted
              losses, w[y].sum()).
     """
-    options = _checked(loss_fn, accumulate_options)
+    given, carry = _begins_with(accumulate_options)
+    options = _checked(loss_fn, given)
     counts = _counts(steps)
     if rtol is not None and not (isinstance(rtol, (int, float)) and rtol >= 0 and not isinstance(rtol, bool)):
         raise ValueError(f"{_NAME}: rtol must be a number >= 0, got {rtol!r}")
@@ -113,9 +116,10 @@ def check_accumulation(
             f"{_NAME}: called under a functorch transform or torch.compile, where no value can be compared"
         )
     before = _sandbox.snapshot(_sandbox.find_modules(loss_fn, params, batch, *args))
+    start = Probe(loss_fn, given, options, (params, batch, *args), (), (), 0, before, carry)
     try:
         with torch.inference_mode(False):
-            probe, large = _probe(loss_fn, (params, batch, *args), options, accumulate_options, before)
+            probe, large = _probe(start)
             if double:
                 probe, large = _in_double(probe)
             return _check(probe, large, counts, rtol)
@@ -179,14 +183,9 @@ def _tolerance(dtype: torch.dtype) -> float:
     return math.sqrt(eps) if dtype.itemsize >= 4 else 4 * eps
 
 
-def _probe(
-    loss_fn: Callable[..., Any],
-    args: tuple[Any, ...],
-    options: _options.Options,
-    given: dict[str, Any],
-    before: _sandbox.Snapshot,
-) -> tuple[Probe, Result]:
-    """The loss on this batch, and what the large batch gives."""
+def _probe(start: Probe) -> tuple[Probe, Result]:
+    """The loss on this batch, and what the large batch gives; ``start``: with the caller's own arguments."""
+    options, args = start.options, start.args
     differentiated, batch = _call.positions(options, args)
     for n in differentiated:
         root = "params" if n == 0 else f"args[{n}]"
@@ -199,10 +198,10 @@ def _probe(
             raise ValueError(f"{_NAME}: the batch has {examples} examples; a split needs at least 2")
         own = tuple(_tree.map_tensors(copy, arg) if n in differentiated else arg for n, arg in enumerate(args))
         dims = _call.in_dims(options, args, differentiated, batch)
-        probe = Probe(loss_fn, given, options, own, differentiated, dims, examples, before)
+        probe = start._replace(args=own, differentiated=differentiated, dims=dims, examples=examples)
         return probe, probe.evaluate()
     except Exception as error:
-        if _holds_microbatches(loss_fn, options, args, batch):
+        if _holds_microbatches(start, batch):
             raise TypeError(
                 f"{_NAME}: the batch is {describe(args[batch])} of micro-batches. Pass one whole batch, say theirs "
                 "concatenated: check_accumulation splits it itself. Of what cannot be concatenated (graphs), pass the indices, "
@@ -211,11 +210,9 @@ def _probe(
         raise
 
 
-def _holds_microbatches(
-    loss_fn: Callable[..., Any], options: _options.Options, args: tuple[Any, ...], batch: int
-) -> bool:
+def _holds_microbatches(start: Probe, batch: int) -> bool:
     """Where the loss refuses the batch: whether it is an iterable of micro-batches (it takes the first one of a list)."""
-    whole = args[batch]
+    args, whole = start.args, start.args[batch]
     if not _batch.is_iterable(whole):
         return False
     if _batch.may_be_one(whole) and not all(isinstance(item, Tensor) for item in whole):
@@ -225,11 +222,21 @@ def _holds_microbatches(
 
     def first() -> Tensor:
         own = _tree.map_tensors(copy, (*args[:batch], whole[0], *args[batch + 1 :]))
-        value, _ = _loss.returned(options, loss_fn(*own))
-        _loss.losses(options, value)
+        value, _ = start.called(own)
+        _loss.losses(start.options, value)
         return value_of(value)
 
     return result_or_none(first) is not None
+
+
+def _begins_with(given: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+    """Options without ``carry``, and that, checked."""
+    if given.get("has_carry") is not True:
+        if "carry" in given:
+            raise TypeError(f"{_NAME}: got carry, which a loss gets with has_carry=True; pass both, or neither")
+        return given, None
+    rest, _ = _carry.of_call(_NAME, given, f"{_NAME}(loss_fn, params, batch, has_carry=True, carry=c)")
+    return rest, given["carry"]
 
 
 def _checked(loss_fn: Any, given: dict[str, Any]) -> _options.Options:

@@ -213,7 +213,7 @@ def _repeated(evidence: Evidence) -> float:
     found = errors(
         probe.evaluate(probe.take(whole, whole)),
         evidence.large,
-        probe._replace(options=probe.options._replace(has_aux=False)),
+        probe._replace(options=probe.options._replace(has_aux=False, has_carry=False)),
     )
     return found.largest
 

@@ -14,7 +14,7 @@ from gradacc.testing._report import Diagnosis
 
 def diagnose(evidence: Evidence) -> Diagnosis:
     """The first cause that an experiment confirms."""
-    early = _state(evidence) or _randomness(evidence)
+    early = _state(evidence) or _randomness(evidence) or _carry(evidence)
     if early is not None:
         return early
     double = result_or_none(partial(_in_double, evidence))
@@ -67,6 +67,22 @@ def _randomness(evidence: Evidence) -> Diagnosis | None:
         "if that is meant (dropout in training), nothing is wrong with it; to see the rest, switch only the randomness off "
         "(p=0), and leave the modules in training mode. Where the draw must not depend on the split, make it data: noise, or "
         "a key for each example, as a leaf of the batch.",
+    )
+
+
+def _carry(evidence: Evidence) -> Diagnosis | None:
+    probe = evidence.probe
+    if not probe.options.has_carry:
+        return None
+    alone = [errors(probe.accumulate(k, threaded=False), evidence.large, probe).largest for k in evidence.counts]
+    if max(alone) > evidence.rtol:
+        return None
+    return Diagnosis(
+        "carry",
+        "the loss reads a tensor of its carry, which a micro-batch before has changed: where every micro-batch gets the carry "
+        "that the call begins with, every split is exact.",
+        "if that is meant (recurrent state), nothing is wrong with it: the micro-batches are steps of one sequence, and not "
+        "parts of one batch. Else leave it out of the loss, or pass what it is to read as a further argument.",
     )
 
 
@@ -127,6 +143,8 @@ def _aux(evidence: Evidence) -> Diagnosis:
     return Diagnosis(
         "aux",
         f"gradient and value are exact, the aux is not (error {worst:.1e}): a 0-dim leaf is averaged with the loss's "
-        "weights, a leaf with a leading batch dimension is concatenated, and for one of them that is not what it means.",
-        "return gradacc.Mean(total, weight) in the aux for what is a mean over something else, or a sum.",
+        "weights, a leaf with a leading batch dimension is concatenated, and a Mean or Moments (of a carry, too) adds up; "
+        "for one of them that is not what it means.",
+        "return gradacc.Mean(total, weight) in the aux for what is a mean over something else, or a sum; and in the carry what "
+        "the micro-batch itself adds, without what was given.",
     )

@@ -24,6 +24,7 @@ from torch import Tensor
 from gradacc import _accumulate, _loop, _loss, _tree
 from gradacc._dtypes import is_inexact
 from gradacc._mean import Mean, flatten, value_of
+from gradacc._moments import Moments
 from gradacc._options import Options
 from gradacc.testing import _sandbox
 
@@ -43,6 +44,8 @@ class Probe(NamedTuple):
     dims: tuple[Any, ...]
     examples: int
     before: _sandbox.Snapshot
+    carry: Any = None
+    """What every call begins with, where there is one."""
 
     def evaluate(self, args: Sequence[Any] | None = None, *, modules: bool = True, seed: int | None = None) -> Result:
         """One call of the loss on the whole batch, or on ``args``; NOTE [the large batch].
@@ -57,23 +60,34 @@ class Probe(NamedTuple):
         trees = dict(zip(self.differentiated, self._trees(_tree.unflatten(treedef, leaves)), strict=True))
         with torch.enable_grad():
             args = self._copied(self.args if args is None else args)
-            out = self.loss_fn(*(trees.get(n, arg) for n, arg in enumerate(args)))
-            value, aux = _loss.returned(self.options, out)
+            value, beside = self.called([trees.get(n, arg) for n, arg in enumerate(args)])
             _loss.losses(self.options, value)
             number = value_of(value)
             _loop.check_dependence(self.options.name, number.requires_grad)
             grads = torch.autograd.grad(number, leaves, materialize_grads=True)
         weight = float(value.weight) if isinstance(value, Mean) else None
-        return Result([_dense(grad) for grad in grads], number.detach(), weight, _leaves(aux), (number.detach(),))
+        return Result([_dense(grad) for grad in grads], number.detach(), weight, beside, (number.detach(),))
 
-    def accumulate(self, steps: int) -> Result:
-        """The same through `gradacc.accumulate_and_value`; NOTE [no luck with random numbers]."""
+    def called(self, args: Sequence[Any]) -> tuple[Any, list[Any]]:
+        """The loss of these arguments, and what comes back beside it: leaves of aux, and of the carry what adds up."""
+        usual, carry = self.loss_fn(*args, **self._beginning()), None
+        if self.options.has_carry:
+            usual, carry = _loss.with_carry(self.options, usual)
+        value, aux = _loss.returned(self.options, usual)
+        return value, [*_leaves(aux), *_added(carry)]
+
+    def accumulate(self, steps: int, *, threaded: bool = True) -> Result:
+        """The same through `gradacc.accumulate_and_value`; NOTE [no luck with random numbers].
+
+        ``threaded=False``: every micro-batch gets the carry that the call begins with.
+        """
         values: list[Tensor] = []
 
         @functools.wraps(self.loss_fn, updated=())
-        def recorded(*args: Any) -> Any:
-            out = self.loss_fn(*args)
-            value = out[0] if self.options.has_aux else out
+        def recorded(*args: Any, **carried: Any) -> Any:
+            out = self.loss_fn(*args, **(carried if threaded else self._beginning()))
+            usual = out[0] if self.options.has_carry else out
+            value = usual[0] if self.options.has_aux else usual
             values.append(value_of(value).detach())
             _sandbox.seed(len(values))
             return out
@@ -81,13 +95,14 @@ class Probe(NamedTuple):
         _sandbox.restore(self.before)
         grad_fn = _accumulate.accumulate_and_value(recorded, steps=steps, **self.given)
         try:
-            grads, value = grad_fn(*self._copied(self.args))
+            results = grad_fn(*self._copied(self.args), **self._beginning())
         except Exception as error:
             error.add_note(f"check_accumulation: with steps={steps}; the large batch went through")
             raise
+        (grads, value), carry = results if self.options.has_carry else (results, None)
         value, aux = value if self.options.has_aux else (value, None)
-        number = value_of(value)
-        return Result(_tree.flatten(grads)[0], number, None, _leaves(aux), tuple(values))
+        beside = [*_leaves(aux), *_added(carry)]
+        return Result(_tree.flatten(grads)[0], value_of(value), None, beside, tuple(values))
 
     def take(self, *ranges: tuple[int, int]) -> tuple[Any, ...]:
         """The arguments with these ranges of examples, one after the other, in place of all."""
@@ -113,6 +128,7 @@ class Probe(NamedTuple):
         """The same in float64: everything that is passed, not what the loss closes over."""
         return self._replace(
             args=tuple(_tree.map_tensors(_wider, arg) for arg in self.args),
+            carry=_tree.map_tensors(_wider, self.carry),
             given=self.given | {"dtype": None},
             options=self.options._replace(dtype=None),
         )
@@ -121,13 +137,13 @@ class Probe(NamedTuple):
         """Of a loss that returns several means: one of them alone."""
 
         def alone(*args: Any) -> Any:
-            value = _loss.returned(self.options, self.loss_fn(*args))[0]
+            value, _ = self.called(args)
             if isinstance(value, (Tensor, Mean)):
                 raise ValueError("the loss is one mean")
             mean = flatten(value)[0][place]
             return (mean, None) if self.options.has_aux else mean
 
-        return self._replace(loss_fn=alone)
+        return self._replace(loss_fn=alone, options=self.options._replace(has_carry=False))
 
     def parameters(self) -> tuple[list[Tensor], _tree.TreeDef]:
         """What is differentiated: leaves and structure."""
@@ -140,6 +156,10 @@ class Probe(NamedTuple):
         roots = ["params" if n == 0 else f"args[{n}]" for n in self.differentiated]
         trees = [_tree.flatten(self.args[n])[1] for n in self.differentiated]
         return [path for root, tree in zip(roots, trees, strict=True) for path in _tree.paths(tree, root)]
+
+    def _beginning(self) -> dict[str, Any]:
+        """The keyword argument ``carry``, of our own."""
+        return {"carry": _tree.map_tensors(copy, self.carry)} if self.options.has_carry else {}
 
     def _trees(self, tree: Any) -> tuple[Any, ...]:
         return (tree,) if isinstance(self.options.argnums, int) else tree
@@ -158,6 +178,7 @@ class Result(NamedTuple):
     weight: float | None
     """The weight of a `Mean`."""
     aux: list[Any]
+    """Its leaves, and what adds up of the carry."""
     values: tuple[Tensor, ...]
     """The loss of each micro-batch."""
 
@@ -188,7 +209,8 @@ def errors(result: Result, large: Result, probe: Probe) -> Errors:
     sizes = [abs(value.item()) for value in result.values if math.isfinite(value.item())]
     typical = sum(sizes) / (1 if probe.options.reduction == "sum" else len(sizes) or 1)
     value = _ratio(distance(result.value, large.value), max(abs(large.value.item()), typical))
-    return Errors(grads[worst], worst, value, _aux_error(result.aux, large.aux) if probe.options.has_aux else None)
+    beside = probe.options.has_aux or (probe.options.has_carry and bool(large.aux))
+    return Errors(grads[worst], worst, value, _aux_error(result.aux, large.aux) if beside else None)
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -236,3 +258,14 @@ def _dense(grad: Tensor) -> Tensor:
 
 def _leaves(aux: Any) -> list[Any]:
     return _tree.flatten(aux)[0]
+
+
+def _added(carry: Any) -> list[Tensor]:
+    """Of a carry what adds up to the large batch's: values of `Mean`s, means and variances of `Moments`."""
+    found: list[Tensor] = []
+    for leaf in _tree.flatten(carry, lambda node: isinstance(node, (Mean, Moments)))[0]:
+        if isinstance(leaf, Mean):
+            found.append(torch.as_tensor(value_of(leaf)))
+        elif isinstance(leaf, Moments):
+            found += [leaf.mean, leaf.variance()]
+    return found

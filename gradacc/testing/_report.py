@@ -11,6 +11,7 @@ Cause = Literal[
     "nonfinite",
     "state",
     "randomness",
+    "carry",
     "rounding",
     "aux",
     "reduction",
@@ -25,6 +26,7 @@ Cause = Literal[
 - ``nonfinite``: the large batch itself gives NaN or infinity;
 - ``state``: the same call, from the same random state, gives something else the second time;
 - ``randomness``: the loss draws random numbers;
+- ``carry``: the loss reads what an earlier micro-batch has put into its carry;
 - ``rounding``: in float64 the difference vanishes;
 - ``aux``: gradient and value are exact, the aux is not;
 - ``reduction``: a sum that was taken for a mean, or the other way round;
@@ -69,7 +71,7 @@ class Split(NamedTuple):
     """The path of that leaf."""
     value_error: float
     aux_error: float | None
-    """Of the worst leaf of the aux; None without ``has_aux``."""
+    """Of the worst leaf of the aux, or `Mean` or `Moments` of a carry; None where there is neither."""
     exact: bool
     """Whether all errors are within the tolerance."""
 

@@ -131,7 +131,52 @@ def wrong_weight(p: Any, b: Any) -> gradacc.Mean:
     return gradacc.Mean(token_mean(p, b) * len(b["y"]), len(b["y"]))
 
 
+def counting_in_a_carry(p: Any, b: Any, carry: Any) -> Any:
+    seen = {"moments": gradacc.Moments.of(b["x"], 0), "mean": gradacc.Mean(b["y"].sum(), len(b["y"]))}
+    return least_squares(p, b), {**seen, "calls": carry["calls"] + 1}
+
+
+def adding_what_was_given(p: Any, b: Any, carry: Any) -> Any:
+    loss, new = counting_in_a_carry(p, b, carry)
+    return loss, new | {"mean": carry["mean"] + new["mean"]}
+
+
+def reading_its_carry(p: Any, b: Any, carry: Any) -> Any:
+    loss, new = counting_in_a_carry(p, b, carry)
+    return loss * (1 + carry["calls"]), new
+
+
+ZEROS = torch.zeros(5, dtype=F64)
+CARRIED: dict[str, Any] = {
+    "has_carry": True,
+    "carry": {
+        "moments": gradacc.Moments(0, ZEROS, ZEROS),
+        "mean": gradacc.Mean(torch.ones((), dtype=F64), 1),
+        "calls": torch.zeros((), dtype=F64),
+    },
+}
+
+
 CASES = {
+    "a carry": Case(counting_in_a_carry, None, options=CARRIED),
+    "a carry, float32": Case(
+        lambda p, b, carry: (least_squares(p, b), gradacc.Moments.of(b["x"], 0)),
+        None,
+        dtype=torch.float32,
+        options={"has_carry": True, "carry": gradacc.Moments(0, ZEROS.float(), ZEROS.float())},
+    ),
+    "a carry that the loss reads": Case(
+        reading_its_carry, "carry", "a further argument", "gets the carry that the call begins with", options=CARRIED
+    ),
+    "a Mean of a carry that is added twice": Case(
+        adding_what_was_given, "aux", "in the carry what the micro-batch itself adds", options=CARRIED
+    ),
+    "token mean with a carry": Case(
+        lambda p, b, carry: (token_mean(p, b), carry),
+        "weights",
+        "gradacc.Mean",
+        options={"has_carry": True, "carry": torch.zeros(())},
+    ),
     "least squares": Case(least_squares, None),
     "least squares, float32": Case(least_squares, None, dtype=torch.float32),
     "least squares, bfloat16": Case(least_squares, None, dtype=torch.bfloat16),
@@ -205,6 +250,43 @@ CASES = {
     "micro-batches of nothing": Case(full_rows, "weights", "Mean", "50% : 0% : 0% : 50%"),
     "micro-batches of nothing, float32": Case(full_rows, "weights", "Mean", "50% : 0%", dtype=torch.float32),
 }
+
+
+@pytest.mark.parametrize("exact_statistics", [False, True])
+def test_batch_norm_s_statistics_are_a_carry_and_its_normalisation_connects_examples(exact_statistics: bool) -> None:
+    batch, options = data()[1], {"has_carry": True}
+    module = batch_norm()
+    if exact_statistics:
+        apply, params, carry, _ = gradacc.batch_norm(module)
+    else:
+        plain, params, carry = gradacc.functional(module)
+
+        def apply(params: Any, x: Tensor, carry: Any) -> Any:
+            return plain(params, x, buffers=carry)
+
+    def loss(p: Any, b: Any, carry: Any) -> Any:
+        out, new = apply(p, b["x"], carry=carry)
+        return (out[:, 0] - b["y"]).square().mean(), new
+
+    before = fingerprint((params, carry, dict(module.named_buffers())))
+    report = check_accumulation(loss, params, batch, carry=carry, **options)
+    assert (report.cause, report.exact) == ("interaction", False)
+    assert "through BatchNorm1d in training mode: in evaluation mode every split is exact" in report.why
+    assert "GroupNorm or LayerNorm" in report.fix
+    assert fingerprint((params, carry, dict(module.named_buffers()))) == before
+    assert module.training
+    module.eval()
+    assert check_accumulation(loss, params, batch, carry=carry, **options).exact
+
+
+def test_a_carry_and_has_carry_go_together() -> None:
+    params, batch = data()
+    with pytest.raises(TypeError, match="needs the carry to begin with: check_accumulation"):
+        check_accumulation(counting_in_a_carry, params, batch, has_carry=True)
+    with pytest.raises(TypeError, match="pass both, or neither"):
+        check_accumulation(least_squares, params, batch, carry=ZEROS)
+    with pytest.raises(TypeError, match=r"carry is 3"):
+        check_accumulation(counting_in_a_carry, params, batch, has_carry=True, carry=3)
 
 
 @pytest.mark.parametrize("name", CASES)
