@@ -83,8 +83,8 @@ def returned(name: str, carry: Given, out: Any) -> list[Any]:
     leaves, treedef = _flatten(out)
     if treedef != carry.treedef:
         raise ValueError(
-            f"{name}: loss_fn returned a carry of the structure {treedef}, and was given one of {carry.treedef}; return the "
-            "same always"
+            f"{name}: loss_fn returned a carry {_difference(treedef, carry.treedef)}; return every leaf of what was given, in "
+            "its structure, also one that has not changed"
         )
     found = []
     for at, (leaf, old) in enumerate(zip(leaves, carry.leaves, strict=True)):
@@ -131,7 +131,10 @@ def final(carry: Given, parts: Sequence[Part]) -> Any:
 
 
 def that_crosses(carry: Given, parts: Sequence[Part]) -> Any:
-    """As a tree, with None for what stays on its rank."""
+    """As a tree, with None for what stays on its rank; in a graph, where ranks are not compared, as a list of what crosses."""
+    if torch.compiler.is_compiling():
+        # Of a dict that is None throughout Dynamo folds the unflatten, with the keys of another dict (torch 2.13).
+        return [part for part in parts if not isinstance(part, Latest)]
     return _tree.unflatten(carry.treedef, [None if isinstance(part, Latest) else part for part in parts])
 
 
@@ -139,6 +142,16 @@ def crossed(tree: Any, parts: Sequence[Part]) -> list[Part]:
     """The inverse: with those of ``parts`` that stayed."""
     left = iter(_tree.flatten(tree, _parts.is_part)[0])
     return [part if isinstance(part, Latest) else next(left) for part in parts]
+
+
+def _difference(returned: _tree.TreeDef, given: _tree.TreeDef) -> str:
+    """Which leaf is missing, or too many."""
+    new, old = _tree.paths(returned, "carry"), _tree.paths(given, "carry")
+    missing, more = [path for path in old if path not in new], [path for path in new if path not in old]
+    if not missing and not more:
+        return f"of the structure {returned}, and was given one of {given}"
+    found = [f"without {missing[0]}, which it was given"] if missing else []
+    return " and ".join([*found, *([f"with {more[0]}, which it was not given"] if more else [])])
 
 
 def _flatten(carry: Any) -> tuple[list[Any], _tree.TreeDef]:

@@ -31,7 +31,17 @@ def call(loss_fn, carry, **options):
 @pytest.mark.parametrize(
     ("given", "returned", "error", "says"),
     [
-        ({"h": X}, {"g": X}, ValueError, "structure"),
+        (
+            {"h": X},
+            {"g": X},
+            ValueError,
+            r"without carry\['h'\], which it was given and with carry\['g'\], which it was not",
+        ),
+        ({"h": X, "g": X}, {"h": X}, ValueError, r"without carry\['g'\], which it was given; return every leaf"),
+        ({"h": X}, {"h": X, "g": [X, X]}, ValueError, r"a carry with carry\['g'\]\[0\], which it was not given"),
+        ([X, X], (X, X), ValueError, r"of the structure .*\(\*, \*\).*, and was given one of .*\[\*, \*\]"),
+        ({"h": X}, None, ValueError, r"without carry\['h'\]"),
+        ({"h": (X, X)}, {"h": X}, ValueError, r"without carry\['h'\]\[0\]"),
         ({"h": X}, {"h": X[:2]}, ValueError, r"carry\['h'\] as a torch.float32 tensor of shape \(2, 3\)"),
         ({"h": X}, {"h": X.double()}, TypeError, "torch.float64"),
         ({"h": X}, {"h": 1.0}, TypeError, r"1.0 \(float\)"),
