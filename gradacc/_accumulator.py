@@ -112,8 +112,8 @@ def accumulator(
             instead, and not all ranks do so, the next ``finalize`` and all later ones of this accumulator are errors on all
             of them; if it ends, the others wait for the group's timeout.
         has_carry: ``init(params, carry=c)`` says what it begins with, each ``update`` threads it, and ``finalize`` returns
-            ``(usual, carry)``. ``merge`` adds `Mean`s and `gradacc.Moments`; a tensor in the carry of two states that have
-            both seen micro-batches is an error: ``docs/state.md``.
+            ``(usual, carry)``. ``merge`` adds `Mean`s and `gradacc.Moments`, and goes on with what ``a`` began with; a tensor
+            in the carry of two states that have both seen micro-batches is an error: ``docs/state.md``.
         donate: the memory of a state given to ``update``, ``merge`` or ``finalize`` may be reused; using the state, or a
             tensor of it, afterwards is an error. Without ``donate`` nothing that the caller holds changes, which costs a copy
             of all gradients an update.
@@ -325,6 +325,8 @@ def _merge(options: Options, donate: bool, one: Any, other: Any) -> AccumulatorS
         grads, treedef, sums = _state.unpack(a, readable)
         others, structure, more = _state.unpack(b, readable)
         _state.check_alike(options, a, b.facts.params, structure, others, "b")
+        if options.has_carry:
+            _carry.check_alike(options.name, a.carry, b.carry)
         if not _counts(a) or not _counts(b):  # a known type says more than nothing
             return a if _counts(a) or (not _counts(b) and b.sums.value is None) else b
         _sums.check_kind(options.name, sums.value, more.value)

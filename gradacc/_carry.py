@@ -83,8 +83,8 @@ def returned(name: str, carry: Given, out: Any) -> list[Any]:
     leaves, treedef = _flatten(out)
     if treedef != carry.treedef:
         raise ValueError(
-            f"{name}: loss_fn returned a carry {_difference(treedef, carry.treedef)}; return every leaf of what was given, in "
-            "its structure, also one that has not changed"
+            f"{name}: loss_fn returned a carry {_difference(treedef, carry.treedef, 'what it was given')}; return every leaf "
+            "of what was given, in its structure, also one that has not changed"
         )
     found = []
     for at, (leaf, old) in enumerate(zip(leaves, carry.leaves, strict=True)):
@@ -111,6 +111,22 @@ def add(parts: Sequence[Part], leaves: Sequence[Any], dropped: int | Tensor | No
             _parts.with_numbers(part, iter([torch.where(dropped.to(new.device) == 0, new, old) for old, new in pairs]))
         )
     return kept
+
+
+def check_alike(name: str, one: Any, other: Any) -> None:
+    """Carries that two states began with."""
+    a, b = given(name, one), given(name, other)
+    if a.treedef != b.treedef:
+        raise ValueError(
+            f"{name}: b began with a carry {_difference(b.treedef, a.treedef, 'that of a')}; merge takes states that began "
+            "with carries of one structure"
+        )
+    for at, (leaf, like) in enumerate(zip(b.leaves, a.leaves, strict=True)):
+        if type(leaf) is not type(like) or list(map(_facts, _numbers(leaf))) != list(map(_facts, _numbers(like))):
+            raise ValueError(
+                f"{name}: b began with {_tree.paths(b.treedef, 'carry')[at]} as {_words(leaf)}, and a with {_words(like)}; "
+                "merge takes states that began with carries of one structure"
+            )
 
 
 def merge(name: str, one: Sequence[Part], other: Sequence[Part]) -> list[Part]:
@@ -144,14 +160,14 @@ def crossed(tree: Any, parts: Sequence[Part]) -> list[Part]:
     return [part if isinstance(part, Latest) else next(left) for part in parts]
 
 
-def _difference(returned: _tree.TreeDef, given: _tree.TreeDef) -> str:
-    """Which leaf is missing, or too many."""
-    new, old = _tree.paths(returned, "carry"), _tree.paths(given, "carry")
+def _difference(one: _tree.TreeDef, other: _tree.TreeDef, what: str) -> str:
+    """Which leaf is missing, or too many; ``what`` says what the other one is."""
+    new, old = _tree.paths(one, "carry"), _tree.paths(other, "carry")
     missing, more = [path for path in old if path not in new], [path for path in new if path not in old]
     if not missing and not more:
-        return f"of the structure {returned}, and was given one of {given}"
-    found = [f"without {missing[0]}, which it was given"] if missing else []
-    return " and ".join([*found, *([f"with {more[0]}, which it was not given"] if more else [])])
+        return f"of the structure {one}, compared with {what}: {other}"
+    found = [f"lacks {path}" for path in missing[:1]] + [f"adds {path}" for path in more[:1]]
+    return f"that {' and '.join(found)}, compared with {what}"
 
 
 def _flatten(carry: Any) -> tuple[list[Any], _tree.TreeDef]:
@@ -255,8 +271,12 @@ def _facts(tensor: Tensor) -> tuple[Any, ...]:
     return tensor.shape, tensor.dtype, tensor.device
 
 
+def _numbers(leaf: Any) -> list[Tensor]:
+    return [tensor for tensor in _tree.flatten(leaf)[0] if isinstance(tensor, Tensor)]
+
+
 def _dtypes_of(leaf: Any) -> list[Any]:
-    return [type(leaf)] + [tensor.dtype for tensor in _tree.flatten(leaf)[0] if isinstance(tensor, Tensor)]
+    return [type(leaf), *(tensor.dtype for tensor in _numbers(leaf))]
 
 
 def _words(leaf: Any) -> str:

@@ -78,11 +78,22 @@ def from_text(like: AccumulatorState, text: str) -> AccumulatorState:
             for kinds, place in zip(grads, places, strict=True)
             for slot, (path, param) in zip(place, own.items(), strict=True)
         ]
+        if carry is not None and like.carry is not None:
+            _check_carry(_structure.to_json(like.carry, device), carry)
         sums = _structure.from_json(sums, like.sums, device)
         carry = None if carry is None else _structure.from_json(carry, like.carry, device)
     except Exception as error:  # of whatever somebody has written, or of a class of the user's
         raise ValueError(f"{error}; pass a state after one update where it is init's") from error
     return AccumulatorState(with_slots(treedef, found, facts.targets), sums, facts, carry)
+
+
+def _check_carry(here: dict[str, Any], there: dict[str, Any]) -> None:
+    own, saved = (dict(zip(told["paths"], told["tensors"], strict=True)) for told in (here, there))
+    for path in [*own, *saved]:
+        if (own.get(path) or [])[:2] != (saved.get(path) or [])[:2]:
+            raise ValueError(
+                f"began with the carry{path} {_words(own.get(path))}, but {_words(saved.get(path))} was saved"
+            )
 
 
 def _of_each(found: list[Any], targets: int) -> list[list[Any]]:

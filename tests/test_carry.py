@@ -35,13 +35,18 @@ def call(loss_fn, carry, **options):
             {"h": X},
             {"g": X},
             ValueError,
-            r"without carry\['h'\], which it was given and with carry\['g'\], which it was not",
+            r"that lacks carry\['h'\] and adds carry\['g'\], compared with what it was given",
         ),
-        ({"h": X, "g": X}, {"h": X}, ValueError, r"without carry\['g'\], which it was given; return every leaf"),
-        ({"h": X}, {"h": X, "g": [X, X]}, ValueError, r"a carry with carry\['g'\]\[0\], which it was not given"),
-        ([X, X], (X, X), ValueError, r"of the structure .*\(\*, \*\).*, and was given one of .*\[\*, \*\]"),
-        ({"h": X}, None, ValueError, r"without carry\['h'\]"),
-        ({"h": (X, X)}, {"h": X}, ValueError, r"without carry\['h'\]\[0\]"),
+        (
+            {"h": X, "g": X},
+            {"h": X},
+            ValueError,
+            r"lacks carry\['g'\], compared with what it was given; return every leaf",
+        ),
+        ({"h": X}, {"h": X, "g": [X, X]}, ValueError, r"that adds carry\['g'\]\[0\], compared"),
+        ([X, X], (X, X), ValueError, r"of the structure .*\(\*, \*\).*, compared with what it was given: .*\[\*, \*\]"),
+        ({"h": X}, None, ValueError, r"lacks carry\['h'\]"),
+        ({"h": (X, X)}, {"h": X}, ValueError, r"lacks carry\['h'\]\[0\]"),
         ({"h": X}, {"h": X[:2]}, ValueError, r"carry\['h'\] as a torch.float32 tensor of shape \(2, 3\)"),
         ({"h": X}, {"h": X.double()}, TypeError, "torch.float64"),
         ({"h": X}, {"h": 1.0}, TypeError, r"1.0 \(float\)"),
@@ -167,6 +172,72 @@ def test_merge_adds_moments_and_refuses_what_has_an_order():
         acc.merge(state, state)
 
 
+def counting(params, batch, carry):
+    return (batch @ params["w"]).square().mean(), {
+        "moments": gradacc.Moments.of(batch, 0),
+        "mean": gradacc.Mean(batch.sum(0), len(batch)),
+    }
+
+
+def counts():
+    return {"moments": gradacc.Moments(0, torch.zeros(3), torch.zeros(3)), "mean": gradacc.Mean(torch.ones(3), 4)}
+
+
+def test_states_with_means_and_moments_are_a_monoid():
+    acc = gradacc.accumulator(counting, has_carry=True)
+    zero = acc.init(W, carry=counts())
+    a, b, c = (acc.update(zero, W, part) for part in X.split((1, 2, 1)))
+    left, right = acc.merge(acc.merge(a, b), c), acc.merge(a, acc.merge(b, c))
+    expected = gradacc.accumulate_and_value(counting, steps=1, has_carry=True)(W, X, carry=counts())
+    for whole in (left, right, acc.merge(c, acc.merge(b, a)), acc.merge(acc.merge(zero, left), zero)):
+        assert_trees_close(acc.finalize(whole), expected, rtol=1e-6)
+    assert_trees_equal(acc.finalize(acc.merge(a, zero)), acc.finalize(a))
+    assert_trees_equal(acc.finalize(acc.merge(zero, a)), acc.finalize(a))
+
+
+def test_a_tensor_is_merged_with_a_state_that_has_seen_nothing():
+    acc = gradacc.accumulator(lambda p, x, carry: ((x @ p["w"]).mean(), carry + 1), has_carry=True)
+    state = acc.update(acc.init(W, carry=torch.tensor(5)), W, X)
+    for merged in (
+        acc.merge(state, acc.init(W, carry=torch.tensor(7))),
+        acc.merge(acc.init(W, carry=state.carry), state),
+    ):
+        assert acc.finalize(merged)[1] == 6
+        assert acc.finalize(acc.update(merged, W, X))[1] == 7
+
+
+@pytest.mark.parametrize(
+    ("other", "says"),
+    [
+        ({"g": X}, r"b began with a carry that lacks carry\['h'\] and adds carry\['g'\], compared with that of a"),
+        ({"h": X[:2]}, r"b began with carry\['h'\] as a torch.float32 tensor of shape \(2, 3\).*, and a with"),
+        ({"h": X.double()}, r"carry\['h'\] as a torch.float64"),
+        ({"h": gradacc.Mean(X, 1)}, r"carry\['h'\] as a Mean of"),
+    ],
+)
+@pytest.mark.parametrize("seen", [False, True])
+def test_states_that_began_with_other_carries_are_not_merged(other, says, seen):
+    acc = gradacc.accumulator(lambda p, x, carry: ((x @ p["w"]).mean(), carry), has_carry=True)
+    a, b = acc.init(W, carry={"h": X}), acc.init(W, carry=other)
+    if seen:
+        b = acc.update(b, W, X)
+    with pytest.raises(ValueError, match=says):
+        acc.merge(a, b)
+
+
+def test_a_checkpoint_of_another_carry_is_an_error(tmp_path):
+    acc = gradacc.accumulator(lambda p, x, carry: ((x @ p["w"]).mean(), carry), has_carry=True)
+    gradacc.checkpoint.save(tmp_path / "window", acc.update(acc.init(W, carry={"h": X}), W, X))
+    for other, says in (
+        ({"h": X[:2]}, r"carry\['h'\] float32 \(2, 3\), but float32 \(4, 3\) was saved"),
+        ({}, "carry.*none"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            gradacc.checkpoint.load(tmp_path / "window", acc.init(W, carry=other))
+    with pytest.raises(ValueError, match="has_carry"):
+        gradacc.checkpoint.load(tmp_path / "window", gradacc.accumulator(lambda p, x: (x @ p["w"]).mean()).init(W))
+
+
 def test_checkpoints_hold_it(tmp_path):
     acc = gradacc.accumulator(lambda p, x, carry: ((x @ p["w"]).mean(), carry + x.mean(0)), has_carry=True)
     state = acc.update(acc.init(W, carry=torch.zeros(3)), W, X[:2])
@@ -176,6 +247,72 @@ def test_checkpoints_hold_it(tmp_path):
     train = gradacc.TrainState(W, (), carry={"h": X})
     gradacc.checkpoint.save(tmp_path / "train", train)
     assert_trees_equal(gradacc.checkpoint.load(tmp_path / "train", train._replace(carry={"h": X * 0})), train)
+
+
+def test_a_train_state_without_a_carry_is_the_tree_that_it_was(tmp_path):
+    """Why its default is not None: to torch that is a leaf, which `torch.vmap` refuses."""
+    optimizer = gradacc.optim.sgd(lr=0.1, momentum=0.9)
+    state = gradacc.TrainState(W, optimizer.init(W))
+    leaves, _ = torch.utils._pytree.tree_flatten(state)
+    assert len(leaves) == len(torch.utils._pytree.tree_leaves((W, state.opt_state, 0)))
+    step = gradacc.train_step(
+        gradacc.accumulate_and_value(lambda p, x: (x @ p["w"]).square().mean(), steps=2), optimizer
+    )
+    for none in (state, state._replace(carry=None)):
+        new, _ = step(none, X)
+        assert new.carry is none.carry
+        gradacc.checkpoint.save(tmp_path, new)
+        assert_trees_equal(gradacc.checkpoint.load(tmp_path, none), new)
+    two = gradacc.TrainState(
+        {"w": torch.ones(2, 3)}, torch.vmap(optimizer.init)({"w": torch.ones(2, 3)}), torch.zeros(2)
+    )
+    new, _ = torch.vmap(step, in_dims=(0, None))(two, X)
+    assert_trees_close(new.params["w"][0], step(state, X)[0].params["w"], rtol=1e-6)
+    new, _ = torch.vmap(step, in_dims=(gradacc.TrainState(0, 0, 0), None))(two, X)
+    with pytest.raises((TypeError, ValueError)):
+        torch.vmap(step, in_dims=(0, None))(two._replace(carry=None), X)
+
+
+def test_a_step_threads_the_carry_of_its_state(tmp_path):
+    """Also with aux, compiled, under vmap; and from a checkpoint on."""
+
+    def loss_fn(params, batch, carry):
+        hidden = torch.tanh((batch @ params["w"]).mean() + carry["hidden"])
+        return (hidden.square(), {"hidden": hidden.detach()}), {"hidden": hidden, "seen": gradacc.Moments.of(batch, 0)}
+
+    optimizer = gradacc.optim.sgd(lr=0.1)
+    grad_fn = gradacc.accumulate_and_value(loss_fn, steps=2, has_aux=True, has_carry=True)
+    step = gradacc.train_step(grad_fn, optimizer)
+    params = {"w": torch.full((3,), 0.01)}
+    zeros = torch.zeros(3)
+    carry = {"hidden": torch.tensor(0.1), "seen": gradacc.Moments(torch.tensor(0), zeros, zeros)}
+    before = copy.deepcopy((params, carry))
+    start = gradacc.TrainState(params, optimizer.init(params), torch.tensor(0), carry)
+    state, found = start, carry
+    for _ in range(2):
+        ((_, (value, aux)), found), (state, metrics) = grad_fn(state.params, X, carry=found), step(state, X)
+        assert_trees_equal((state.carry, metrics["loss"], metrics["aux"]), (found, value, aux))
+    assert_trees_equal((params, carry), before)
+    gradacc.checkpoint.save(tmp_path, state)
+    assert_trees_equal(step(gradacc.checkpoint.load(tmp_path, start), X), step(state, X))
+    compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
+    assert_trees_close(compiled(start, X)[0].carry, step(start, X)[0].carry, rtol=1e-6)
+    two = torch.utils._pytree.tree_map(lambda leaf: torch.stack([leaf, leaf]), start)
+    together, _ = torch.vmap(step, in_dims=(0, None))(two, X)
+    assert_trees_close(together.carry["hidden"][1], step(start, X)[0].carry["hidden"], rtol=1e-6)
+
+
+def test_a_step_says_what_is_wrong_with_a_carry():
+    optimizer = gradacc.optim.sgd(lr=0.1)
+    plain = gradacc.accumulate_and_value(lambda p, x: (x @ p["w"]).mean(), steps=2)
+    carried = gradacc.accumulate_and_value(returning(X), steps=2, has_carry=True)
+    state = gradacc.TrainState(W, optimizer.init(W))
+    with pytest.raises(TypeError, match=r"TrainState\(params, opt_state, carry=c\)"):
+        gradacc.train_step(carried, optimizer)(state, X)
+    with pytest.raises(TypeError, match="carry"):
+        gradacc.train_step(plain, optimizer)(state._replace(carry=X), X)
+    with pytest.raises(TypeError, match="the state has a carry, and grad_fn returned"):
+        gradacc.train_step(lambda p, x, carry: plain(p, x), optimizer)(state._replace(carry=X), X)
 
 
 @pytest.mark.parametrize("steps", [1, 3])

@@ -9,8 +9,8 @@ last checkpoint that was complete, or the one after it.
 
 ``... rivals FOLDER SECONDS`` lets two processes save into one folder as often as they can.
 
-``... window FOLDER`` kills processes that train, and save after every micro-batch, until one comes to the end, of the same
-state, bit for bit, as one that was left alone.
+``... window FOLDER CARRIED`` kills processes that train, and save after every micro-batch, until one comes to the end, of the
+same state, bit for bit, as one that was left alone; with 1 for CARRIED a hidden state and `Moments` are threaded, too.
 """
 
 from __future__ import annotations
@@ -238,19 +238,27 @@ WINDOW = 4
 MICROBATCHES = [torch.randn(size, 6, generator=torch.Generator().manual_seed(size)) for size in (3, 1, 5, 2) * 4]
 
 
-def train(folder: Path) -> dict[str, Any]:
+def train(folder: Path, carried: int) -> dict[str, Any]:
     """Four updates of four micro-batches each, a checkpoint after each micro-batch; goes on from the one in ``folder``."""
     schedule = gradacc.optim.schedule(torch.optim.lr_scheduler.ExponentialLR, 0.1, gamma=0.5)
     optimizer = gradacc.optim.adamw(schedule)
 
-    def loss_fn(params: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    def loss_fn(params: dict[str, torch.Tensor], x: torch.Tensor, hidden: Any = 0.0) -> torch.Tensor:
         sys.audit("tests.loss", folder)
-        return (F.dropout(x, 0.3) @ params["w"] + params["b"]).square().mean()
+        return (F.dropout(x, 0.3) @ params["w"] + params["b"] + hidden).square().mean()
 
-    init, update, _, finalize = gradacc.accumulator(loss_fn)
+    def with_carry(params: dict[str, torch.Tensor], x: torch.Tensor, carry: dict[str, Any]) -> Any:
+        loss = loss_fn(params, x, carry["hidden"])
+        return loss, {"hidden": (carry["hidden"] + loss).tanh(), "moments": gradacc.Moments.of(x, 0)}
+
     torch.manual_seed(0)
     params = {"w": torch.randn(6), "b": torch.zeros(())}
-    state, window, seen = TrainState(params, optimizer.init(params)), init(params), 0
+    state, seen = TrainState(params, optimizer.init(params)), 0
+    if carried:
+        start = {"hidden": torch.zeros(()), "moments": gradacc.Moments(torch.tensor(0), *torch.zeros(2, 6))}
+        state = state._replace(carry=start)
+    init, update, _, finalize = gradacc.accumulator(with_carry if carried else loss_fn, has_carry=bool(carried))
+    window = init(params, carry=state.carry) if carried else init(params)
 
     def everything() -> dict[str, Any]:
         return {"seen": seen, "train": state, "window": window, "rng": torch.get_rng_state()}
@@ -268,24 +276,25 @@ def train(folder: Path) -> dict[str, Any]:
         window = update(window, state.params, microbatch)
         seen += 1
         if seen % WINDOW == 0:
-            grads, _ = finalize(window)
+            (grads, _), carry = finalize(window) if carried else (finalize(window), ())
             new, opt_state = optimizer.step(state.params, grads, state.opt_state)
-            state, window = TrainState(new, opt_state, state.step + 1), init(new)
+            state = TrainState(new, opt_state, state.step + 1, carry)
+            window = init(new, carry=carry) if carried else init(new)
         save(folder, everything())
     return everything()
 
 
-def window(folder: Path) -> int:
+def window(folder: Path, carried: int) -> int:
     """How many processes were killed; each prints how many micro-batches were done when it began."""
     chance = random.Random(0)
-    alone = train(folder.with_name("alone"))
+    alone = train(folder.with_name("alone"), carried)
     codes: list[int] = []
     while not codes or codes[-1] != 0:
-        place = chance.randrange(30, 90)
+        place = chance.randrange(30, 90) * (1 + carried)
         child = os.fork()
         if child == 0:
             doom(folder, place)
-            train(folder)
+            train(folder, carried)
             os._exit(0)
         codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
         assert codes[-1] in (0, -signal.SIGKILL), codes

@@ -115,9 +115,10 @@ def run(*arguments: str) -> str:
     return found.stdout
 
 
-def test_stopped_between_micro_batches(tmp_path):
+@pytest.mark.parametrize("carried", [0, 1])
+def test_stopped_between_micro_batches(tmp_path, carried):
     """SIGKILL anywhere in windows of micro-batches, in a loss, in a save: what comes out is the run that was left alone."""
-    first, *began, deaths = map(int, run("window", str(tmp_path / "c")).split())
+    first, *began, deaths = map(int, run("window", str(tmp_path / "c"), str(carried)).split())
     assert first == began[0] == 0
     assert began == sorted(began)
     assert len(began) == deaths + 1 > 10
