@@ -14,8 +14,8 @@ NOTE [what a carry is]
     it is what one large batch would have returned.
 
 NOTE [memory of a carry]
-    The loss may write into what it is given, and may return that, or a slice of something large, or what it was given. So the
-    call threads a copy of its own, and what it returns is a copy, too.
+    The loss may write into what it is given, and may return that, or a slice of something large, or what it was given. So a
+    call (also each ``update``) threads a copy of its own, and what it returns is a copy, too.
 """
 
 from __future__ import annotations
@@ -81,7 +81,9 @@ def tree(carry: Given, parts: Sequence[Part]) -> Any:
 def returned(name: str, carry: Given, out: Any) -> list[Any]:
     """The leaves of what a micro-batch returned, checked against what the call was given."""
     leaves, treedef = _flatten(out)
-    if treedef != carry.treedef:
+    # Dynamo does not compare structures whose dicts have other keys.
+    traced = torch.compiler.is_compiling() and _tree.paths(treedef) != _tree.paths(carry.treedef)
+    if traced or treedef != carry.treedef:
         raise ValueError(
             f"{name}: loss_fn returned a carry {_difference(treedef, carry.treedef, 'what it was given')}; return every leaf "
             "of what was given, in its structure, also one that has not changed"

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import gradacc
-from tests.helpers import assert_trees_close, assert_trees_equal
+from tests.helpers import assert_trees_close, assert_trees_equal, fingerprint
 from tests.vision import find, has
 
 W = {"w": torch.ones(3)}
@@ -51,6 +51,11 @@ def call(loss_fn, carry, **options):
         ({"h": X}, {"h": X.double()}, TypeError, "torch.float64"),
         ({"h": X}, {"h": 1.0}, TypeError, r"1.0 \(float\)"),
         ({"h": X}, {"h": gradacc.Mean(X, 1)}, TypeError, "a Mean of"),
+        (X, X[:, :2], ValueError, r"carry as a torch.float32 tensor of shape \(4, 2\).*, and was given .*\(4, 3\)"),
+        (X, X.to_sparse(), TypeError, "layout torch.sparse_coo"),
+        (X, X.int(), TypeError, "a carry keeps its kinds, shapes, dtypes and devices: return it like what was given"),
+        (torch.zeros((), dtype=torch.int64), torch.zeros(()), TypeError, "torch.int64"),
+        ({"h": [X, "text"]}, None, TypeError, r"carry\['h'\]\[1\] is"),
         (gradacc.Mean(X, 0), gradacc.Mean(X[0], 0), ValueError, "shape"),
         (gradacc.Mean(X, torch.tensor(0)), gradacc.Mean(X, torch.tensor(0.5)), TypeError, "float32"),
         (gradacc.Moments(0, X, X), gradacc.Moments(0, X[0], X[0]), ValueError, "Moments"),
@@ -58,9 +63,53 @@ def call(loss_fn, carry, **options):
         ({"m": gradacc.Moments(0, X, X[0])}, None, TypeError, "Moments"),
     ],
 )
-def test_a_carry_that_changes_is_an_error(given, returned, error, says):
+@pytest.mark.parametrize("way", ["call", "under vmap", "streaming form"])
+def test_a_carry_that_changes_is_an_error_and_nothing_is_changed(given, returned, error, says, way):
+    loss_fn = returning(returned)
+    before = fingerprint((W, X, given))
+    grad_fn = gradacc.accumulate(loss_fn, steps=2, has_carry=True)
+
+    def run():
+        if way == "call":
+            grad_fn(W, X, carry=given)
+        elif way == "under vmap":
+            torch.vmap(lambda w: grad_fn({"w": w}, X, carry=given))(W["w"][None])
+        else:
+            acc = gradacc.accumulator(loss_fn, has_carry=True)
+            acc.update(acc.init(W, carry=given), W, X)
+
     with pytest.raises(error, match=says):
-        call(returning(returned), given)
+        run()
+    assert fingerprint((W, X, given)) == before
+
+
+@pytest.mark.parametrize(
+    ("returned", "says"),
+    [({}, r"lacks carry\['h'\]"), ({"h": X[:2]}, r"carry\['h'\] as a torch.float32"), ({"h": X.double()}, "float64")],
+)
+def test_a_carry_that_changes_is_an_error_compiled(returned, says):
+    grad_fn = gradacc.accumulate(returning(returned), steps=2, has_carry=True)
+    with pytest.raises(torch._dynamo.exc.TorchDynamoException, match=says):
+        torch.compile(grad_fn, backend="eager", fullgraph=True)(W, X, carry={"h": X})
+
+
+def test_a_sparse_carry_is_an_error():
+    with pytest.raises(
+        TypeError, match="carry is a torch.float32 tensor .* layout torch.sparse_coo; the leaves of a carry"
+    ):
+        call(returning(X), X.to_sparse())
+
+
+def test_a_state_is_as_it_was_after_an_update_that_returns_a_bad_carry():
+    acc = gradacc.accumulator(
+        lambda p, x, carry: ((x @ p["w"]).mean(), carry if len(x) == 2 else carry[:1]), has_carry=True
+    )
+    state = acc.update(acc.init(W, carry=X), W, X[:2])
+    before = fingerprint(state)
+    with pytest.raises(ValueError, match="carry as a torch.float32 tensor"):
+        acc.update(state, W, X)
+    assert fingerprint(state) == before
+    assert_trees_equal(acc.finalize(acc.update(state, W, X[2:]))[1], X)
 
 
 def test_what_is_no_pair_and_what_is_missing_is_an_error():
@@ -117,6 +166,24 @@ def test_nothing_passed_in_is_changed_and_results_are_new():
     acc.update(state, W, X)
     assert_trees_equal(given, before)
     assert_trees_equal(acc.finalize(state)[1]["h"], torch.full((3,), 2.0))
+
+
+def test_what_a_call_returns_is_no_part_of_the_batch_or_of_the_parameters():
+    def loss_fn(params, batch, carry):
+        return (batch @ params["w"]).mean(), {"last": batch[-1], "w": params["w"].detach(), "same": carry["same"]}
+
+    params, batch = {"w": torch.ones(3)}, X.clone()
+    carry = {"last": torch.zeros(3), "w": torch.zeros(3), "same": torch.zeros(3)}
+    acc = gradacc.accumulator(loss_fn, has_carry=True)
+    begun = acc.init(params, carry=carry)
+    state = acc.update(begun, params, batch)
+    _, new = gradacc.accumulate(loss_fn, steps=2, has_carry=True)(params, batch, carry=carry)
+    for tensor in (batch, params["w"], *carry.values()):
+        tensor.fill_(7.0)
+    expected = {"last": X[-1], "w": torch.ones(3), "same": torch.zeros(3)}
+    for found in (new, acc.finalize(state)[1]):
+        assert_trees_equal(found, expected)
+    assert_trees_equal(begun.carry["same"], torch.zeros(3))
 
 
 def test_a_carry_has_no_graph():
