@@ -81,9 +81,7 @@ def tree(carry: Given, parts: Sequence[Part]) -> Any:
 def returned(name: str, carry: Given, out: Any) -> list[Any]:
     """The leaves of what a micro-batch returned, checked against what the call was given."""
     leaves, treedef = _flatten(out)
-    # Dynamo does not compare structures whose dicts have other keys.
-    traced = torch.compiler.is_compiling() and _tree.paths(treedef) != _tree.paths(carry.treedef)
-    if traced or treedef != carry.treedef:
+    if treedef != carry.treedef:
         raise ValueError(
             f"{name}: loss_fn returned a carry {_difference(treedef, carry.treedef, 'what it was given')}; return every leaf "
             "of what was given, in its structure, also one that has not changed"

@@ -85,7 +85,11 @@ def test_a_carry_that_changes_is_an_error_and_nothing_is_changed(given, returned
 
 @pytest.mark.parametrize(
     ("returned", "says"),
-    [({}, r"lacks carry\['h'\]"), ({"h": X[:2]}, r"carry\['h'\] as a torch.float32"), ({"h": X.double()}, "float64")],
+    [
+        ({"g": X}, r"lacks carry\['h'\]"),
+        ({"h": X[:2]}, r"carry\['h'\] as a torch.float32"),
+        ({"h": X.double()}, "float64"),
+    ],
 )
 def test_a_carry_that_changes_is_an_error_compiled(returned, says):
     grad_fn = gradacc.accumulate(returning(returned), steps=2, has_carry=True)
