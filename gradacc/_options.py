@@ -250,6 +250,11 @@ def _check_through(name: str, given: Given) -> None:
             f"{name}: got weights, which counts what several means are divided by before the first micro-batch, and through, "
             "whose loss_fn sees the whole batch and counts it; leave weights out"
         )
+    if given.has_carry:
+        raise ValueError(
+            f"{name}: got through, with one loss of the whole batch and encoders that are run twice, and has_carry=True, with "
+            "what one micro-batch hands to the next; leave has_carry out, and put BatchNorm of an encoder in evaluation mode"
+        )
 
 
 def _argnums(name: str, argnums: Any) -> int | tuple[int, ...]:

@@ -170,8 +170,8 @@ def _differentiate(fold: Fold, given: Given, buffer: Buffer, whole: union.Whole)
         def with_outputs(*args: Any, **kwargs: Any) -> Any:
             return composed.call(options, given.loss_fn, (args, kwargs), given.batch, found, whole.rows)
 
-        own = _loop.loss_of(options, with_outputs, whole.args, given.positions[0], fold.treedef, given.kwargs)
-        return _loss.divided(options, own(microbatch, tensors[:count]), None)
+        own = _loop.loss_of(options, with_outputs, whole.args, given.positions[0], fold.treedef, (given.kwargs, None))
+        return _loss.divided(options, own(microbatch, {}, tensors[:count]), None)
 
     own = fold.engine.init([*fold.params, *leaves], accumulated)
     before = _around(given)

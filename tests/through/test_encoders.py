@@ -42,6 +42,10 @@ def test_what_is_no_encoder(through: Any, error: type[Exception], says: str) -> 
         ({}, "nothing that says how encode divides it; give steps, microbatch_size or split"),
         ({"steps": 2, "nonfinite": "drop"}, "nonfinite='drop', which drops micro-batches"),
         ({"steps": 2, "weights": lambda batch: (1,)}, "got weights, which counts what several means are divided by"),
+        (
+            {"steps": 2, "has_carry": True},
+            "and has_carry=True, with what one micro-batch hands to the next; leave",
+        ),
         ({"steps": 2, "microbatch_size": 2}, "got steps and microbatch_size"),
         ({"steps": {"a": 2}}, r"steps is a dict of \['a'\], and through is"),
         ({"microbatch_size": 0}, "microbatch_size must be at least 1, got 0"),
