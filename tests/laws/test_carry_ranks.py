@@ -205,3 +205,24 @@ def test_batch_norm_over_ranks_has_the_statistics_of_the_union(pool, compiles):
     seen = torch.cat([deeper[1](deeper[0](part)) for part in batch.split(3)])
     deeper[2](seen), deeper[2](seen)
     assert_trees_close({name: here["buffers"][f"2.{name}"] for name in names}, dict(deeper[2].named_buffers()))
+
+
+def streamed(group, share, compiles):
+    """A micro-batch for each row, and the end of it."""
+    init, update, _, finalize = gradacc.accumulator(loss_fn, has_carry=True, sync=gradacc.all_reduce(group))
+    state = init(PARAMS, carry=CARRY)
+    for part in share.split(1) if len(share) else ():
+        state = update(state, PARAMS, part)
+    return (torch.compile(finalize, backend="aot_eager", fullgraph=True) if compiles else finalize)(state)
+
+
+@pytest.mark.parametrize(("shares", "compiles"), [((4, 7), False), ((0, 11), False), ((4, 7), True)])
+def test_states_of_ranks_end_as_one(pool, shares, compiles):
+    variance, mean = torch.var_mean(X, 0)
+    expected = gradacc.accumulate_and_value(loss_fn, steps=1, has_carry=True)(PARAMS, X, carry=CARRY)[0]
+    answers = pool.run_each(2, streamed, [(part, compiles) for part in X.split(shares)])
+    for share, (usual, carry) in zip(X.split(shares), answers, strict=True):
+        assert_trees_close(usual, expected)
+        assert_trees_close(carry["hidden"], share.sum(0))
+        moments = carry["moments"]
+        assert_trees_close((moments.variance(1), moments.mean, carry["mean"].value), (variance, mean, mean))
