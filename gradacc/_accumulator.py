@@ -30,7 +30,6 @@ from gradacc._describe import describe
 from gradacc._engines import eager
 from gradacc._options import AccumulatorOptions, Nonfinite, Options, Reduction
 from gradacc._state import AccumulatorState
-from gradacc._sums import Sums
 
 _UPDATE = "update(state, params, microbatch)"
 
@@ -290,11 +289,10 @@ def _update(
             (facts._replace(plain=(), empty=False), _sums.nothing(sums.carry)) if facts.empty else (facts, sums)
         )
         if carry is not None:
-            sums = _with_own_carry(sums)
+            # NOTE [memory of a carry]
+            sums = dataclasses.replace(sums, carry=_tree.map_tensors(Tensor.clone, sums.carry))
         buffer = engine.resume(params, fold.accumulated, grads, facts.arrived, donate)
         buffer, sums = _loop.step(fold, buffer, sums, microbatch)
-        if carry is not None:
-            sums = _with_own_carry(sums)
         if call is not None:
             closed.extend(buffer.closed_over())
         return _state.pack(known._replace(arrived=buffer.arrived), treedef, buffer.grads, sums, readable, before.carry)
@@ -316,11 +314,6 @@ def _tried(loss_fn: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         return loss_fn(*args, **kwargs)
     except Exception as error:  # whatever a loss does with no examples
         raise _RaisedError from error
-
-
-def _with_own_carry(sums: Sums) -> Sums:
-    """NOTE [memory of a carry]"""
-    return dataclasses.replace(sums, carry=_tree.map_tensors(Tensor.clone, sums.carry))
 
 
 def _merge(options: Options, donate: bool, one: Any, other: Any) -> AccumulatorState:

@@ -14,8 +14,10 @@ NOTE [what a carry is]
     it is what one large batch would have returned.
 
 NOTE [memory of a carry]
-    The loss may write into what it is given, and may return that, or a slice of something large, or what it was given. So a
-    call (also each ``update``) threads a copy of its own, and what it returns is a copy, too.
+    The loss may write into what it is given, and may return that, or a slice of the batch. And an activation checkpoint runs
+    layers again in the backward pass, which move their running statistics once more, in the tensors that were returned (in a
+    hand-written loop all of them count). So a call begins with a copy, and takes a copy of what the loss returns, before its
+    backward pass.
 """
 
 from __future__ import annotations
@@ -96,7 +98,8 @@ def returned(name: str, carry: Given, out: Any) -> list[Any]:
                 f"{name}: loss_fn returned {path} as {_words(leaf)}, and was given {_words(old)}; a carry keeps its kinds, "
                 "shapes, dtypes and devices: return it like what was given, or begin with another one"
             )
-        found.append(new)
+        # NOTE [memory of a carry]
+        found.append(new.clone() if isinstance(new, Tensor) else new)
     return found
 
 

@@ -183,8 +183,7 @@ def final(part: Part, factor: float | Tensor) -> Any:
         count, mean, m2 = numbers(part)
         return Moments(count, mean.to(part.dtype), m2.to(part.dtype))
     if isinstance(part, Latest):
-        # The loss, or the caller, may hold it too, or something that it is a part of.
-        return part.tensor.clone()
+        return part.tensor
     return joined(part.tensors)
 
 

@@ -190,6 +190,48 @@ def test_what_a_call_returns_is_no_part_of_the_batch_or_of_the_parameters():
     assert_trees_equal(begun.carry["same"], torch.zeros(3))
 
 
+class Checkpointed(nn.Module):
+    """BatchNorm in an activation checkpoint."""
+
+    def __init__(self, checkpoints):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)
+        self.checkpoints = checkpoints
+
+    def inside(self, x):
+        return self.norm(self.first(x)).relu()
+
+    def forward(self, x):
+        if not self.checkpoints:
+            return self.last(self.inside(x))
+        return self.last(torch.utils.checkpoint.checkpoint(self.inside, x, use_reentrant=False))
+
+
+@pytest.mark.parametrize("streams", [False, True])
+def test_statistics_of_a_checkpointed_layer_move_once_a_micro_batch(streams):
+    """And not once more when the backward pass runs it again, as in a hand-written loop."""
+    module, hand = Checkpointed(True).double(), Checkpointed(False).double()
+    hand.load_state_dict(module.state_dict())
+    apply, params, buffers = gradacc.functional(module)
+
+    def loss_fn(params, batch, carry):
+        output, new = apply(params, batch, buffers=carry)
+        return output.square().mean(), new
+
+    batch = torch.randn(12, 3, dtype=torch.float64)
+    if streams:
+        acc = gradacc.accumulator(loss_fn, has_carry=True)
+        state = acc.init(params, carry=buffers)
+        for part in batch.split(4):
+            state = acc.update(state, params, part)
+        _, new = acc.finalize(state)
+    else:
+        _, new = gradacc.accumulate(loss_fn, steps=3, has_carry=True)(params, batch, carry=buffers)
+    for part in batch.split(4):
+        hand(part)
+    assert_trees_equal(new, dict(hand.named_buffers()))
+
+
 def test_a_carry_has_no_graph():
     params = {"w": torch.ones(3, requires_grad=True)}
     grad_fn = gradacc.accumulate(

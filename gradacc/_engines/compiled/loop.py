@@ -91,8 +91,6 @@ def _scan(step: Step, start: State, seen: State, cut: Cut, run: Run) -> State:
         found, _, each = _sums.numbers(summed)
         kept = [number for number, tensor in zip([*found, summed.weight], is_tensor, strict=True) if tensor]
         # No gradient is None: torch.func returns zeros.
-        # A carry may be handed on as it is: what leaves the body is to be new.
-        kept = [number.clone() for number in kept] if summed.carry else kept
         return [*after.grads, *kept], [piece[0].clone() for piece in each]
 
     first = [*_sums.numbers(before)[0], before.weight]
