@@ -149,17 +149,15 @@ def accumulate_and_value(
         dtype: accumulate in this floating dtype, and return gradients in it (complex ones in its complex counterpart). By
             default float16 and bfloat16 are accumulated in float32 and cast back; other dtypes accumulate in themselves.
         sync: `gradacc.all_reduce`: the large batch is then the union of all ranks' batches, with one all-reduce a call.
-        nonfinite: ``"drop"``: a micro-batch with a NaN or inf in its loss or gradient counts as one of weight 0, and the value
-            is a `Kept` of ``(value, dropped)``. Its gradient is a buffer of its own until it has been looked at.
+        nonfinite: ``"drop"``: a micro-batch with a NaN or inf in loss or gradient counts as weight 0; the value is a `Kept`.
         through: ``encode(params, batch)``, for a loss over the whole batch (contrastive, ranking): it is run for each
             micro-batch, twice, and ``loss_fn(params, outputs, batch)`` once, for all outputs (a row an example). The
             gradient is that of ``loss_fn(params, encode(params, batch), batch)``. A dict of functions gives a dict of outputs;
             ``steps`` and ``microbatch_size`` may be dicts then. With ``sync``, outputs are of all ranks: ``docs/through.md``.
         weights: ``weights(batch)``, of several means: the weight of each, in their structure, counted before the first forward
             pass (of what is split of the arguments; of a list of micro-batches one by one). One backward pass is then enough.
-        has_carry: ``loss_fn(params, batch, carry=c)`` returns ``(usual, c)``, and so does ``grad_fn(params, batch, carry=c)``.
-            A tree of tensors, which go from one micro-batch to the next, and of `Mean`s and `gradacc.Moments`, which add up.
-            ``docs/state.md``: BatchNorm, recurrent state, ranks.
+        has_carry: ``loss_fn(params, batch, carry=c)`` returns ``(usual, c)``, and so does ``grad_fn``. ``c`` is a tree of
+            tensors, which go from one micro-batch to the next, and of `Mean`s and `Moments`, which add up: ``docs/state.md``.
 
     Returns:
         ``grad_fn(params, batch, *args, **kwargs)``, which returns ``(grads, value)``, or ``(grads, (value, aux))`` with

@@ -253,7 +253,7 @@ def numbers(sums: Sums) -> tuple[list[Any], Sums, list[list[Any]]]:
     last = [] if sums.dropped is None else [sums.dropped]
     found = [number for part in [*terms(sums)[0], *parts, *last] for number in _parts.numbers(part)]
     found += carry_numbers(sums)
-    return found, dataclasses.replace(sums, aux=aux, weight=None, unit=None), pieces
+    return found, replace(sums, aux=aux, weight=None, unit=None), pieces
 
 
 def with_numbers(rest: Sums, numbers: Sequence[Any], pieces: Sequence[list[Any]], weight: Any, unit: Any) -> Sums:
