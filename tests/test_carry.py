@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradacc
 from tests.helpers import assert_trees_close, assert_trees_equal, fingerprint
@@ -260,6 +261,40 @@ def test_a_dropped_micro_batch_hands_on_what_it_got(batched):
     assert_trees_close(new["h"], X[2:].mean(0))
     assert_trees_close((new["m"].variance(1), new["m"].mean), torch.var_mean(X, 0), rtol=1e-6)
     assert_trees_close(new["n"].value, X.mean(0), rtol=1e-6)
+
+
+class Operations(TorchDispatchMode):
+    """What torch runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def operations(**named):
+    """Of a call of three micro-batches."""
+
+    def loss_fn(params, batch, **named):
+        loss = (batch @ params["w"]).square().mean()
+        return (loss, named["carry"]) if named else loss
+
+    with Operations() as counter:
+        gradacc.accumulate(loss_fn, steps=3, has_carry=bool(named))(W, X, **named)
+    return list(map(str, counter.seen))
+
+
+def test_what_a_carry_costs():
+    """Nothing without a leaf; a copy at the beginning and one a micro-batch for each tensor."""
+    assert operations(carry=()) == operations()
+    copies = ["aten.clone.default"] * 4
+    more = operations(carry={"h": X})
+    for operation in (*operations(), *copies):
+        more.remove(operation)
+    assert {*more} <= {"aten.detach.default"}
 
 
 def test_without_a_micro_batch_a_carry_is_what_was_given():
