@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import gradacc
-from tests.helpers import assert_trees_close, assert_trees_equal
+from tests.helpers import assert_trees_close, assert_trees_equal, some_slow
 
 
 def of_batch_norm(module):
@@ -25,7 +25,7 @@ def norm_net():
     return nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
 
 
-@pytest.mark.parametrize("size", [4, 1])  # an unrolled loop, and a scan
+@pytest.mark.parametrize("size", some_slow([4, 1], 1))  # an unrolled loop, and a scan
 def test_batch_norm_compiled(size):
     loss_fn, (_, params, carry, step) = of_batch_norm(norm_net())
     batch = torch.arange(36.0).view(12, 3).sin()

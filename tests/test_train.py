@@ -11,8 +11,8 @@ import torch
 import gradacc
 from gradacc import Mean, TrainState, train_step
 from gradacc.data import windows
+from tests.data.test_windows import Broken
 from tests.helpers import assert_trees_close, assert_trees_equal, fingerprint
-from tests.test_data import Broken
 
 D = torch.float64
 OPTIMIZER = gradacc.optim.adamw(1e-2)

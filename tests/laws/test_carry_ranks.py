@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import gradacc
-from tests.helpers import assert_trees_close, assert_trees_equal, fingerprint
+from tests.helpers import assert_trees_close, assert_trees_equal, fingerprint, some_slow
 from tests.laws.test_ranks import Collectives
 
 D = torch.float64
@@ -137,10 +137,10 @@ def traced(group, params, batch):
     return compiled(params, batch, carry=CARRY), grad_fn(params, batch, carry=CARRY)
 
 
-@pytest.mark.parametrize("shares", [(2, 9), (6, 5)], ids=str)  # an unrolled loop, and a scan
-def test_compiled_moments_cross(pool, shares):
+@pytest.mark.parametrize("part", some_slow([2, 6], 6))  # an unrolled loop, and a scan
+def test_compiled_moments_cross(pool, part):
     variance, mean = torch.var_mean(X, 0)
-    for found, plain in pool.run_each(2, traced, [(PARAMS, part) for part in X.split(shares)]):
+    for found, plain in pool.run_each(2, traced, [(PARAMS, share) for share in (X[:part], X[part:])]):
         assert_trees_close(found[0], plain[0])
         assert_trees_close(found[1]["hidden"], plain[1]["hidden"])
         for carry in (found[1], plain[1]):
@@ -188,7 +188,7 @@ def statistics(group, batch, compiles):
     return carry
 
 
-@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("compiles", some_slow([False, True], False))
 def test_batch_norm_over_ranks_has_the_statistics_of_the_union(pool, compiles):
     """Of the first layer, whose input is the batch; deeper ones have the union of what their micro-batches were."""
     batch = torch.cat([X, X[:1] * 2])
@@ -216,7 +216,9 @@ def streamed(group, share, compiles):
     return (torch.compile(finalize, backend="aot_eager", fullgraph=True) if compiles else finalize)(state)
 
 
-@pytest.mark.parametrize(("shares", "compiles"), [((4, 7), False), ((0, 11), False), ((4, 7), True)])
+@pytest.mark.parametrize(
+    ("shares", "compiles"), [((4, 7), False), ((0, 11), False), pytest.param((4, 7), True, marks=pytest.mark.slow)]
+)
 def test_states_of_ranks_end_as_one(pool, shares, compiles):
     variance, mean = torch.var_mean(X, 0)
     expected = gradacc.accumulate_and_value(loss_fn, steps=1, has_carry=True)(PARAMS, X, carry=CARRY)[0]
