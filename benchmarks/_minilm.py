@@ -19,7 +19,7 @@ from torch import Tensor
 import gradacc
 
 SCALE = 20.0
-LENGTHS = {"summary": 32, "body": 64}
+LENGTHS = {"summary": 16, "body": 32}
 """Tokens that are left of a text."""
 SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3"}
 Batch = dict[str, dict[str, Tensor]]
