@@ -26,13 +26,13 @@ def tables(results: dict[str, Any]) -> str:
     lines += ["", *memory(batches), "", *ranks(results["ranks"]), ""]
     tokens = " and ".join(f"{count} of a {side}" for side, count in results["tokens"].items())
     most = max(found["rounds"] for found in batches.values())
-    fewer = ", ".join(
-        f"{found['rounds']} of {batch} pairs" for batch, found in batches.items() if found["rounds"] < most
-    )
-    lines.append(
-        f"At most {tokens} (tokens). {said(most, results['processes'])}{f' (rounds: {fewer})' if fewer else ''}. {describe(results['machine'])}, sentence-transformers {results['machine']['sentence-transformers']}, "
-        f"transformers {results['machine']['transformers']}."
-    )
+    fewer = [f"{found['rounds']} of {batch} pairs" for batch, found in batches.items() if found["rounds"] < most]
+    versions = ", ".join(f"{name} {results['machine'][name]}" for name in ("sentence-transformers", "transformers"))
+    lines += [
+        f"At most {tokens} (tokens). {said(most, results['processes'])}.",
+        *[f"Rounds: {', '.join(fewer)}."] * bool(fewer),
+        f"{describe(results['machine'])}, {versions}.",
+    ]
     return "\n".join(lines)
 
 
@@ -67,7 +67,7 @@ def slope(peaks: dict[str, int]) -> str:
 
 def ranks(found: dict[str, Any]) -> list[str]:
     """Both forms of a loss, on one of two ranks."""
-    title = "| two ranks, a rank's cost of the loss | pairs of both | GFLOP | peak: MB | s | flops, peak and time of the first form |"
+    title = "| a rank's cost of the loss, of two | pairs of both | GFLOP | peak: MB | s | flops, peak, time of the first form |"
     lines = [title, "|---|--:|--:|--:|--:|---|"]
     for union, forms in found.items():
         base = forms[REPLICATED]
