@@ -41,6 +41,7 @@ bench: $(STAMP)
 	$(PY) -m benchmarks.compiled
 	$(PY) -m benchmarks.optim
 	$(PY) -m benchmarks.microbatch
+	$(PY) -m benchmarks.through
 	$(PY) -m benchmarks.random
 	$(PY) -m benchmarks.agreement
 	$(PY) -m benchmarks.pages
