@@ -90,11 +90,12 @@ def test_there_are_no_circles():
 
 
 OF_SEVERAL_ROOMS = {
-    "": "compositions device documents door head lora map models private_torch sweep transforms",
+    "": "compositions device documents door head lora map models private_torch sentence_transformers sweep transforms",
     "checkpoint": "states trees",
     "demo": "nproc process",
     "pieces": "functions",
     "optim": "bad_input donation rules schedule step wrappers",
+    "through": "beside_others faults_of_others",
     "sync": "accelerate accumulator all_reduce ends faults fuzz strides turns",
 }
 """Tests of promises that no single room keeps, or that a page makes, by folder."""
