@@ -36,9 +36,9 @@ def test_memory_is_flat_in_the_batch_but_for_the_outputs():
         batch = {side: {key: leaf.repeat(times, 1) for key, leaf in own.items()} for side, own in work.batch.items()}
         return through.allocated_peak(through.VARIANTS[name](work._replace(batch=batch)), through.CPU)
 
-    grown = _through_report.outputs(24) - _through_report.outputs(8)
-    assert peak(_through_report.OURS, 3) - peak(_through_report.OURS, 1) <= 4 * grown
-    assert peak(_through_report.WHOLE, 3) - peak(_through_report.WHOLE, 1) > 100 * grown
+    grown = _through_report.outputs(48) - _through_report.outputs(24)
+    assert peak(_through_report.OURS, 6) - peak(_through_report.OURS, 3) <= 4 * grown
+    assert peak(_through_report.WHOLE, 6) - peak(_through_report.WHOLE, 3) > 100 * grown
 
 
 def of_a_rank(group, size):
