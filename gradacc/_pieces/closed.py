@@ -91,9 +91,9 @@ def leaves(graph: Graph) -> set[int]:
     return {id(node.variable) for node in nodes}
 
 
-def writes(graph: Graph) -> bool:
-    """Whether there is a BatchNorm in training mode that keeps running statistics."""
-    nodes: list[Any] = [node for node in graph.uses if type(node).__name__ in _NORMS]
+def writes(graph: Iterable[Node]) -> bool:
+    """Whether there is a BatchNorm in training mode that keeps running statistics, among these nodes."""
+    nodes: list[Any] = [node for node in graph if type(node).__name__ in _NORMS]
     return any(
         getattr(node, "_saved_training", True) and getattr(node, "_saved_running_mean", None) is not None
         for node in nodes

@@ -154,7 +154,7 @@ def _run(
         )
     output = outputs.detached(output)
     return Ran(
-        output, roots, whole, parts, graph.uses, closed.writes(graph), nodes, hooks != RemovableHandle.next_id
+        output, roots, whole, parts, graph.uses, closed.writes(graph.uses), nodes, hooks != RemovableHandle.next_id
     ), foreign
 
 

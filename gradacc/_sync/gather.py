@@ -19,6 +19,7 @@ import contextlib
 import hashlib
 import itertools
 import math
+import pickle
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -56,6 +57,7 @@ class Union(NamedTuple):
     """The rows of all ranks."""
 
     tensors: list[Tensor]
+    paths: list[str]
     known: Any
     """What the first rank with rows says of them; None where no rank has any."""
     own: slice
@@ -85,6 +87,11 @@ class Gather:
         """How many of the tensors have cotangents."""
         self.device: torch.device | None = None
 
+    def compare(self, value: Tensor) -> None:
+        """The value of a loss that every rank evaluates; where it is read for nothing, a difference is found at the end."""
+        if value.is_cpu:
+            self.link.compare(float(value))
+
     @property
     def is_first(self) -> bool:
         """Whether this is the first rank of the group."""
@@ -106,7 +113,8 @@ class Gather:
         rank, total = group.rank(), sum(self.sizes)
         begin = sum(self.sizes[:rank])
         own = slice(begin, begin + self.sizes[rank])
-        return Union(self._exchange_rows(group, list(tensors.values())) if total else [], known, own)
+        found = self._exchange_rows(group, list(tensors.values())) if total else []
+        return Union(found, [row.path for row in self.rows], known, own)
 
     def give_back(self, cotangents: Sequence[Tensor | None], unit: Any) -> Pulled:
         """Of cotangents of all rows, in this rank's unit: each rank gets those of its own, summed over ranks.
@@ -171,6 +179,7 @@ class Gather:
         return found
 
     def _exchange_numbers(self, group: dist.ProcessGroup, rows: list[Row], size: int, known: Any) -> Any:
+        coded = _coded(known)
         table = self._numbers(group, [0, size, bool(rows), *_hash(rows)])
         if any(failed for failed, *_ in table):
             self.next = _NOTHING
@@ -185,7 +194,16 @@ class Gather:
             self.next = _NOTHING
             return None
         if len(seen) < len(table):
-            self.rows, self.pulled, known = groups.tell(group, seen[0], (rows, self.pulled, known))
+            with groups.explaining_errors(self.name, group):
+                self.rows, self.pulled, coded = groups.tell(group, seen[0], (rows, self.pulled, coded))
+            if isinstance(coded, str):
+                self.next = _NOTHING
+                raise TypeError(
+                    f"{self.name}: a rank without examples is told what encode returns, which cannot be pickled: {coded}. "
+                    "Return it in containers of module-level classes"
+                )
+            # From here on this rank takes part, whatever a class does that is not the same here.
+            known = pickle.loads(coded)
         return known
 
     def _exchange_rows(self, group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -286,8 +304,16 @@ class Gather:
         return Pulled(found, one)
 
 
+def _coded(known: Any) -> bytes | str:
+    """Pickled; or why that cannot be."""
+    try:
+        return pickle.dumps(known)
+    except Exception as error:  # whatever a user's class raises
+        return str(error)
+
+
 def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+    return tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1).view(torch.uint8)
 
 
 def _header(message: Tensor, width: int) -> Tensor:

@@ -35,6 +35,17 @@ def weights_are_wrong(name: str, group: dist.ProcessGroup, wrong: Sequence[bool]
     )
 
 
+def values_differ(name: str, group: dist.ProcessGroup, values: Sequence[float]) -> Exception:
+    """An error that says what each rank has as the value of one loss."""
+    ranks = dist.get_process_group_ranks(group)
+    each = ", ".join(f"{value:g} on rank {rank}" for rank, value in zip(ranks, values, strict=True))
+    return ValueError(
+        f"{name}: every rank of {groups.named(group)} evaluates the loss of the whole batch, and it is {each}. Nothing was "
+        "returned. Parameters and other arguments must be the same on every rank; what differs belongs to the examples "
+        "(tensors with a row for each), or loss_fn takes rows, and returns a gradacc.Mean over this rank's own"
+    )
+
+
 def windows_were_dropped(name: str, group: dist.ProcessGroup, dropped: Sequence[bool]) -> Exception:
     """An error that names the ranks that have begun another window."""
     return RuntimeError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import struct
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,6 +52,8 @@ class Turn:
         """The number of the window that is the batch, or 0."""
         self.states, self.dropped = 0, False
         """What there was in it when the call began: NOTE [windows that are dropped]."""
+        self.compares = False
+        """Whether `states` is a value that is the same on every rank, a float's bits."""
 
     @property
     def group(self) -> dist.ProcessGroup:
@@ -72,6 +76,10 @@ class Turn:
             self.leave_for_next_call()
             groups.release(error)
             raise
+
+    def compare(self, value: float) -> None:
+        """Have a value compared with the others' when the call ends."""
+        self.compares, self.states = True, struct.unpack("<q", struct.pack("<d", value))[0]
 
     def fail(self, error: BaseException) -> None:
         """This rank's call raises: the others are told; where they cannot be waited for, in this rank's next call."""
@@ -208,6 +216,8 @@ class Turn:
             self._problem = problems.calls_raised(name, group, [row.status == RAISED for row in rows])
         elif len({(row.status, row.number, row.identity) for row in rows}) > 1:
             self.set_next(NAMES)
+        elif self.compares and not _are_near([row.begun for row in rows]):
+            self._problem = problems.values_differ(name, group, [_number(row.begun) for row in rows])
         elif len({row.window for row in rows if row.window}) > 1:
             self._problem = problems.windows_differ(name, group, [row.window for row in rows])
         elif len({row.bits & APART for row in rows}) > 1:
@@ -241,6 +251,18 @@ class Turn:
 
     def note_success(self, table: Tensor, largest: float) -> None:
         """What later calls rely on, after one that went through on all ranks; and whether something crosses once more."""
+
+
+def _number(bits: int) -> float:
+    return float(struct.unpack("<d", struct.pack("<q", bits))[0])
+
+
+def _are_near(values: Sequence[int]) -> bool:
+    """Floats, by their bits, that differ by rounding at most."""
+    first, *others = (_number(bits) for bits in values)
+    if math.isnan(first):
+        return all(map(math.isnan, others))
+    return all(first == other or math.isclose(first, other, rel_tol=1e-3) for other in others)
 
 
 def fail_before_call(name: str, group: dist.ProcessGroup, error: BaseException) -> None:

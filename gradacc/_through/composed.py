@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from gradacc import _split
+from torch import Tensor
+
+from gradacc import _split, _tree
 from gradacc._describe import describe
 from gradacc._mean import Mean
 from gradacc._microbatch import by_pieces
@@ -30,15 +32,18 @@ def composed(options: Options, loss_fn: Callable[..., Any], positions: tuple[Seq
         found: dict[str | None, Any] = {
             encoder.key: _by_pieces(encoder, args, positions, dims)(*own) for encoder in encoders.encoders(options)
         }
-        outputs = found.get(None, found)
-        rows = (
-            slice(0, _split.undivided(options._replace(in_dims=dims), own, *positions).sizes[0])
-            if options.rows
-            else None
-        )
-        return call(options, loss_fn, (args, kwargs), batch, outputs, rows)
+        sizes = _split.undivided(options._replace(in_dims=dims), own, *positions).sizes
+        rows = {encoders.named(key): _rows_of(output) for key, output in found.items()}
+        encoders.check_total(options.name, rows, sizes[0] if len(sizes) == 1 else None)
+        whole = slice(0, next(iter(rows.values()))) if options.rows else None
+        return call(options, loss_fn, (args, kwargs), batch, found.get(None, found), whole)
 
     return loss
+
+
+def _rows_of(output: Any) -> int:
+    """How many rows its tensors have, which have been looked at."""
+    return next(leaf.size(0) for leaf in _tree.flatten(output)[0] if isinstance(leaf, Tensor))
 
 
 def call(
@@ -51,6 +56,10 @@ def call(
 ) -> Any:
     """``loss_fn(params, outputs, batch, ...)``, checked where it is of some rows."""
     args, kwargs = arguments
+    if rows is not None and "rows" in kwargs:
+        raise TypeError(
+            f"{options.name}: rows is what loss_fn is told, those of the outputs that it is of; leave it out of the call"
+        )
     named = kwargs if rows is None else {**kwargs, "rows": rows}
     found = loss_fn(*args[:batch], outputs, *args[batch:], **named)
     value = found[0] if options.has_aux and isinstance(found, tuple) and len(found) == 2 else found
@@ -68,7 +77,7 @@ def _by_pieces(
     """The encoder, of the whole batch."""
     options = encoder.options
     checked = encoders.checked(encoder, positions, dims)
-    if len(encoders.divided(encoder, args, *positions).microbatches) <= 1:
+    if options.split is None and len(encoders.divided(encoder, args, *positions).microbatches) <= 1:
         return checked
-    ways = Ways(encoder.name, options.steps, options.microbatch_size, options.split, dims)
+    ways = Ways(encoder.name, options.steps, options.microbatch_size, encoders.split(encoder), dims)
     return by_pieces(checked, ways, Outs(encoder.name, "concat", 0, options.dtype), "recompute")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gradacc import _call, _order, _split, _surroundings, _tree, _where
-from gradacc._batch import is_dense
+from gradacc._batch import is_dense, is_iterable
 from gradacc._describe import describe
 from gradacc._dtypes import is_inexact
 from gradacc._options import Options
@@ -74,7 +74,12 @@ class Encoded(NamedTuple):
     @property
     def name(self) -> str:
         """Of its outputs, in messages."""
-        return "outputs" if self.key is None else f"outputs[{self.key!r}]"
+        return named(self.key)
+
+
+def named(key: str | None) -> str:
+    """What the outputs of an encoder are called in messages."""
+    return "outputs" if key is None else f"outputs[{key!r}]"
 
 
 def encoders(options: Options) -> list[Encoder]:
@@ -118,32 +123,45 @@ def in_dims(options: Options, args: Sequence[Any], differentiated: Sequence[int]
 def divided(encoder: Encoder, args: Sequence[Any], differentiated: Sequence[int], batch: int) -> Division:
     """The micro-batches of an encoder, decided once."""
     own = arguments(args, differentiated, batch)
-    options = encoder.options._replace(in_dims=in_dims(encoder.options, args, differentiated, batch))
-    parts = [part for part in _split.microbatches(options, own, differentiated, batch).parts if not part.empty]
-    if options.split is not None:
-        _check_order(encoder, own[batch], [part.args[batch] for part in parts], [part.order for part in parts])
-    return Division(encoder, parts)
+    options = encoder.options._replace(
+        in_dims=in_dims(encoder.options, args, differentiated, batch), split=split(encoder)
+    )
+    parts = _split.microbatches(options, own, differentiated, batch).parts
+    return Division(encoder, [part for part in parts if not part.empty])
 
 
-def _check_order(encoder: Encoder, batch: Any, parts: Sequence[Any], orders: Sequence[_order.Order | None]) -> None:
-    """A split that reorders says so: outputs would be paired with the wrong examples of the batch.
+def split(encoder: Encoder) -> Callable[[Any], Any] | None:
+    """That of the options, with what it yields looked at: outputs are paired with the examples of the batch."""
+    given = encoder.options.split
 
-    What can be compared is: tensors of the batch, on a CPU, where micro-batches have them too.
-    """
-    leaves, treedef = _tree.flatten(batch)
-    known = [n for n, leaf in enumerate(leaves) if _is_comparable(leaf)]
-    begin = [0] * len(leaves)
-    for part, order in zip(parts, orders, strict=True):
-        own, structure = _tree.flatten(part)
-        if structure != treedef:
-            return
-        for n in known:
-            if not _is_comparable(own[n]):
+    def checked_split(batch: Any) -> Any:
+        assert given is not None
+        found = given(batch)
+        # One that says in which order they are is believed; while Dynamo traces there is nothing to compare.
+        if isinstance(found, _order.Reordered) or not is_iterable(found) or torch.compiler.is_compiling():
+            return found
+        parts = list(found)
+        _check_order(encoder, batch, parts)
+        return parts
+
+    return None if given is None else checked_split
+
+
+def _check_order(encoder: Encoder, batch: Any, parts: Sequence[Any]) -> None:
+    """A split that reorders examples says so. What it changes besides (a cast, a crop) is its own."""
+    whole = _by_path(batch)
+    begin = dict.fromkeys(whole, 0)
+    for part in parts:
+        for path, own in _by_path(part).items():
+            rows = whole.get(path)
+            if rows is None or rows.dtype != own.dtype or rows.ndim != own.ndim or rows.device != own.device:
                 continue
-            rows = leaves[n][begin[n] : begin[n] + len(own[n])] if order is None else _order.taken(leaves[n], order, 0)
-            begin[n] += len(own[n])
-            if not _are_same(rows, own[n]):
-                path = _tree.paths(treedef, "batch")[n]
+            for dim in range(1, rows.ndim):
+                # Cut to its longest example.
+                rows = rows.narrow(dim, 0, min(rows.size(dim), own.size(dim)))
+            there = rows[begin[path] : begin[path] + len(own)]
+            begin[path] += len(own)
+            if not _are_same(there, own) and _are_rows(rows, own):
                 raise ValueError(
                     f"{encoder.name}: split yields examples in another order than the batch's ({path} differs), and loss_fn "
                     "would pair their outputs with other examples. Return gradacc.data.Reordered(microbatches, order), which "
@@ -151,17 +169,37 @@ def _check_order(encoder: Encoder, batch: Any, parts: Sequence[Any], orders: Seq
                 )
 
 
-def _is_comparable(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor) and leaf.ndim > 0 and leaf.is_cpu and is_dense(leaf) and _where.is_readable(leaf)
+def _by_path(tree: Any) -> dict[str, Tensor]:
+    """What can be compared."""
+    leaves, treedef = _tree.flatten(tree)
+    return {
+        path: leaf
+        for path, leaf in zip(_tree.paths(treedef, "batch"), leaves, strict=True)
+        if isinstance(leaf, Tensor) and leaf.ndim and is_dense(leaf) and not leaf.is_meta and _where.is_readable(leaf)
+    }
 
 
-def _are_same(rows: Tensor, own: Tensor) -> bool:
-    """Of what both have: a micro-batch may be cut to its longest example."""
-    for dim in range(1, min(rows.ndim, own.ndim)):
-        rows = rows.narrow(dim, 0, min(rows.size(dim), own.size(dim)))
-    if rows.shape != own.shape:
-        return True
-    return torch.equal(rows, own) or bool(((rows == own) | ((rows != rows) & (own != own))).all())
+def _are_same(one: Tensor, other: Tensor) -> bool:
+    if one.shape != other.shape:
+        return False
+    return torch.equal(one, other) or bool(((one == other) | ((one != one) & (other != other))).all())
+
+
+def _are_rows(whole: Tensor, part: Tensor) -> bool:
+    """Whether each row of ``part`` is one of ``whole``'s."""
+    return whole.shape[1:] == part.shape[1:] and all(bool((whole == row).flatten(1).all(1).any()) for row in part)
+
+
+def check_total(name: str, rows: Mapping[str, int], examples: int | None) -> None:
+    """All encoders have encoded the whole batch; ``rows``: by the name of their outputs."""
+    # No set: Dynamo would fix the sizes.
+    numbers = [*rows.values(), *([] if examples is None else [examples])]
+    if any(number != numbers[0] for number in numbers):
+        found = " and ".join(f"{number} rows of {key}" for key, number in rows.items())
+        of = "" if examples is None else f" of a batch of {examples} examples"
+        raise ValueError(
+            f"{name}: {found} were encoded{of}; the micro-batches that split yields must be all of the batch"
+        )
 
 
 def checked(encoder: Encoder, positions: tuple[Sequence[int], int], dims: tuple[Any, ...]) -> Callable[..., Any]:
@@ -179,6 +217,14 @@ def checked(encoder: Encoder, positions: tuple[Sequence[int], int], dims: tuple[
 def check_rows(encoder: Encoder, flat: Output, sizes: Sequence[int]) -> None:
     """What was returned for a micro-batch of this size has a row for each example, and something to differentiate."""
     name = encoder.name
+    for n, leaf in enumerate(flat.leaves):
+        if flat.pooled or (isinstance(leaf, (int, float, complex)) and not isinstance(leaf, bool)):
+            found = "a gradacc.Mean" if flat.pooled else describe(leaf)
+            path = _tree.paths(flat.treedef, "outputs")[n]
+            raise TypeError(
+                f"{name}: {path} is {found}, of one micro-batch, and what the whole batch would have is not known. Return "
+                "tensors with a row for each example; what is not per example is computed in loss_fn"
+            )
     if not any(isinstance(leaf, Tensor) and is_inexact(leaf) for leaf in flat.leaves):
         found = ", ".join(describe(leaf) for leaf in flat.leaves) or "nothing"
         raise TypeError(

@@ -11,7 +11,7 @@ NOTE [encoded twice]
     the outputs are compared with those of the first run: on a CPU a difference is an error that names the output. On an
     accelerator reading would wait for the device, each time: there the first call of a ``grad_fn`` reads, and later ones make
     the cotangents of what differs, and with them the gradients, NaN. Rounding is let pass (a square root of the dtype's
-    epsilon, of the largest number).
+    epsilon, of a number and of the usual size of all).
 
     An encoder with one micro-batch keeps that one's graph, and is not run again; nor is one whose outputs have no cotangent:
     they depend on no parameter (a frozen tower), or the loss does not depend on them (`detach`).
@@ -27,15 +27,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _dtypes, _loop, _loss, _order, _split, _sums, _surroundings, _sync, _tree
+from gradacc import _dtypes, _graph, _loop, _loss, _split, _sums, _surroundings, _sync, _tree
+from gradacc._describe import describe
 from gradacc._engines import Buffer, eager
 from gradacc._loop import Fold
 from gradacc._loss import Outcome
-from gradacc._pieces import held, outputs
+from gradacc._pieces import closed, held, outputs
 from gradacc._pieces.divide import Pieces
 from gradacc._pieces.forward import Joined
 from gradacc._sums import Contribution, Pass
-from gradacc._through import composed, encoders, union
+from gradacc._through import compared, composed, encoders, union
 from gradacc._through.encoders import Division, Encoded, Encoder, Ran
 
 
@@ -74,9 +75,9 @@ def run(fold: Fold, given: Given, boundary: _sync.Boundary, first: Callable[[], 
         buffer = fold.engine.init(fold.params, fold.accumulated)
         encoded = []
         for division in divisions:
-            buffer, found = _encode(fold, given, buffer, division)
+            buffer, found = _encode(fold, given, buffer, division, boundary)
             encoded.append(found)
-        _check_sizes(options.name, encoded, one.examples)
+        encoders.check_total(options.name, {each.name: sum(each.rows) for each in encoded}, one.examples)
         dims = encoders.in_dims(options, given.args, *given.positions)
         seen = union.of(options, given.args, dims, encoded, boundary.gather)
         if seen is None:
@@ -89,7 +90,9 @@ def run(fold: Fold, given: Given, boundary: _sync.Boundary, first: Callable[[], 
     return fold, (buffer, stage.sums, one.whole if one.examples == 0 else None)
 
 
-def _encode(fold: Fold, given: Given, buffer: Buffer, division: Division) -> tuple[Buffer, Encoded]:
+def _encode(
+    fold: Fold, given: Given, buffer: Buffer, division: Division, boundary: _sync.Boundary
+) -> tuple[Buffer, Encoded]:
     """The first run of an encoder."""
     encoder, around = division.encoder, _around(given)
     microbatches = division.microbatches
@@ -97,9 +100,13 @@ def _encode(fold: Fold, given: Given, buffer: Buffer, division: Division) -> tup
     total = sum(size for size in sizes if size is not None) if None not in sizes else None
     joined = Joined(outputs.Outs(encoder.name, "concat", 0, None), Pieces([], (), total, len(microbatches)))
     before, differentiable, rows = held.versions(encoder.func), set(), []
-    kept = None
+    kept, first = None, None
+    alone = len(microbatches) == 1 and boundary.gather is None
     for microbatch, size in zip(microbatches, sizes, strict=True):
         ran = _run(fold, given, buffer, encoder, microbatch)
+        if not alone:
+            _check_norms(encoder, ran)
+        first = ran.output if first is None else _check_alike(encoder, first, ran.output)
         joined.add(ran.output, size, microbatch.order)
         differentiable.update(ran.differentiable)
         rows.append(next(leaf.size(0) for leaf in ran.output.leaves if isinstance(leaf, Tensor)))
@@ -115,6 +122,35 @@ def _encode(fold: Fold, given: Given, buffer: Buffer, division: Division) -> tup
     if joined.first is None:
         return buffer, Encoded(division, around, [], None, [], rows, kept)
     return buffer, Encoded(division, around, joined.results(), joined.first.treedef, sorted(differentiable), rows, kept)
+
+
+def _check_norms(encoder: Encoder, ran: Ran) -> None:
+    """Of what is normalized with the statistics of a micro-batch, no micro-batches are the whole batch."""
+    edges = [edge.node for edge in ran.tape.edges if edge is not None]
+    if closed.writes(_graph.nodes(edges)):
+        raise ValueError(
+            f"{encoder.name}: encode has a BatchNorm in training mode, which normalizes each micro-batch by itself, so that "
+            "its outputs are not the whole batch's. Call eval() on it, or use another normalization (GroupNorm, LayerNorm)"
+        )
+
+
+def _check_alike(encoder: Encoder, first: outputs.Output, other: outputs.Output) -> outputs.Output:
+    """Outputs of micro-batches that can be put together: the later ones."""
+    if first.treedef != other.treedef:
+        raise ValueError(
+            f"{encoder.name}: encode returned {first.treedef} for one micro-batch and {other.treedef} for another; what is put "
+            "together has one structure"
+        )
+    for n, (one, two) in enumerate(zip(first.leaves, other.leaves, strict=True)):
+        both = isinstance(one, Tensor) and isinstance(two, Tensor)
+        if both and (one.shape[1:], one.dtype, one.device) != (two.shape[1:], two.dtype, two.device):
+            path = _tree.paths(first.treedef, "outputs")[n]
+            raise ValueError(
+                f"{encoder.name}: {path} is {describe(one)} and {one.dtype} of one micro-batch, {describe(two)} and "
+                f"{two.dtype} of another, which are not put together. Return rows of one shape and dtype (pad them, or reduce "
+                "them to one row an example)"
+            )
+    return other
 
 
 def _around(given: Given) -> _surroundings.Surroundings:
@@ -186,7 +222,7 @@ def _differentiate(fold: Fold, given: Given, buffer: Buffer, whole: union.Whole)
     grads, cotangents = own.grads[:count], own.grads[count:]
     arrived = any(grad is not None for grad in grads)
     buffer = buffer._replace(grads=grads, arrived=arrived, closed={**buffer.closed, **own.closed})
-    return buffer, union.Stage(sums, cotangents, None if only is None else only.keeps)
+    return buffer, union.Stage(outcome.targets[0], sums, cotangents, None if only is None else only.keeps)
 
 
 def _check_drawn(name: str, before: _surroundings.Surroundings, after: _surroundings.Surroundings) -> None:
@@ -223,8 +259,8 @@ def _pull(
                 ran = one.kept
                 if ran is None:
                     ran = _run(fold, given, buffer, one.division.encoder, microbatch)
-                parts = [None if each is None else _rows(each, microbatch, begin, rows) for each in own]
-                same = True if ran is one.kept else _compared(one, ran, (microbatch, begin), read)
+                parts = [None if each is None else compared.rows_of(each, microbatch, begin, rows) for each in own]
+                same = True if ran is one.kept else compared.compared(one, ran, (microbatch, begin), read)
                 _fill(one, ran, parts, same)
                 narrow = _loop.is_narrow(buffer, [])
                 counts = Contribution(True, stage.sums.unit, 1.0, None, [Pass(1.0, 1.0, stage.keeps)], None, narrow)
@@ -234,11 +270,6 @@ def _pull(
     return buffer
 
 
-def _rows(whole: Tensor, microbatch: _split.Microbatch, begin: int, number: int) -> Tensor:
-    """Those of a micro-batch, of what has a row for each example of the batch."""
-    return whole[begin : begin + number] if microbatch.order is None else _order.taken(whole, microbatch.order, 0)
-
-
 def _fill(one: Encoded, ran: Ran, parts: Sequence[Tensor | None], same: bool | Tensor) -> None:
     """What the tape of a micro-batch plays back."""
     by_leaf = dict(zip(one.differentiable, parts, strict=True))
@@ -246,66 +277,3 @@ def _fill(one: Encoded, ran: Ran, parts: Sequence[Tensor | None], same: bool | T
         part, leaf = by_leaf.get(i), ran.output.leaves[i]
         part = torch.zeros_like(leaf) if part is None else part.to(leaf.dtype)
         ran.cotangents.append(torch.where(same, part, math.nan) if isinstance(same, Tensor) else part)
-
-
-def _compared(one: Encoded, ran: Ran, at: tuple[_split.Microbatch, int], read: bool) -> bool | Tensor:
-    """NOTE [encoded twice]: whether the outputs are those of the first run, where that is not read; ``at``: of which rows."""
-    same: bool | Tensor = True
-    if ran.output.treedef != one.treedef:
-        raise _changed(one, f"{one.treedef}, then {ran.output.treedef}")
-    paths = functools.partial(_tree.paths, one.treedef, one.name)
-    for i, leaf in enumerate(ran.output.leaves):
-        if not isinstance(leaf, Tensor) or leaf.is_meta:
-            continue
-        first = _rows(one.leaves[i], *at, len(leaf))
-        if first.shape != leaf.shape or first.dtype != leaf.dtype:
-            raise _changed(one, f"{paths()[i]} of shape {tuple(first.shape)}, then {tuple(leaf.shape)}")
-        if leaf.is_cpu:
-            if not torch.equal(first, leaf) and not _is_near(first, leaf):
-                raise _changed(one, f"another {paths()[i]} (by up to {_distance(first, leaf):.2g})")
-            continue
-        near = _is_near(first, leaf)
-        if read and not near:
-            raise _changed(one, f"another {paths()[i]}")
-        same = near if same is True else same & near
-    return same
-
-
-def _is_near(first: Tensor, again: Tensor) -> Tensor:
-    """Equal but for rounding; NaN is the same as NaN."""
-    if not first.numel():
-        return torch.ones((), dtype=torch.bool, device=first.device)
-    if not _dtypes.is_inexact(first):
-        return (first == again).all()
-    near = torch.finfo(first.dtype).eps ** 0.5
-    one, other = (_dtypes.as_real(each) for each in (first, again))
-    apart = torch.where((one == other) | (one.isnan() & other.isnan()), 0, (one - other).abs())
-    largest = torch.where(one.isfinite(), one.abs(), 0).max()
-    found: Tensor = (apart <= near * largest).all()
-    return found
-
-
-def _distance(first: Tensor, again: Tensor) -> float:
-    return (
-        float((first.to(torch.float64) - again.to(torch.float64)).abs().max()) if not first.is_complex() else math.nan
-    )
-
-
-def _changed(one: Encoded, what: str) -> RuntimeError:
-    encoder = one.division.encoder
-    return RuntimeError(
-        f"{encoder.name}: encode, run again for the gradients, returned {what}. Both runs must be the same: what it changes (a "
-        "counter, an attribute, an argument in place) or draws by itself (NumPy, random, a torch.Generator of its own) differs."
-        " Pass what changes as arguments, and draw with torch's own random numbers"
-    )
-
-
-def _check_sizes(name: str, encoded: Sequence[Encoded], examples: int | None) -> None:
-    """All encoders have encoded the same batch."""
-    totals = {one.name: sum(one.rows) for one in encoded}
-    if len(set(totals.values())) > 1 or (examples is not None and set(totals.values()) != {examples}):
-        found = " and ".join(f"{total} rows of {key}" for key, total in totals.items())
-        raise ValueError(
-            f"{name}: {found} were encoded{'' if examples is None else f' of a batch of {examples} examples'}; the "
-            "micro-batches that split yields must be all of the batch"
-        )

@@ -67,7 +67,8 @@ def of(
     if gather is None:
         if known is None:
             return None
-        trees, places, pulled = known
+        examples, places, pulled = known
+        trees = [_emptied(tree) for tree in examples]
         rows = slice(0, size)
         return Whole(
             keys, trees, places, list(tensors.values()), pulled, args, size, rows if options.rows else None, rows
@@ -78,11 +79,18 @@ def of(
     found = gather.gather(own, size, 0 if known is None else known[2], known)
     if found.known is None:
         return None
-    trees, places, pulled = found.known
+    examples, places, pulled = found.known
+    # Of its own accord a tree tells a rank its structure, which pickled by itself would not know of its classes.
+    trees = [_emptied(tree) for tree in examples]
     outputs = found.tensors[: len(places)]
     total = outputs[0].size(0)
     if options.rows:
         return Whole(keys, trees, places, outputs, pulled, args, size, found.own, found.own)
+    if list(batch) != found.paths[len(places) :]:
+        raise ValueError(
+            f"{options.name}: the batch of this rank has {list(batch)}, and that of others {found.paths[len(places) :]}. Every "
+            "rank's has the same structure, also where it has no examples"
+        )
     return Whole(
         keys, trees, places, outputs, pulled, rebuild(found.tensors[len(places) :]), total, None, found.own, True
     )
@@ -96,13 +104,19 @@ def _order(encoded: Sequence[Encoded]) -> tuple[list[tuple[int, int]], int]:
 
 
 def _known(encoded: Sequence[Encoded]) -> tuple[list[Any], list[tuple[int, int]], int] | None:
-    """What a rank without examples does not know."""
+    """What a rank without examples does not know: trees with an empty tensor in the place of each, and where tensors are."""
     trees = [
-        (one.treedef, [None if isinstance(leaf, Tensor) else leaf for leaf in one.leaves])
+        _tree.unflatten(one.treedef, [torch.empty(0) if isinstance(leaf, Tensor) else leaf for leaf in one.leaves])
         for one in encoded
         if one.treedef is not None
     ]
     return (trees, *_order(encoded)) if len(trees) == len(encoded) else None
+
+
+def _emptied(tree: Any) -> tuple[_tree.TreeDef, list[Any]]:
+    """Its structure, and its leaves, with None in the place of tensors."""
+    leaves, treedef = _tree.flatten(tree)
+    return treedef, [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
 
 
 def _tensors(encoded: Sequence[Encoded]) -> dict[str, Tensor]:
@@ -144,6 +158,8 @@ def _batch(
 class Stage(NamedTuple):
     """What the loss stage has found."""
 
+    value: Tensor
+    """0-dim: what was differentiated."""
     sums: Sums
     cotangents: list[Tensor | None]
     """Of the differentiable outputs, in the order of `Whole`."""
@@ -153,7 +169,7 @@ class Stage(NamedTuple):
 
 def nothing(whole: Whole) -> Stage:
     """Of a rank without examples."""
-    return Stage(_sums.NOTHING, [None] * whole.pulled, None)
+    return Stage(torch.zeros(()), _sums.NOTHING, [None] * whole.pulled, None)
 
 
 def own(whole: Whole, stage: Stage, grads: list[Tensor | None], gather: Gather | None) -> Stage:
@@ -163,13 +179,14 @@ def own(whole: Whole, stage: Stage, grads: list[Tensor | None], gather: Gather |
     if whole.rows is not None:
         pulled = gather.give_back(stage.cotangents, stage.sums.unit)
         sums = stage.sums if stage.sums.value is None else replace(stage.sums, unit=pulled.unit)
-        return Stage(sums, pulled.cotangents, None)
+        return Stage(stage.value, sums, pulled.cotangents, None)
     cotangents = [None if each is None else each[whole.own] for each in stage.cotangents]
     sums = _local(stage.sums, whole.own)
+    gather.compare(stage.value)
     if not gather.is_first:
         grads[:] = [None] * len(grads)
         sums = _nothing(sums)
-    return Stage(sums, cotangents, stage.keeps)
+    return Stage(stage.value, sums, cotangents, stage.keeps)
 
 
 def _local(sums: Sums, own: slice) -> Sums:

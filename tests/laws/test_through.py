@@ -48,14 +48,14 @@ def encoder(image: list[str], text: list[str], structure: str) -> Callable[..., 
         elif structure == "frozen":
             out["teacher"] = batch["image"].sin()
             out["text"] = out["text"].detach()
-        elif structure == "number":
-            out["width"] = 4
+        elif structure == "text":
+            out["kind"] = "pair"
         return out
 
     return encode
 
 
-STRUCTURES = ("plain", "integers", "unused", "frozen", "number")
+STRUCTURES = ("plain", "integers", "unused", "frozen", "text")
 
 
 @st.composite

@@ -85,7 +85,7 @@ def test_the_streaming_form_refuses_it() -> None:
         (
             _returning(lambda out, batch: 3.0),
             TypeError,
-            r"encode returned 3.0 \(float\): no floating or complex tensor",
+            r"outputs is 3.0 \(float\), of one micro-batch, and what the whole batch would have is not known",
         ),
         (
             _returning(lambda out, batch: {"n": batch["label"], "m": batch["label"] > 1}),
@@ -102,7 +102,7 @@ def test_the_streaming_form_refuses_it() -> None:
         (
             _returning(lambda out, batch: {**out, "text": out["text"][:, : len(batch["label"])]}),
             ValueError,
-            r"output\['text'\] is float64\[.*3\] in one piece and float64\[2, 2\] in another",
+            r"outputs?\['text'\] is (.*\(3, 3\) .*one micro-batch, .*\(2, 2\)|float64\[.*3\] in one piece and float64\[2, 2\])",
         ),
         (
             _returning(lambda out, batch: out if len(batch["label"]) == 3 else out["text"]),
@@ -112,15 +112,32 @@ def test_the_streaming_form_refuses_it() -> None:
         (
             _returning(lambda out, batch: out if len(batch["label"]) == 3 else {**out, "text": out["text"].float()}),
             ValueError,
-            r"output\['text'\] is float64\[.*4\] in one piece and float32",
+            r"outputs?\['text'\] is (.*float64 of one micro-batch, .*float32|float64\[.*4\] in one piece and float32)",
         ),
         (
             _returning(lambda out, batch: {**out, "n": len(batch["label"])}),
-            ValueError,
-            r"output\['n'\] is 3 \(int\) in one piece and 2 \(int\) in another",
+            TypeError,
+            r"outputs\['n'\] is 3 \(int\), of one micro-batch, and what the whole batch would have is not known",
+        ),
+        (
+            _returning(lambda out, batch: {**out, "m": gradacc.Mean(out["text"].detach(), 2.0)}),
+            TypeError,
+            "is a gradacc.Mean, of one micro-batch, and what the whole batch would have is not known",
         ),
     ],
-    ids=["none", "number", "integers", "0-dim", "transposed", "rows missing", "width", "structure", "dtype", "numbers"],
+    ids=[
+        "none",
+        "number",
+        "integers",
+        "0-dim",
+        "transposed",
+        "rows missing",
+        "width",
+        "structure",
+        "dtype",
+        "numbers",
+        "means",
+    ],
 )
 def test_what_is_returned_has_a_row_for_each_example(encode: Any, error: type[Exception], says: str) -> None:
     params, batch = cases.params(), cases.batch(7)
@@ -166,6 +183,81 @@ def test_a_split_that_reorders_says_so() -> None:
     )(params, batch)
     expected = torch.func.grad(lambda p: cases.batch_hard_triplets(p, cases.encode(p, batch), batch))(params)
     torch.testing.assert_close(grads, expected)
+
+
+@pytest.mark.parametrize("change", ["adds a key", "leaves one out", "cuts columns"])
+def test_a_split_that_reorders_is_seen_in_what_it_leaves_alone(change: str) -> None:
+    batch = cases.batch(7)
+    batch["image"][:, 3:] = 0
+
+    def split(batch: Any) -> Any:
+        parts = [{key: leaf[some] for key, leaf in batch.items()} for some in ([6, 1, 2], [0, 3, 4, 5])]
+        if change == "adds a key":
+            return [{**part, "training": True} for part in parts]
+        if change == "leaves one out":
+            return [{"image": part["image"], "text": part["text"], "label": part["label"]} for part in parts]
+        return [{"image": part["image"][:, :3], "text": part["text"] * 2, "label": part["label"]} for part in parts]
+
+    def encode(params: Any, batch: Any) -> Any:
+        width = batch["image"].shape[1]
+        return {"image": batch["image"] @ params["w"][:width], "text": cases.encode_text(params, batch)}
+
+    def of_images(batch: Any) -> Any:
+        return [{"image": part["image"]} if change == "leaves one out" else part for part in split(batch)]
+
+    def of_image(params: Any, batch: Any) -> Tensor:
+        return batch["image"] @ params["w"][: batch["image"].shape[1]]
+
+    def loss(params: Any, outputs: Any, batch: Any) -> Tensor:
+        return (outputs.square().sum(1) * batch["label"]).mean()
+
+    with pytest.raises(
+        ValueError, match=r"split yields examples in another order than the batch's \(batch\['image'\] differs"
+    ):
+        gradacc.accumulate(loss, through=of_image, split=of_images)(cases.params(), batch)
+
+
+def test_a_split_may_change_what_it_yields() -> None:
+    w = torch.randn(5, 4, dtype=torch.float64)
+    pixels = torch.randint(0, 255, (7, 5), dtype=torch.uint8)
+
+    def encode(w: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(x @ w)
+
+    def loss(w: Tensor, outputs: Tensor, x: Tensor) -> Tensor:
+        return (outputs @ outputs.T).square().mean()
+
+    expected = torch.func.grad(lambda w: loss(w, encode(w, pixels.double() / 255), pixels))(w)
+    grads = gradacc.accumulate(loss, through=encode, split=lambda x: [part.double() / 255 for part in x.split(3)])(
+        w, pixels
+    )
+    torch.testing.assert_close(grads, expected)
+    scaled = gradacc.accumulate(loss, through=encode, split=lambda x: [part / 255 for part in x.split(3)])(
+        w, pixels.double()
+    )
+    torch.testing.assert_close(scaled, expected)
+
+
+@pytest.mark.parametrize("transform", ["vmap", "grad", "compiled"])
+def test_under_transforms_a_split_yields_all_of_the_batch_too(transform: str) -> None:
+    def split(batch: Any) -> Any:
+        return [{key: leaf[n : n + 2] for key, leaf in batch.items()} for n in (0, 2)]
+
+    grad_fn = gradacc.accumulate(cases.clip, through=cases.encode, split=split)
+    params, batch = cases.params(), cases.batch(7)
+    call = {
+        "vmap": lambda: torch.vmap(lambda w: grad_fn({**params, "w": w}, batch))(params["w"][None]),
+        "grad": lambda: torch.func.grad(lambda p: grad_fn(p, batch)["w"].sum())(params),
+        "compiled": lambda: torch.compile(grad_fn, backend="eager")(params, batch),
+    }[transform]
+    with pytest.raises(Exception, match="4 rows of outputs were encoded of a batch of 7 examples"):
+        call()
+
+
+def test_rows_are_told_not_given() -> None:
+    grad_fn = gradacc.accumulate(cases.rows_of_clip, through=cases.encode, steps=2)
+    with pytest.raises(TypeError, match="rows is what loss_fn is told"):
+        grad_fn(cases.params(), cases.batch(5), rows=slice(0, 2))
 
 
 def test_what_only_the_loss_gets_is_not_split() -> None:

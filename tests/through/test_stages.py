@@ -444,16 +444,35 @@ def test_a_second_run_that_differs_is_an_error(how: str, says: str) -> None:
     assert fingerprint((params, batch)) == before
 
 
-def test_batch_norm_in_training_mode_is_an_error() -> None:
-    module = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4))
-    params = dict(module[0].named_parameters())
+@pytest.mark.parametrize("functional", [False, True])
+def test_batch_norm_in_training_mode_is_an_error(functional: bool) -> None:
+    module = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Tanh())
+    apply, params, _ = gradacc.functional(module)
     x = torch.randn(8, 5)
 
     def encode(params: Any, x: Tensor) -> Tensor:
-        return module[1](F.linear(x, params["weight"], params["bias"]))
+        return apply(params, x) if functional else module[1](F.linear(x, params["0.weight"]))
 
-    with pytest.raises(ValueError, match=r"encode has changed module.1.\w+ in place"):
-        gradacc.accumulate(lambda p, outputs, x: outputs.std(), through=encode, steps=2)(params, x)
+    params = params if functional else {"0.weight": params["0.weight"]}
+    grad_fn = gradacc.accumulate(lambda p, outputs, x: outputs.std(), through=encode, steps=2)
+    with pytest.raises(ValueError, match="encode has a BatchNorm in training mode, which normalizes each micro-batch"):
+        grad_fn(params, x)
+    module.eval()
+    torch.testing.assert_close(grad_fn(params, x), torch.func.grad(lambda p: encode(p, x).std())(params))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_difference_is_seen_beside_masks_and_large_numbers(dtype: torch.dtype) -> None:
+    number = itertools.count(1)
+    w, x = torch.randn(5, 6, dtype=dtype), torch.randn(12, 5, dtype=dtype)
+
+    def encode(w: Tensor, x: Tensor) -> Tensor:
+        hidden = torch.tanh(x @ w) * (1 + 0.1 * next(number))
+        hidden[:, 4] = 500.0
+        return hidden.masked_fill(torch.arange(6) > 4, torch.finfo(dtype).min)
+
+    with pytest.raises(RuntimeError, match="run again for the gradients, returned another outputs"):
+        gradacc.accumulate(lambda w, outputs, x: outputs[:, :4].std(), through=encode, steps=4)(w, x)
 
 
 def test_nan_in_the_outputs_is_the_same_nan() -> None:

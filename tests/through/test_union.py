@@ -1,6 +1,9 @@
 """Losses over the batches of all ranks: both forms, uneven and empty ranks, what crosses, and failing together."""
 
-from typing import Any
+import collections
+import re
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -234,3 +237,125 @@ def of_no_mean(group: Any, batch: Any) -> str:
 
 def test_a_loss_of_rows_is_a_mean(pool) -> None:
     assert pool.run_each(2, of_no_mean, [(share,) for share in _shares(cases.batch(11), [6, 5])]) == ["raised"] * 2
+
+
+@dataclass
+class Pair:
+    """What an encoder may return."""
+
+    image: Tensor
+    text: Tensor
+
+
+def returning(group: Any, kind: str, batch: Any) -> Any:
+    """An encoder whose outputs are of another class than a dict's."""
+
+    class Local(NamedTuple):
+        image: Tensor
+        text: Tensor
+
+    cls = {"dataclass": Pair, "local": Local, "UserDict": collections.UserDict}[kind]
+
+    def encode(params: Any, batch: Any) -> Any:
+        return cls(**cases.encode(params, batch))
+
+    def loss(params: Any, outputs: Any, batch: Any) -> Tensor:
+        pair = outputs if kind == "UserDict" else {"image": outputs.image, "text": outputs.text}
+        return cases.clip(params, pair, batch)
+
+    grad_fn = gradacc.accumulate(loss, through=encode, microbatch_size=4, sync=gradacc.all_reduce(group))
+    try:
+        return grad_fn(cases.params(), batch)
+    except (TypeError, RuntimeError) as error:
+        again = gradacc.accumulate(cases.clip, through=cases.encode, steps=2, sync=gradacc.all_reduce(group))
+        return f"{type(error).__name__}: {error}", again(cases.params(), batch)
+
+
+@pytest.mark.parametrize("kind", ["dataclass", "UserDict", "local"])
+def test_a_rank_without_examples_is_told_what_outputs_are(pool, kind: str) -> None:
+    params, batch = cases.params(), cases.batch(9)
+    expected = torch.func.grad(lambda p: cases.clip(p, cases.encode(p, batch), batch))(params)
+    for rank, answer in enumerate(pool.run_each(2, returning, [(kind, share) for share in _shares(batch, [0, 9])])):
+        if kind == "local":
+            said, answer = answer
+            assert said.startswith("TypeError: accumulate, through: ") or "cannot be pickled" in said, (rank, said)
+        torch.testing.assert_close(answer, expected, rtol=1e-10, atol=1e-12)
+
+
+def differing(group: Any, rank: int, batch: Any, what: str) -> str:
+    def encode(params: Any, batch: Any) -> Any:
+        return cases.encode(params, batch["data"])
+
+    def loss(params: Any, outputs: Any, batch: Any, factor: float = 1.0) -> Tensor:
+        return cases.clip(params, outputs, batch) * batch["number"] * factor
+
+    grad_fn = gradacc.accumulate(loss, through=encode, steps=2, sync=gradacc.all_reduce(group))
+    given = {"data": batch, "number": 1.0 + rank * (what == "a number in the batch")}
+    try:
+        grad_fn(cases.params(), given, 1.0 + rank * (what == "an argument"))
+    except ValueError as error:
+        grad_fn(cases.params(), {"data": batch, "number": 1.0})
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("what", ["a number in the batch", "an argument"])
+def test_a_loss_that_differs_from_rank_to_rank_is_an_error(pool, what: str) -> None:
+    shares = _shares(cases.batch(11), [6, 5])
+    for said in pool.run_each(2, differing, [(rank, share, what) for rank, share in enumerate(shares)]):
+        assert re.search(r"evaluates the loss of the whole batch, and it is [\d.]+ on rank 0, [\d.]+ on rank 1", said)
+
+
+def of_other_keys(group: Any, rank: int, batch: Any) -> str:
+    own = {**batch, "bonus": batch["label"]} if rank == 0 else {**batch, "weight": batch["label"]}
+    grad_fn = gradacc.accumulate(cases.clip, through=cases.encode, steps=2, sync=gradacc.all_reduce(group))
+    try:
+        grad_fn(cases.params(), own)
+    except (ValueError, RuntimeError) as error:
+        grad_fn(cases.params(), batch)
+        return str(error)
+    return "no error"
+
+
+@pytest.mark.parametrize("sizes", [[0, 9], [4, 5]], ids=str)
+def test_batches_have_one_structure(pool, sizes: list[int]) -> None:
+    shares = _shares(cases.batch(9), sizes)
+    said = pool.run_each(2, of_other_keys, list(enumerate(shares)))
+    if 0 in sizes:
+        assert "the batch of this rank has" in said[0]
+        assert "because the call raised on rank 0" in said[1]
+    else:
+        assert all("what is gathered differs: args[1]['bonus']" in each for each in said)
+
+
+def of_conjugates(group: Any, batch: Any) -> Any:
+    """Tensors that are conjugated when they are read, in the batch, in outputs and in cotangents."""
+
+    def encode(params: Any, batch: Any) -> Any:
+        pair = cases.encode(params, {**batch, "image": batch["image"].imag})
+        return {**pair, "both": torch.complex(pair["image"], pair["text"]).conj()}
+
+    def loss(params: Any, outputs: Any, batch: Any, rows: slice) -> Mean:
+        other = torch.complex(torch.ones_like(outputs["text"]), outputs["text"].detach())
+        total = (outputs["both"].conj() * other)[rows].real.sum()
+        return Mean(total, rows.stop - rows.start)
+
+    def whole(params: Any, outputs: Any, batch: Any) -> Mean:
+        return loss(params, outputs, batch, slice(0, len(outputs["text"])))
+
+    given = {**batch, "image": torch.complex(batch["image"], batch["image"]).conj()}
+    sync = gradacc.all_reduce(group)
+    grads = [
+        gradacc.accumulate(each, through=encode, microbatch_size=size, sync=sync)(cases.params(), given)
+        for each in (loss, whole)
+        for size in (3, 100)
+    ]
+    for other in grads[1:]:
+        torch.testing.assert_close(other, grads[0])
+    return grads[0]
+
+
+def test_conjugate_views_cross(pool) -> None:
+    one, other = pool.run_each(2, of_conjugates, [(share,) for share in _shares(cases.batch(9), [4, 5])])
+    torch.testing.assert_close(one, other, rtol=0, atol=0)
+    assert one["w"].any()
