@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Unpack, overload
 import torch
 from torch import Tensor
 
-from gradacc import _call, _carry, _connect, _lengths, _loop, _options, _split, _sync, _tree, _weights
+from gradacc import _call, _carry, _connect, _lengths, _loop, _options, _split, _sync, _tree, _weights, _where
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
 from gradacc._options import AccumulateOptions, Nonfinite, Options, Reduction, Through
@@ -264,11 +264,12 @@ def _run(
         loss = _loop.loss_of(options, loss_fn, args, differentiated, treedef, (named, carry))
         fold = _loop.start(options, params, treedef, loss, divisors, carry)
         boundary.bind(params, treedef, fold.accumulated, args[batch])
-        if options.through is None:
-            fold, folded = _fold(options, lasting, fold, (args, kwargs), (differentiated, batch), boundary)
-        else:
-            given = stages.Given(loss_fn, args, kwargs, (differentiated, batch))
-            fold, folded = stages.run(fold, given, boundary, lasting.first)
+        with _where.dividing():
+            if options.through is None:
+                fold, folded = _fold(options, lasting, fold, (args, kwargs), (differentiated, batch), boundary)
+            else:
+                given = stages.Given(loss_fn, args, kwargs, (differentiated, batch))
+                fold, folded = stages.run(fold, given, boundary, lasting.first)
         buffer, sums, empty = folded
     except BaseException as error:
         boundary.fail(error)

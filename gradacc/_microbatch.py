@@ -159,11 +159,12 @@ def by_pieces(
     @functools.wraps(func, updated=())
     def in_pieces(*args: Any, **kwargs: Any) -> Any:
         pieces = divide.pieces(ways, args, kwargs)
-        if not _where.under_transform():
-            return node.run(func, pieces, outs, backward)
-        if _where.functorch_is_active() and not torch.compiler.is_compiling():
-            return functional.run(func, pieces, outs)
-        return outputs.unflatten(*composite.run(func, pieces, outs, checkpoints=_where.loops()))
+        with _where.dividing():
+            if not _where.under_transform():
+                return node.run(func, pieces, outs, backward)
+            if _where.functorch_is_active() and not torch.compiler.is_compiling():
+                return functional.run(func, pieces, outs)
+            return outputs.unflatten(*composite.run(func, pieces, outs, checkpoints=_where.loops()))
 
     return in_pieces
 
@@ -181,6 +182,7 @@ def _over_ranks(func: Callable[..., Any], ways: divide.Ways, outs: outputs.Outs,
                 f"{_NAME}: sync= under a transform or in a compiled function is not available; call it outside, or "
                 "leave sync out"
             )
-        return ranks.run(options, agreed, functools.partial(divide.pieces, ways, args, kwargs), func, outs)
+        with _where.dividing():
+            return ranks.run(options, agreed, functools.partial(divide.pieces, ways, args, kwargs), func, outs)
 
     return by_pieces

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 _inside: ContextVar[bool] = ContextVar("inside a loss that the eager engine differentiates", default=False)
+_divided: ContextVar[object] = ContextVar("the call whose micro-batches or pieces run", default=None)
 
 
 def transforming() -> bool:
@@ -73,3 +74,22 @@ def inside_a_loss() -> Iterator[None]:
         yield
     finally:
         _inside.reset(token)
+
+
+def divided() -> object:
+    """Of the innermost call whose micro-batches or pieces run, something that is it and no other; None outside of any."""
+    return _divided.get()
+
+
+def dividing() -> AbstractContextManager[None]:
+    """While a call runs its micro-batches or pieces."""
+    return nullcontext() if torch.compiler.is_compiling() else _dividing()
+
+
+@contextmanager
+def _dividing() -> Iterator[None]:
+    token = _divided.set(object())
+    try:
+        yield
+    finally:
+        _divided.reset(token)

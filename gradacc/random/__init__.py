@@ -5,6 +5,7 @@
 
 from gradacc.random._distributions import bernoulli, normal, uniform
 from gradacc.random._dropout import dropout
+from gradacc.random._keyed import keyed
 from gradacc.random._keys import fold_in, key, split
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "dropout",
     "fold_in",
     "key",
+    "keyed",
     "normal",
     "split",
     "uniform",

@@ -1,0 +1,110 @@
+"""The draws of torch that have keyed counterparts: operators, below autograd and transforms.
+
+Each takes ``take`` before its own arguments: ``take(shape, device)`` is the keys of this draw, and the shape of what each draws.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gradacc.random import _check, _draw, _real
+
+Take = Callable[[Sequence[int], torch.device], tuple[Tensor, Sequence[int]]]
+
+_ATEN = torch.ops.aten
+
+
+def _bernoulli_(take: Take, self: Tensor, p: float | Tensor = 0.5) -> Tensor:
+    """True with probability ``p``, in place."""
+    keys, shape = take(self.shape, self.device)
+    if isinstance(p, Tensor):
+        return self.copy_(_draw.uniform(keys, shape, torch.float32) < p)
+    return self.copy_(_draw.below(keys, shape, _check.probability("bernoulli", p)))
+
+
+def _bernoulli(take: Take, self: Tensor, p: float | Tensor | None = None) -> Tensor:
+    """Without ``p``, ``self`` is the probabilities."""
+    return _bernoulli_(take, torch.empty_like(self), self if p is None else p)
+
+
+def _native_dropout(take: Take, self: Tensor, p: float, train: bool | None) -> tuple[Tensor, Tensor]:
+    """``(output, what is kept)``; it draws where torch's own, composed of `bernoulli_`, does."""
+    if train is False or p == 0 or self.numel() == 0:
+        return self.clone(), torch.ones_like(self, dtype=torch.bool)
+    if p == 1:
+        return self * 0, torch.zeros_like(self, dtype=torch.bool)
+    kept = _bernoulli_(take, torch.empty_like(self, dtype=torch.bool), 1 - p)
+    return self * kept * (1 / (1 - p)), kept
+
+
+def _uniform_(take: Take, self: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    keys, shape = take(self.shape, self.device)
+    numbers = _draw.uniform(keys, shape, _dtype("uniform", self))
+    return self.copy_(numbers if (low, high) == (0, 1) else numbers * (high - low) + low)
+
+
+def _normal_(take: Take, self: Tensor, mean: float | Tensor = 0.0, std: float | Tensor = 1.0) -> Tensor:
+    keys, shape = take(self.shape, self.device)
+    dtype = _dtype("normal", self)
+    numbers = _draw.draw(keys, shape, dtype, _real.per_block(dtype), _real.normal(dtype))
+    return self.copy_(numbers * std + mean)
+
+
+def _rand(take: Take, size: Sequence[int], **kwargs: Any) -> Tensor:
+    return _uniform_(take, torch.empty(size, **kwargs))
+
+
+def _randn(take: Take, size: Sequence[int], **kwargs: Any) -> Tensor:
+    return _normal_(take, torch.empty(size, **kwargs))
+
+
+def _rand_like(take: Take, self: Tensor, **kwargs: Any) -> Tensor:
+    return _uniform_(take, torch.empty_like(self, **kwargs))
+
+
+def _randn_like(take: Take, self: Tensor, **kwargs: Any) -> Tensor:
+    return _normal_(take, torch.empty_like(self, **kwargs))
+
+
+def _normal_of_size(take: Take, mean: float, std: float, size: Sequence[int], **kwargs: Any) -> Tensor:
+    return _normal_(take, torch.empty(size, **kwargs), mean, std)
+
+
+def _normal(take: Take, mean: float | Tensor, std: float | Tensor = 1.0) -> Tensor:
+    """Of means and standard deviations, of which one at least is a tensor."""
+    tensors = [each for each in (mean, std) if isinstance(each, Tensor)]
+    shape = torch.broadcast_shapes(*(each.shape for each in tensors))
+    return _normal_(take, torch.empty(shape, dtype=tensors[0].dtype, device=tensors[0].device), mean, std)
+
+
+def _dtype(name: str, out: Tensor) -> torch.dtype:
+    if out.dtype not in _real.UNIFORM:
+        raise NotImplementedError(
+            f"keyed: {name} numbers of dtype {out.dtype}; keyed ones are float16, bfloat16, float32 or float64: draw one of "
+            "these, and convert it"
+        )
+    return out.dtype
+
+
+DRAWS: dict[Any, Callable[..., Any]] = {
+    _ATEN.bernoulli.default: _bernoulli,
+    _ATEN.bernoulli.p: _bernoulli,
+    _ATEN.bernoulli.Tensor: _bernoulli,
+    _ATEN.bernoulli_.float: _bernoulli_,
+    _ATEN.bernoulli_.Tensor: _bernoulli_,
+    _ATEN.native_dropout.default: _native_dropout,
+    _ATEN.uniform_.default: _uniform_,
+    _ATEN.normal_.default: _normal_,
+    _ATEN.normal.float_float: _normal_of_size,
+    _ATEN.normal.Tensor_float: _normal,
+    _ATEN.normal.float_Tensor: _normal,
+    _ATEN.normal.Tensor_Tensor: _normal,
+    _ATEN.rand.default: _rand,
+    _ATEN.randn.default: _randn,
+    _ATEN.rand_like.default: _rand_like,
+    _ATEN.randn_like.default: _randn_like,
+}
