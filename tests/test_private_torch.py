@@ -37,6 +37,8 @@ from torch._inductor.pattern_matcher import Match
 from torch._inductor.pattern_matcher import register_graph_pattern
 from torch._inductor.virtualized import V
 from torch._ops import HigherOrderOperator
+from torch._functorch.pyfunctorch import VmapInterpreter
+from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 import torch.utils._pytree
 """.strip().splitlines()
@@ -53,6 +55,7 @@ ATTRIBUTES = {
     "_cache_enabled": lambda: nn.utils.parametrize._cache_enabled,
     "_cdata": lambda: _WEIGHT.untyped_storage()._cdata,
     "_compiled_call_impl": lambda: nn.Linear(1, 1)._compiled_call_impl,
+    "_CheckpointFrame": lambda: checkpoint._CheckpointFrame,
     "_current_graph_task_id": lambda: torch._C._current_graph_task_id(),
     "_current_level": lambda: forward_ad._current_level,
     "_dynamo": lambda: torch._C._dynamo,
@@ -75,6 +78,7 @@ ATTRIBUTES = {
     ),
     "_FrameAction": lambda: torch._C._dynamo.eval_frame._FrameAction,
     "_FrameExecStrategy": lambda: torch._C._dynamo.eval_frame._FrameExecStrategy,
+    "_fused_sdp_choice": lambda: torch.ops.aten._fused_sdp_choice.default,
     "_get_current_graph_task_keep_graph": lambda: torch._C._autograd._get_current_graph_task_keep_graph(),
     "_get_object_coll_device": lambda: torch.distributed.distributed_c10d._get_object_coll_device,
     "_is_view": lambda: _WEIGHT._is_view(),
@@ -83,14 +87,18 @@ ATTRIBUTES = {
     "_parameters": lambda: nn.Linear(1, 1)._parameters,
     "_philox_key_split": lambda: torch.ops.aten._philox_key_split,
     "_philox_uniform_": lambda: torch.ops.aten._philox_uniform_,
+    "_pop_saved_tensors_default_hooks": lambda: torch._C._autograd._pop_saved_tensors_default_hooks,
     "_post_accumulate_grad_hooks": lambda: _WEIGHT._post_accumulate_grad_hooks,
+    "_push_saved_tensors_default_hooks": lambda: torch._C._autograd._push_saved_tensors_default_hooks,
     "_replicate_for_data_parallel": lambda: nn.Linear(1, 1)._replicate_for_data_parallel,
     "_saved_dim0": lambda: _WEIGHT.mT.grad_fn._saved_dim0,
     "_saved_dim1": lambda: _WEIGHT.mT.grad_fn._saved_dim1,
     "_saved_dims": lambda: _WEIGHT.T.grad_fn._saved_dims,
     "_saved_scale_grad_by_freq": lambda: _OPERANDS["embedding"]._saved_scale_grad_by_freq,
+    "_schema": lambda: torch.ops.aten.rand.default._schema,
     "_sequence_nr": lambda: _OPERANDS["linear"]._sequence_nr(),
     "_storage_Use_Count": lambda: torch._C._storage_Use_Count,
+    "_top_saved_tensors_default_hooks": lambda: torch._C._autograd._top_saved_tensors_default_hooks(True),
     # By name only, at run time:
     "_raw_saved_self": lambda: _OPERANDS["linear"]._raw_saved_self,
     "_saved_padding_idx": lambda: _OPERANDS["embedding"]._saved_padding_idx,

@@ -59,8 +59,8 @@ def enter_again(frame: Any, context: Callable[[], AbstractContextManager[Any]]) 
         return
     if not isinstance(_closed_over(recompute, "recompute_context"), nullcontext):
         raise NotImplementedError(
-            "keyed: a draw inside of torch.utils.checkpoint.checkpoint(..., context_fn=...) or debug=True, which may run a part "
-            "of it again only, so that draws would get other numbers; leave context_fn out, or enter keyed inside of the "
+            "keyed: a draw inside of torch.utils.checkpoint.checkpoint(..., context_fn=...) or debug=True, which may run a "
+            "part of it again only, so that draws would get other numbers; leave context_fn out, or enter keyed inside of the "
             "function that is checkpointed"
         )
     frame.recompute_fn = functools.partial(_again, recompute, context)

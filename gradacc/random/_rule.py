@@ -22,7 +22,9 @@ def is_of_examples(draw: str, shape: Sequence[int], n: int) -> bool:
         return True
     why = _doubt(shape, n)
     if why is not None:
-        raise ValueError(f"keyed: {draw} draws numbers of shape {tuple(shape)}, inside keyed(keys of {n}): {why}. {_FIX}")
+        raise ValueError(
+            f"keyed: {draw} draws numbers of shape {tuple(shape)}, inside keyed(keys of {n}): {why}. {_FIX}"
+        )
     return False
 
 
@@ -33,11 +35,14 @@ def _doubt(shape: Sequence[int], n: int) -> str | None:
             "With two examples or more in each micro-batch it may be known"
         )
     if shape[0] == 1:
-        return "one for all examples, which in a micro-batch of one would be the example's own. Without that dimension it is shared"
+        return (
+            "one for all examples, which in a micro-batch of one would be the example's own. Without that dimension it is "
+            "shared"
+        )
     if n and shape[0] % n == 0:
         return (
-            f"{shape[0]} is {shape[0] // n} times the number of examples, such as batch * heads or batch * time, whose order is "
-            "not known"
+            f"{shape[0]} is {shape[0] // n} times the number of examples, such as batch * heads or batch * time, whose "
+            "order is not known"
         )
     if n and n in shape[1:]:
         return f"{n} is the number of examples, but not at dim 0"

@@ -1,6 +1,7 @@
 """The draws of torch that have keyed counterparts: operators, below autograd and transforms.
 
-Each takes ``take`` before its own arguments: ``take(shape, device)`` is the keys of this draw, and the shape of what each draws.
+Each takes ``take`` before its own arguments: ``take(shape, device)`` is the keys of this draw, and the shape of what each
+of them draws.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ def _bernoulli_(take: Take, self: Tensor, p: float | Tensor = 0.5) -> Tensor:
     """True with probability ``p``, in place."""
     keys, shape = take(self.shape, self.device)
     if isinstance(p, Tensor):
+        _check_all(p, "bernoulli: p is in [0, 1]", lambda p: (p >= 0) & (p <= 1))
         return self.copy_(_draw.uniform(keys, shape, torch.float32) < p)
-    return self.copy_(_draw.below(keys, shape, _check.probability("bernoulli", p)))
+    return self.copy_(_draw.below(keys, shape, _check.probability("keyed: bernoulli", p)))
 
 
 def _bernoulli(take: Take, self: Tensor, p: float | Tensor | None = None) -> Tensor:
@@ -42,12 +44,15 @@ def _native_dropout(take: Take, self: Tensor, p: float, train: bool | None) -> t
 
 
 def _uniform_(take: Take, self: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    if not low <= high:
+        raise ValueError(f"keyed: uniform numbers between {low} and {high}; the first is not above the second")
     keys, shape = take(self.shape, self.device)
     numbers = _draw.uniform(keys, shape, _dtype("uniform", self))
     return self.copy_(numbers if (low, high) == (0, 1) else numbers * (high - low) + low)
 
 
 def _normal_(take: Take, self: Tensor, mean: float | Tensor = 0.0, std: float | Tensor = 1.0) -> Tensor:
+    _check_all(torch.as_tensor(std), "normal: the standard deviation is not negative", lambda std: std >= 0)
     keys, shape = take(self.shape, self.device)
     dtype = _dtype("normal", self)
     numbers = _draw.draw(keys, shape, dtype, _real.per_block(dtype), _real.normal(dtype))
@@ -77,8 +82,14 @@ def _normal_of_size(take: Take, mean: float, std: float, size: Sequence[int], **
 def _normal(take: Take, mean: float | Tensor, std: float | Tensor = 1.0) -> Tensor:
     """Of means and standard deviations, of which one at least is a tensor."""
     tensors = [each for each in (mean, std) if isinstance(each, Tensor)]
-    shape = torch.broadcast_shapes(*(each.shape for each in tensors))
+    shape = torch.broadcast_shapes(*(each.shape for each in tensors))  # type: ignore[no-untyped-call]
     return _normal_(take, torch.empty(shape, dtype=tensors[0].dtype, device=tensors[0].device), mean, std)
+
+
+def _check_all(values: Tensor, rule: str, holds: Callable[[Tensor], Tensor]) -> None:
+    """Where that does not wait for a device, as torch does."""
+    if values.is_cpu and not bool(holds(values).all()):
+        raise ValueError(f"keyed: {rule}; got {values.tolist() if values.ndim == 0 else 'other ones among them'}")
 
 
 def _dtype(name: str, out: Tensor) -> torch.dtype:
