@@ -97,7 +97,7 @@ def _given(keys: Any, shared: Any) -> _modes.Given:
 
 
 def _readable(name: str, keys: Tensor) -> Tensor:
-    """What a transform that does not batch has wrapped."""
+    """A copy of what a transform that does not batch has wrapped: what runs again later has the same keys."""
     if not _where.is_readable(keys):
         raise NotImplementedError(
             f"keyed: {name} differ between the elements of a vmap, which sees one example at a time; leave the batch "
@@ -105,7 +105,7 @@ def _readable(name: str, keys: Tensor) -> Tensor:
         )
     while torch._C._functorch.is_functorch_wrapped_tensor(keys):
         keys = torch._C._functorch.get_unwrapped(keys)
-    return keys
+    return keys.clone()
 
 
 @contextmanager

@@ -73,14 +73,9 @@ def _again(recompute: Callable[..., None], context: Callable[[], AbstractContext
 
 def reentrant() -> int:
     """How many reentrant checkpoints' functions this is inside of."""
-    if torch.is_grad_enabled():
-        return 0
-    count, frame = 0, _caller()
+    count = 0
+    frame: FrameType | None = sys._getframe()
     while frame is not None:
         count += frame.f_code is _REENTRANT
         frame = frame.f_back
     return count
-
-
-def _caller() -> FrameType | None:
-    return sys._getframe(1)

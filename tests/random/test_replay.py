@@ -144,6 +144,25 @@ def test_a_checkpoint_with_contexts_of_its_own():
         gradient(functools.partial(plain, context_fn=policy))
 
 
+def test_a_reentrant_checkpoint_that_enables_gradients():
+    def func(x):
+        with torch.enable_grad():
+            return F.dropout(x, 0.5)
+
+    with pytest.raises(NotImplementedError, match="pass use_reentrant=False"), random.keyed(KEYS):
+        checkpoint(func, X.clone().requires_grad_(), use_reentrant=True)
+
+
+def test_keys_that_are_written_over():
+    keys = KEYS.clone()
+    w = W.clone().requires_grad_()
+    with random.keyed(keys):
+        loss = two(X, w, plain).square().sum()
+    keys.view(torch.int64).zero_()
+    loss.backward()
+    assert_trees_close(w.grad, gradient(straight))
+
+
 def test_hooks_are_as_they_were():
     packed = []
     x = X.clone().requires_grad_()

@@ -124,6 +124,11 @@ def test_a_kernel_s_dropout_counts_as_the_composed_one_does():
             assert torch.equal(a, b)
 
 
+def test_without_data():
+    drawn = keyed(lambda: F.dropout(torch.ones(5, 4, device="meta"), 0.5) + torch.randn(5, 4, device="meta"))
+    assert drawn.shape == (5, 4)
+
+
 def test_memory_format_stays():
     x = torch.ones(5, 4, 3, 3).to(memory_format=torch.channels_last)
     assert keyed(lambda: torch.rand_like(x)).is_contiguous(memory_format=torch.channels_last)
