@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters
+from torch._functorch.pyfunctorch import (
+    VmapInterpreter,
+    retrieve_all_functorch_interpreters,
+    temporarily_clear_interpreter_stack,
+)
 
 from gradacc import _where
 from gradacc.random import _check, _generators, _modes
@@ -105,7 +109,8 @@ def _readable(name: str, keys: Tensor) -> Tensor:
         )
     while torch._C._functorch.is_functorch_wrapped_tensor(keys):
         keys = torch._C._functorch.get_unwrapped(keys)
-    return keys.clone()
+    with temporarily_clear_interpreter_stack() if _where.functorch_is_active() else nullcontext():
+        return keys.clone()
 
 
 @contextmanager
