@@ -211,6 +211,12 @@ def test_attention_with_dropout_goes_by_the_math_path():
     assert torch.backends.cuda.flash_sdp_enabled()
 
 
+def test_the_choice_of_a_kernel_is_no_draw():
+    q = X.reshape(5, 1, 2, 2)
+    with random.keyed(KEYS):
+        assert isinstance(torch.ops.aten._fused_sdp_choice(q, q, q, None, 0.5), int)
+
+
 def test_inference_mode():
     q = X.reshape(5, 1, 2, 2)
     run = lambda: (F.dropout(X), F.scaled_dot_product_attention(q, q, q, dropout_p=0.5))  # noqa: E731
@@ -280,6 +286,17 @@ def test_around_a_call_that_splits_the_batch(around, shared):
         run(torch.ones(4), X.clone())
 
 
+def of_a_rank(group):
+    total = lambda x: F.dropout(x).sum()  # noqa: E731
+    with random.keyed(KEYS, SHARED):
+        return gradacc.microbatch(total, microbatch_size=2, out="sum", sync=gradacc.all_reduce(group))(X)
+
+
+def test_around_pieces_of_ranks(pool):
+    with pytest.raises(Exception, match="keyed: bernoulli_.float draws in a micro-batch of accumulate or microbatch"):
+        pool.run_each(1, of_a_rank, [()])
+
+
 def test_around_a_call_that_splits_something_without_draws():
     head = gradacc.microbatch(lambda h, w: (h @ w).square().sum(), microbatch_size=2, in_dims=(0, None), out="sum")
     w = torch.ones(4, 3, requires_grad=True)
@@ -328,14 +345,17 @@ def masked():
     return X * random.bernoulli(random.fold_in(KEYS, 0), 0.5, (4,)) * 2
 
 
-def test_keys_that_a_transform_has_wrapped():
-    def loss(pair):
-        x, w = pair
-        with random.keyed(KEYS):
-            return (F.dropout(x, 0.5) * w).sum()
+def test_keys_that_are_made_inside_of_a_transform():
+    def loss(w, x, keys):
+        with random.keyed(random.fold_in(keys, 7), random.fold_in(SHARED, 7)):
+            return (F.dropout(x, 0.5) * w * torch.rand(())).square().sum()
 
-    grads = torch.func.grad(loss)((X, torch.ones(4)))
-    torch.testing.assert_close(grads[1], masked().sum(0))
+    w = torch.ones(4, requires_grad=True)
+    loss(w, X, KEYS).backward()
+    torch.testing.assert_close(torch.func.grad(loss)(w.detach(), X, KEYS), w.grad)
+    hessian = torch.func.jacrev(torch.func.grad(loss))(w.detach(), X, KEYS)
+    torch.testing.assert_close(hessian, w.grad.diag())
+    torch.testing.assert_close(torch.func.functionalize(loss)(w.detach(), X, KEYS), loss(w, X, KEYS).detach())
 
 
 def compiled_loss(w, x, keys):

@@ -1,6 +1,7 @@
 """What is run again in the backward pass draws what it drew."""
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.nn.functional as F
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from gradacc import random
+from gradacc import _where, random
 from tests.helpers import assert_trees_close
 
 D = torch.float64
@@ -115,6 +116,33 @@ def test_the_context_inside_of_the_checkpoint():
     w = W.clone().requires_grad_()
     checkpoint(inside, x, w, use_reentrant=True).square().sum().backward()
     assert_trees_close(w.grad, grad(straight))
+
+
+def test_draws_that_are_not_keyed_stay_torch_s():
+    """Of a checkpoint that is around the context."""
+
+    def partly(x, w):
+        x = F.dropout(x @ w, 0.5)
+        with random.keyed(KEYS):
+            return block(x, w)
+
+    def grad(run):
+        torch.manual_seed(0)
+        w = W.clone().requires_grad_()
+        run(partly, X, w).square().sum().backward()
+        return w.grad
+
+    assert_trees_close(grad(plain), grad(straight))
+
+
+def test_a_backward_pass_in_another_thread():
+    """Where nothing is known of the call whose micro-batch it was."""
+    w = W.clone().requires_grad_()
+    with _where.dividing(), random.keyed(KEYS):
+        loss = two(X, w, plain).square().sum()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(loss.backward).result()
+    assert_trees_close(w.grad, gradient(straight))
 
 
 def test_contexts_in_contexts():

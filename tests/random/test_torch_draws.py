@@ -127,6 +127,7 @@ def test_a_kernel_s_dropout_counts_as_the_composed_one_does():
 def test_without_data():
     drawn = keyed(lambda: F.dropout(torch.ones(5, 4, device="meta"), 0.5) + torch.randn(5, 4, device="meta"))
     assert drawn.shape == (5, 4)
+    assert keyed(lambda: torch.bernoulli(torch.full((5,), 0.5, device="meta"))).shape == (5,)
 
 
 def test_memory_format_stays():
