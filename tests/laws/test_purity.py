@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import gradacc
 from gradacc.testing import splits
-from tests.helpers import ENGINES, assert_trees_equal, fingerprint, living_tensors
+from tests.helpers import ENGINES, assert_trees_equal, fingerprint, living_tensors, some_slow
 
 few = settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -52,7 +52,7 @@ def test_a_module_that_the_loss_closes_over_is_unchanged(engine):
     assert fingerprint(everything) == before
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", some_slow(ENGINES, "eager"))
 def test_nothing_grows_over_200_calls(case, engine):
     batch = case.batch(3, 0)
     grad_fn = gradacc.accumulate_and_value(case.loss, has_aux=True, steps=2, **case.options)

@@ -170,7 +170,14 @@ def _numbers(tree: Any) -> Any:
 
 
 @pytest.mark.parametrize(
-    "name", some_slow(CASES, *(CASES.keys() - {"sum with aux", "aux, few steps", "Mean over a number"}))
+    "name",
+    some_slow(
+        CASES,
+        *(
+            CASES.keys()
+            - {"sum with aux", "aux, few steps", "Mean over a number", "ragged", "few steps", "NamedTuple", "sum"}
+        ),
+    ),
 )
 def test_equal_to_eager(name):
     check(CASES[name], "aot_eager" if name in ("Mean", "aux", "bfloat16") else "eager")
@@ -246,7 +253,6 @@ def _graphs_of(loss, options, sizes, backend="eager"):
     some_slow(
         [*itertools.product([plain, weighted, counted, with_aux], ["eager"]), (with_aux, "aot_eager")],
         (with_aux, "eager"),
-        (weighted, "eager"),
     ),
 )
 def test_any_number_of_micro_batches_of_one_size_is_two_graphs(loss, backend):
@@ -408,9 +414,7 @@ VALUES = {float: (0.5, 0.7, 0.9, 0.0), int: (3, 4, 7, 0), bool: (True, False)}
 
 @pytest.mark.parametrize(
     ("place", "kind"),
-    some_slow(
-        itertools.product(NUMBERS, VALUES), ("weight", float), ("args", int), ("batch", bool), ("closed over", bool)
-    ),
+    some_slow(itertools.product(NUMBERS, VALUES), ("weight", float), ("args", int), ("closed over", bool)),
 )
 def test_a_number_that_changes_between_calls(place, kind):
     """Six micro-batches: a loop, or unrolled with one warning, which for a float names it."""
@@ -551,7 +555,7 @@ UNROLLED = {
 }
 
 
-@pytest.mark.parametrize("name", UNROLLED)
+@pytest.mark.parametrize("name", some_slow(UNROLLED, "appends later", "counts", "closed-over views"))
 def test_what_cannot_be_a_loop_is_unrolled_with_one_warning(name):
     """Also where a batch is two runs of more than four micro-batches; side effects happen as often as in eager code."""
     case, message = UNROLLED[name]
