@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from gradacc import _module
+from gradacc import _module, _where
 from gradacc._describe import describe
 from gradacc._moments import Moments
 
@@ -100,6 +100,7 @@ def batch_norm(module: nn.Module) -> BatchNorm:
         for part, follower in pairs:
             if follower.training != part.training:
                 follower.training = part.training
+        _check_moved(given["moments"])
         nothing = {
             prefix + key: torch.zeros_like(number)
             for name, prefix in prefixes.items()
@@ -141,6 +142,17 @@ def _moved(layer: _BatchNorm, prefix: str, buffers: Mapping[str, Tensor], moment
     pairs = ((mean, (1 - rate) * mean + rate * moments.mean), (variance, (1 - rate) * variance + rate * found))
     moved = [torch.where(seen, new.to(old.dtype), old) for old, new in pairs]
     return dict(zip((prefix + key for key in _STATISTICS), [*moved, torch.where(seen, after, number)], strict=True))
+
+
+def _check_moved(moments: Mapping[str, Moments]) -> None:
+    """What a call has returned was given to `step` before the next one, or its moments would be lost; where it can be read."""
+    for name, each in moments.items():
+        count = torch.as_tensor(each.count)
+        if count.is_cpu and _where.is_readable(count) and bool((count != 0).any()):
+            raise ValueError(
+                f"batch_norm: the carry has the moments of {int(count.sum())} numbers of layer {name!r}, with which no "
+                "statistics have been moved. After each call: carry = step(carry), with the step that batch_norm returned (its fourth)"
+            )
 
 
 def _numbers(moments: Moments) -> list[Tensor]:

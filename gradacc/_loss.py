@@ -162,7 +162,8 @@ def returned(options: Options, out: Any) -> tuple[Any, Any]:
         if isinstance(out, tuple) and not are_means(out):
             raise TypeError(
                 f"{options.name}: loss_fn returned {_pair(out)}; pass has_aux=True for (loss, aux), of which the loss alone is "
-                f"differentiated. Or are they several losses? {_sum_of(out)}"
+                "differentiated, or has_carry=True for (loss, carry), of a call with carry=. Or are they several losses? "
+                f"{_sum_of(out)}"
             )
         return out, None
     if not (isinstance(out, tuple) and len(out) == 2):

@@ -139,3 +139,19 @@ def test_batch_norm_moves_once_a_call_to_the_large_batchs_statistics(steps, mome
     assert not module[0].running_mean.any()
     with pytest.raises(ValueError, match="no BatchNorm layer"):
         gradacc.batch_norm(nn.Linear(2, 2))
+
+
+def test_moments_that_were_not_moved_are_an_error() -> None:
+    module = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    apply, params, carry, move = gradacc.batch_norm(module)
+
+    def loss(params, x, carry):
+        output, carry = apply(params, x, carry=carry)
+        return output.square().mean(), carry
+
+    grad_fn = gradacc.accumulate(loss, steps=2, has_carry=True)
+    x = torch.randn(8, 3)
+    _, after = grad_fn(params, x, carry=carry)
+    with pytest.raises(ValueError, match=r"the moments of 8 numbers of layer '1', .* carry = step\(carry\)"):
+        grad_fn(params, x, carry=after)
+    grad_fn(params, x, carry=move(after))

@@ -66,7 +66,7 @@ def _randomness(evidence: Evidence) -> Diagnosis | None:
         "batches draw one after the other, reproducibly, but not what the large batch draws.",
         "if that is meant (dropout in training), nothing is wrong with it; to see the rest, switch only the randomness off "
         "(p=0), and leave the modules in training mode. Where the draw must not depend on the split, make it data: noise, or "
-        "a key for each example, as a leaf of the batch.",
+        "a key for each example, as a leaf of the batch (gradacc.random).",
     )
 
 
