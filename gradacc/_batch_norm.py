@@ -151,7 +151,8 @@ def _check_moved(moments: Mapping[str, Moments]) -> None:
         if count.is_cpu and _where.is_readable(count) and bool((count != 0).any()):
             raise ValueError(
                 f"batch_norm: the carry has the moments of {int(count.sum())} numbers of layer {name!r}, with which no "
-                "statistics have been moved. After each call: carry = step(carry), with the step that batch_norm returned (its fourth)"
+                "statistics have been moved. After each call: carry = step(carry), with the step that batch_norm returned "
+                "(its fourth)"
             )
 
 
