@@ -89,6 +89,8 @@ class Channel:
         """None before the first call has gone through: then an exchange of descriptions is the first thing that crosses."""
         self.unfinished: list[Unfinished] = []
         """Calls that were left while others wait for them: by a KeyboardInterrupt, or without the memory to tell them."""
+        self.gathers = False
+        """Whether the latest call exchanged rows first: NOTE [three exchanges] in ``gather.py``."""
         self.broken = False
         """Whether it was left where nothing can be told any more."""
         self.apart = False

@@ -20,7 +20,7 @@ import hashlib
 import itertools
 import math
 import pickle
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -85,7 +85,6 @@ class Gather:
         """Rows of each rank."""
         self.pulled = 0
         """How many of the tensors have cotangents."""
-        self.device: torch.device | None = None
 
     def compare(self, value: Tensor) -> None:
         """The value of a loss that every rank evaluates; where it is read for nothing, a difference is found at the end."""
@@ -107,13 +106,14 @@ class Gather:
         """
         group = self.link.group
         rows = [Row(path, each.dtype, tuple(each.shape[1:])) for path, each in tensors.items()]
-        self.device = next((each.device for each in tensors.values()), None)
         self.pulled = pulled
-        known = self._exchange_numbers(group, rows, size, known)
+        with self._exchanging():
+            known = self._exchange_numbers(group, rows, size, known)
         rank, total = group.rank(), sum(self.sizes)
         begin = sum(self.sizes[:rank])
         own = slice(begin, begin + self.sizes[rank])
-        found = self._exchange_rows(group, list(tensors.values())) if total else []
+        with self._exchanging():
+            found = self._exchange_rows(group, list(tensors.values())) if total else []
         return Union(found, [row.path for row in self.rows], known, own)
 
     def give_back(self, cotangents: Sequence[Tensor | None], unit: Any) -> Pulled:
@@ -131,29 +131,33 @@ class Gather:
             parts = [None if each is None else each[begin : begin + count] for each in wide]
             messages.append(self._message(group, count, [0.0, own, *map(float, used)], parts))
             begin += count
-        arrived = self._exchange_cotangents(group, messages)
+        with self._exchanging():
+            arrived = self._exchange_cotangents(group, messages)
         return self._summed(arrived, own or None, self.sizes[group.rank()])
 
     def fail(self, error: BaseException) -> None:
         """This rank's call raises: the others are told; where they cannot be waited for, in this rank's next call."""
         groups.release(error)
-        unfinished = self.link.channel.unfinished
         if self.next == _NOTHING:
             return
         if not isinstance(error, Exception):
-            unfinished.append(self)
+            self._leave_for_next_call()
             return
         try:
             with torch.inference_mode(False):
                 self.abandon()
         except Exception:  # this rank's own error is the one to see
-            self.next = _NOTHING
+            # Nothing was sent where another thread is in the middle of a call.
+            if self.next == _NUMBERS:
+                self._leave_for_next_call()
+
+    def _leave_for_next_call(self) -> None:
+        if self not in self.link.channel.unfinished:
+            self.link.channel.unfinished.append(self)
 
     def abandon(self) -> None:
         """Take part in what is left, and say that the call has raised."""
         group, unfinished = self.link.group, self.link.channel.unfinished
-        if self in unfinished:
-            unfinished.remove(self)
         try:
             if self.next == _NUMBERS:
                 self._numbers(group, [1] + [0] * (2 + _WORDS))
@@ -161,11 +165,28 @@ class Gather:
                 self._bytes_of_all(group, None)
             elif self.next == _COTANGENTS:
                 self._abandon_cotangents(group)
-        finally:
             self.next = _NOTHING
+        finally:
+            if self.next != _NUMBERS:
+                self.next = _NOTHING
+                if self in unfinished:
+                    unfinished.remove(self)
 
-    def _place(self, group: dist.ProcessGroup) -> torch.device:
-        return groups.device(group) if self.device is None else self.device
+    @contextlib.contextmanager
+    def _exchanging(self) -> Iterator[None]:
+        """Around what cannot be taken up again where it is interrupted."""
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:
+            self.link.channel.broken, self.next = True, _NOTHING
+            raise
+
+    @property
+    def device(self) -> torch.device:
+        """Where rows cross: that of the parameters, which every rank has."""
+        return self.link.device
 
     def _numbers(self, group: dist.ProcessGroup, mine: list[int]) -> list[list[int]]:
         channels.of(group).start_sending(self.name, group, self.link)
@@ -213,7 +234,8 @@ class Gather:
         if any(failed):
             self.next = _NOTHING
             raise problems.calls_raised(self.name, group, failed)
-        found, begin = [], 0
+        found: list[Tensor] = []
+        begin = 0
         for row in self.rows:
             width = row.nbytes(row.dtype)
             parts = [
@@ -221,14 +243,16 @@ class Gather:
                 for flat, count in zip(flats, self.sizes, strict=True)
                 if count
             ]
-            found.append(torch.cat(parts))
+            # Where this rank has its own.
+            place = tensors[len(found)].device if tensors else self.device
+            found.append(torch.cat(parts).to(place))
             begin += width
         return found
 
     def _bytes_of_all(self, group: dist.ProcessGroup, tensors: Sequence[Tensor] | None) -> list[Tensor]:
         """What each rank has, as bytes, and behind them whether its call has raised: that of this rank, without tensors."""
         width = sum(row.nbytes(row.dtype) for row in self.rows)
-        own = torch.zeros(width * max(self.sizes) + 1, dtype=torch.uint8, device=self._place(group))
+        own = torch.zeros(width * max(self.sizes) + 1, dtype=torch.uint8, device=self.device)
         if tensors is None:
             own[-1] = 1
         else:
@@ -252,11 +276,11 @@ class Gather:
         self, group: dist.ProcessGroup, count: int, header: Sequence[float], parts: Sequence[Tensor | None]
     ) -> Tensor:
         """To one rank, which has ``count`` rows: a few numbers, and cotangents."""
-        device = self._place(group)
+        device = self.device
         found = [_bytes(torch.tensor(header, dtype=torch.float64).to(device))]
         for (row, dtype), part in zip(self._pulled_rows(), parts, strict=True):
             zeros = torch.zeros(count * row.nbytes(dtype), dtype=torch.uint8, device=device) if part is None else None
-            found.append(_bytes(part) if part is not None else zeros)  # type: ignore[arg-type]  # one of them is there
+            found.append(_bytes(part.to(device)) if part is not None else zeros)  # type: ignore[arg-type]  # one of them is there
         return torch.cat(found)
 
     def _exchange_cotangents(self, group: dist.ProcessGroup, messages: Sequence[Tensor]) -> list[Tensor]:

@@ -48,6 +48,7 @@ class Link(Turn):
         self.begun = agreed.begun
         self.states, self.dropped = agreed.begun.take()
         self.gather = None if options.through is None else Gather(self, options.rows)
+        channel.gathers = self.gather is not None
         self.agreement: Agreement | None = None
         self.factor: float | Tensor = 1.0
         """What a gradient is multiplied by on its way: from this rank's unit to the common one."""
@@ -68,6 +69,7 @@ class Link(Turn):
         """Say what is differentiated, and what the batch is, as soon as it is known."""
         self.window = batch.number if isinstance(batch, Window) else 0
         self.params, self.treedef, self.dtypes = params, treedef, dtypes
+        self.device = params[0].device
         self.signature = (treedef, tuple((p.shape, p.dtype, p.device) for p in params), tuple(dtypes))
         self.agreement = self._known().get(self.signature)
 
@@ -81,7 +83,9 @@ class Link(Turn):
     def set_unit(self, unit: float | Tensor | None, weight: float | Tensor) -> None:
         """Say in which unit this rank's gradients are, and how much they count for, before the first one is packed."""
         if self.agreement is not None and self.options.reduction == "mean":
-            far = scales.is_far(weight, self.agreement.scale, self.agreement.plan)
+            # Of gradients that others weigh (those of rows in the loss of the whole batch) the unit says how large they are.
+            counted = weight if isinstance(weight, Tensor) or weight or unit is None else unit
+            far = scales.is_far(counted, self.agreement.scale, self.agreement.plan)
             factor = 0.0 if unit is None else unit / self.agreement.scale
             if isinstance(far, Tensor):
                 self.far, self.factor = far, (~far).to(torch.float64) * factor
@@ -296,8 +300,9 @@ class Link(Turn):
         if self.next.kind == REST:
             unit = scales.scale(weight) if self.options.reduction == "mean" else unit
             first = None if plan.narrow else wire.unpack(plan, wide, self.params, self._strides)
-            # Where all ranks have withheld theirs, there are zeros, and a ratio that may be out of their range.
-            counted = bool(floats[(bits & WITHHELD) == 0, channels.WEIGHT].any())
+            # Where all ranks have withheld theirs, there are zeros, and a ratio that may be out of their range. (A rank of
+            # weight 0 may have gradients: those of its rows in the loss of the whole batch.)
+            counted = bool((((bits & WITHHELD) == 0) & ((bits & ARRIVED) != 0)).any())
             whole = self._cross_rest(grads, sums, first, agreement.scale / unit if counted else 0.0, unit)
         else:
             grads[:] = [None] * len(grads)

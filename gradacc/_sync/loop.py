@@ -9,7 +9,8 @@ import torch.distributed as dist
 
 from gradacc._sync import channel as channels
 from gradacc._sync import group as groups
-from gradacc._sync import turn as turns
+from gradacc._sync.gather import Gather
+from gradacc._sync.turn import Turn
 
 
 class Loop:
@@ -54,7 +55,7 @@ class Loop:
     def fail(self, error: Exception) -> None:
         """This rank's loop ends by an error: it takes part in the call that the others make, if the last window made one."""
         if self._before is not None and self._calls.number > self._before:
-            turns.fail_before_call(self.name, self.group, error)
+            _fail_before_call(self.name, self.group, error)
 
 
 def _device(group: dist.ProcessGroup) -> torch.device:
@@ -63,3 +64,13 @@ def _device(group: dist.ProcessGroup) -> torch.device:
     if "cpu" in kinds:
         return torch.device("cpu")
     return torch.device(kinds[0], torch.accelerator.current_device_index())
+
+
+def _fail_before_call(name: str, group: dist.ProcessGroup, error: BaseException) -> None:
+    """Take the place of a call that this rank would make now, if it had not raised."""
+    channel = channels.of(group)
+    turn = Turn(name, name, group, channel)
+    turn.begin()
+    if channel.gathers:
+        Gather(turn, returns=False).fail(error)
+    turn.fail(error)

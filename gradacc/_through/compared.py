@@ -47,7 +47,7 @@ def _is_near(first: Tensor, again: Tensor) -> Tensor:
     same = (one == other) | (one.isnan() & other.isnan())
     # What is about 0 by cancellation is rounding beside the others: beside their median, which no mask or sink moves.
     usual = torch.where(one.isfinite() & (one != 0), one.abs(), math.nan).nanmedian().nan_to_num()
-    found: Tensor = (same | ((one - other).abs() <= near * (one.abs() + usual))).all()
+    found: Tensor = (same | (one.isfinite() & ((one - other).abs() <= near * one.abs() + near * usual))).all()
     return found
 
 

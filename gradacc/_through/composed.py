@@ -79,5 +79,5 @@ def _by_pieces(
     checked = encoders.checked(encoder, positions, dims)
     if options.split is None and len(encoders.divided(encoder, args, *positions).microbatches) <= 1:
         return checked
-    ways = Ways(encoder.name, options.steps, options.microbatch_size, encoders.split(encoder), dims)
+    ways = Ways(encoder.name, options.steps, options.microbatch_size, encoders.split(encoder, dims[positions[1]]), dims)
     return by_pieces(checked, ways, Outs(encoder.name, "concat", 0, options.dtype), "recompute")

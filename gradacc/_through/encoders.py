@@ -123,15 +123,14 @@ def in_dims(options: Options, args: Sequence[Any], differentiated: Sequence[int]
 def divided(encoder: Encoder, args: Sequence[Any], differentiated: Sequence[int], batch: int) -> Division:
     """The micro-batches of an encoder, decided once."""
     own = arguments(args, differentiated, batch)
-    options = encoder.options._replace(
-        in_dims=in_dims(encoder.options, args, differentiated, batch), split=split(encoder)
-    )
+    dims = in_dims(encoder.options, args, differentiated, batch)
+    options = encoder.options._replace(in_dims=dims, split=split(encoder, dims[batch]))
     parts = _split.microbatches(options, own, differentiated, batch).parts
     return Division(encoder, [part for part in parts if not part.empty])
 
 
-def split(encoder: Encoder) -> Callable[[Any], Any] | None:
-    """That of the options, with what it yields looked at: outputs are paired with the examples of the batch."""
+def split(encoder: Encoder, dims: Any) -> Callable[[Any], Any] | None:
+    """That of the options, with what it yields looked at: outputs are paired with the examples of the batch, along ``dims``."""
     given = encoder.options.split
 
     def checked_split(batch: Any) -> Any:
@@ -141,18 +140,18 @@ def split(encoder: Encoder) -> Callable[[Any], Any] | None:
         if isinstance(found, _order.Reordered) or not is_iterable(found) or torch.compiler.is_compiling():
             return found
         parts = list(found)
-        _check_order(encoder, batch, parts)
+        _check_order(encoder, batch, parts, dims)
         return parts
 
     return None if given is None else checked_split
 
 
-def _check_order(encoder: Encoder, batch: Any, parts: Sequence[Any]) -> None:
+def _check_order(encoder: Encoder, batch: Any, parts: Sequence[Any], dims: Any) -> None:
     """A split that reorders examples says so. What it changes besides (a cast, a crop) is its own."""
-    whole = _by_path(batch)
+    whole = _by_path(batch, dims)
     begin = dict.fromkeys(whole, 0)
     for part in parts:
-        for path, own in _by_path(part).items():
+        for path, own in _by_path(part, dims).items():
             rows = whole.get(path)
             if rows is None or rows.dtype != own.dtype or rows.ndim != own.ndim or rows.device != own.device:
                 continue
@@ -169,13 +168,23 @@ def _check_order(encoder: Encoder, batch: Any, parts: Sequence[Any]) -> None:
                 )
 
 
-def _by_path(tree: Any) -> dict[str, Tensor]:
-    """What can be compared."""
+def _by_path(tree: Any, dims: Any) -> dict[str, Tensor]:
+    """What can be compared, with its examples in dim 0."""
     leaves, treedef = _tree.flatten(tree)
+    try:
+        each = _tree.broadcast_prefix(dims, tree)
+    except ValueError:
+        # A micro-batch of another structure than the batch's, to which the dims of that say nothing.
+        return {}
     return {
-        path: leaf
-        for path, leaf in zip(_tree.paths(treedef, "batch"), leaves, strict=True)
-        if isinstance(leaf, Tensor) and leaf.ndim and is_dense(leaf) and not leaf.is_meta and _where.is_readable(leaf)
+        path: leaf.movedim(dim, 0)
+        for path, leaf, dim in zip(_tree.paths(treedef, "batch"), leaves, each, strict=True)
+        if isinstance(leaf, Tensor)
+        and dim is not None
+        and -leaf.ndim <= dim < leaf.ndim
+        and is_dense(leaf)
+        and not leaf.is_meta
+        and _where.is_readable(leaf)
     }
 
 

@@ -86,6 +86,8 @@ def run(fold: Fold, given: Given, boundary: _sync.Boundary, first: Callable[[], 
         if seen.size:
             buffer, stage = _differentiate(fold, given, buffer, seen)
         stage = union.own(seen, stage, buffer.grads, boundary.gather)
+        # The rows of all ranks.
+        del seen
         buffer = _pull(fold, given, buffer, (encoded, stage, first), boundary)
     return fold, (buffer, stage.sums, one.whole if one.examples == 0 else None)
 
@@ -228,7 +230,7 @@ def _differentiate(fold: Fold, given: Given, buffer: Buffer, whole: union.Whole)
 def _check_drawn(name: str, before: _surroundings.Surroundings, after: _surroundings.Surroundings) -> None:
     """NOTE [two forms of a loss over ranks]: random numbers would be others on each rank."""
     drawn = [before.cpu, *before.states], [after.cpu, *after.states]
-    if not all(torch.equal(one, other) for one, other in zip(*drawn, strict=True)):
+    if not all(torch.equal(one, other) for one, other in zip(*drawn, strict=False)):
         raise ValueError(
             f"{name}: loss_fn draws random numbers, which are others on each rank, and every rank evaluates it for the whole "
             "batch. Draw them in the encoder and return them, or let loss_fn take rows, and return a gradacc.Mean over this "
@@ -275,5 +277,5 @@ def _fill(one: Encoded, ran: Ran, parts: Sequence[Tensor | None], same: bool | T
     by_leaf = dict(zip(one.differentiable, parts, strict=True))
     for i in ran.differentiable:
         part, leaf = by_leaf.get(i), ran.output.leaves[i]
-        part = torch.zeros_like(leaf) if part is None else part.to(leaf.dtype)
+        part = torch.zeros_like(leaf) if part is None else part.to(device=leaf.device, dtype=leaf.dtype)
         ran.cotangents.append(torch.where(same, part, math.nan) if isinstance(same, Tensor) else part)

@@ -75,7 +75,7 @@ def of(
         )
     batch, rebuild = ({}, lambda _: args) if options.rows else _batch(options, args, dims)
     # A rank without rows has nothing that the others could not tell.
-    own = {**tensors, **(batch if size else {})}
+    own, known = ({**tensors, **batch}, known) if size else ({}, None)
     found = gather.gather(own, size, 0 if known is None else known[2], known)
     if found.known is None:
         return None
@@ -180,7 +180,8 @@ def own(whole: Whole, stage: Stage, grads: list[Tensor | None], gather: Gather |
         pulled = gather.give_back(stage.cotangents, stage.sums.unit)
         sums = stage.sums if stage.sums.value is None else replace(stage.sums, unit=pulled.unit)
         return Stage(stage.value, sums, pulled.cotangents, None)
-    cotangents = [None if each is None else each[whole.own] for each in stage.cotangents]
+    # A copy: those of the other ranks are given up.
+    cotangents = [None if each is None else each[whole.own].clone() for each in stage.cotangents]
     sums = _local(stage.sums, whole.own)
     gather.compare(stage.value)
     if not gather.is_first:

@@ -238,6 +238,26 @@ def test_a_split_may_change_what_it_yields() -> None:
     torch.testing.assert_close(scaled, expected)
 
 
+def test_a_split_is_looked_at_along_the_dimension_of_the_examples() -> None:
+    w = torch.randn(5, 4, dtype=torch.float64)
+    batch = {"x": torch.randn(5, 6, dtype=torch.float64), "prototypes": torch.randn(3, 5, dtype=torch.float64)}
+
+    def encode(w: Tensor, batch: Any) -> Tensor:
+        return torch.tanh(batch["x"].T @ w) @ (batch["prototypes"] @ w).T
+
+    def loss(w: Tensor, outputs: Tensor, batch: Any) -> Tensor:
+        return (outputs.square().sum(1) * torch.arange(6)).mean()
+
+    def split(order: list[list[int]]) -> Any:
+        return lambda batch: [{**batch, "x": batch["x"][:, some]} for some in order]
+
+    dims = (None, {"x": 1, "prototypes": None})
+    grads = gradacc.accumulate(loss, through=encode, split=split([[0, 1, 2], [3, 4, 5]]), in_dims=dims)(w, batch)
+    torch.testing.assert_close(grads, torch.func.grad(lambda w: loss(w, encode(w, batch), batch))(w))
+    with pytest.raises(ValueError, match="in another order"):
+        gradacc.accumulate(loss, through=encode, split=split([[3, 4, 5], [0, 1, 2]]), in_dims=dims)(w, batch)
+
+
 @pytest.mark.parametrize("transform", ["vmap", "grad", "compiled"])
 def test_under_transforms_a_split_yields_all_of_the_batch_too(transform: str) -> None:
     def split(batch: Any) -> Any:

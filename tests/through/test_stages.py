@@ -475,6 +475,19 @@ def test_a_difference_is_seen_beside_masks_and_large_numbers(dtype: torch.dtype)
         gradacc.accumulate(lambda w, outputs, x: outputs[:, :4].std(), through=encode, steps=4)(w, x)
 
 
+def test_inf_is_equal_to_inf_alone() -> None:
+    number = itertools.count()
+
+    def encode(w: Tensor, x: Tensor) -> Tensor:
+        return (x * w).masked_fill(torch.tensor(next(number) < 2), -torch.inf)
+
+    def loss(w: Tensor, outputs: Tensor, x: Tensor) -> Tensor:
+        return torch.where(outputs.isinf(), 0, outputs).sum() + w.sum() + outputs[:, 0].exp().sum()
+
+    with pytest.raises(RuntimeError, match="returned another outputs"):
+        gradacc.accumulate(loss, through=encode, microbatch_size=2)(torch.ones(3), torch.ones(4, 3))
+
+
 def test_nan_in_the_outputs_is_the_same_nan() -> None:
     w, x = torch.ones(3), torch.tensor([[1.0, 2.0, 3.0], [float("nan"), 1.0, 2.0], [1.0, float("inf"), 0.0]])
     grad = gradacc.accumulate(lambda w, outputs, x: outputs[0].sum(), through=lambda w, x: x * w, microbatch_size=1)(

@@ -2,6 +2,7 @@
 
 import collections
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -359,3 +360,90 @@ def test_conjugate_views_cross(pool) -> None:
     one, other = pool.run_each(2, of_conjugates, [(share,) for share in _shares(cases.batch(9), [4, 5])])
     torch.testing.assert_close(one, other, rtol=0, atol=0)
     assert one["w"].any()
+
+
+def of_changing_weights(group: Any, rank: int, batches: Any, rows: bool) -> Any:
+    def pairs(params: Any, outputs: Any, batch: Any) -> Mean:
+        return Mean((outputs["image"] @ outputs["text"].T).tanh().sum(), len(outputs["image"]) ** 2)
+
+    def of_rows(params: Any, outputs: Any, batch: Any, rows: slice) -> Mean:
+        own = (outputs["image"][rows] @ outputs["text"].T).tanh().sum()
+        # The first rank's rows count for nothing.
+        return Mean(own * 0, 0) if rank == 0 else Mean(own, len(outputs["image"]) ** 2)
+
+    grad_fn = gradacc.accumulate(
+        of_rows if rows else pairs, through=cases.encode, microbatch_size=64, sync=gradacc.all_reduce(group)
+    )
+    return [grad_fn(cases.params(torch.float32), batch) for batch in batches]
+
+
+@pytest.mark.parametrize("rows", [False, True], ids=["replicated", "rows"])
+def test_weights_may_change_from_call_to_call(pool, rows: bool) -> None:
+    """By more than float32's scale: gradients of a rank that weighs nothing cross as the others'."""
+    params = cases.params(torch.float32)
+    batches = [cases.batch(size, torch.float32) for size in (2, 256, 4)]
+
+    def expected(batch: Any) -> Any:
+        def loss(params: Any) -> Tensor:
+            outputs, size = cases.encode(params, batch), len(batch["label"])
+            own = outputs["image"][size // 2 :] if rows else outputs["image"]
+            return (own @ outputs["text"].T).tanh().sum() / size**2
+
+        return torch.func.grad(loss)(params)
+
+    shares = list(zip(*(_shares(batch, [len(batch["label"]) // 2] * 2) for batch in batches), strict=True))
+    for answers in pool.run_each(2, of_changing_weights, [(rank, share, rows) for rank, share in enumerate(shares)]):
+        for grads, batch in zip(answers, batches, strict=True):
+            torch.testing.assert_close(grads, expected(batch), rtol=1e-4, atol=1e-6)
+
+
+def with_a_number(group: Any, batch: Any) -> Any:
+    """An empty batch with a number in it is not empty to a split, which yields one micro-batch without examples."""
+    grad_fn = gradacc.accumulate(
+        cases.clip,
+        through=cases.encode,
+        split=lambda batch: [batch],
+        sync=gradacc.all_reduce(group),
+    )
+    return grad_fn(cases.params(), {**batch, "task": 3})
+
+
+def test_a_rank_whose_encoder_saw_no_examples(pool) -> None:
+    params, batch = cases.params(), cases.batch(9)
+    expected = torch.func.grad(lambda p: cases.clip(p, cases.encode(p, batch), batch))(params)
+    for grads in pool.run_each(2, with_a_number, [(share,) for share in _shares(batch, [0, 9])]):
+        torch.testing.assert_close(grads, expected, rtol=1e-10, atol=1e-12)
+
+
+class Breaks(list[Any]):
+    """A loader with a length that raises at its third batch."""
+
+    def __init__(self, batch: Any, breaks: bool) -> None:
+        super().__init__([batch] * 4)
+        self.breaks = breaks
+
+    def __iter__(self) -> Iterator[Any]:
+        for n in range(4):
+            if self.breaks and n == 2:
+                raise Wrong("of the loader")
+            yield self[n]
+
+
+def of_a_loader(group: Any, rank: int, batch: Any) -> str:
+    grad_fn = gradacc.accumulate(cases.clip, through=cases.encode, steps=2, sync=gradacc.all_reduce(group))
+    count = 0
+    try:
+        for (own,) in gradacc.data.windows(Breaks(batch, rank == 1), 1, group=group):
+            grad_fn(cases.params(), own)
+            count += 1
+    except (Wrong, RuntimeError) as error:
+        grad_fn(cases.params(), batch)
+        return f"{count} {type(error).__name__}: {error}"
+    return "no error"
+
+
+def test_a_loader_that_raises_is_told_to_the_others(pool) -> None:
+    shares = _shares(cases.batch(9), [4, 5])
+    said = pool.run_each(2, of_a_loader, list(enumerate(shares)))
+    assert said[1] == "2 Wrong: of the loader"
+    assert said[0].startswith("2 RuntimeError")
