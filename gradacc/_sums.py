@@ -236,7 +236,7 @@ def restored(name: str, sums: Sums, orders: Sequence[_order.Order | None]) -> Su
     parts, treedef = flatten_aux(sums.aux)
     assert treedef is not None
     found = [
-        _parts.restored(part, known, lambda index=index: f"{name}: {_tree.paths(treedef, 'aux')[index]}")  # type: ignore[misc]
+        _parts.restored(part, known, lambda index=index: f"{name}: {_tree.paths(treedef, 'aux')[index]}")  # type: ignore[misc]  # a lambda's default
         for index, part in enumerate(parts)
     ]
     return replace(sums, aux=_tree.unflatten(treedef, found))
