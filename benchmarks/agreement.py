@@ -33,6 +33,7 @@ from gradacc import _options, _tree
 from gradacc._parts import Average
 from gradacc._sums import Sums
 from gradacc._sync import agreement, layout
+from gradacc._sync import bound as bounds
 
 WORLDS = (2, 16, 128, 1024, 16384)
 NAMES = ("fingerprints", "everyone's description")
@@ -76,8 +77,9 @@ def measure(world: int, rounds: int) -> dict[str, Any]:
         leaves, treedef = _tree.flatten(PARAMS)
         value = Average(torch.ones(()), torch.float32)
         here = layout.of(Sums(value=value, aux=None, weight=1.0, unit=1.0, differentiated=True))
-        mine = agreement.describe(options, leaves, treedef, here, 8.0, ())
         assert dist.group.WORLD is not None
+        bound = bounds.bound(options, dist.group.WORLD, leaves, treedef, [leaf.dtype for leaf in leaves])
+        mine = agreement.describe(options, bound, here, 8.0, ())
         caller = agreement.Caller("accumulate", dist.group.WORLD, 1, "accumulate(train.loss_fn:12)")
         found: dict[str, Any] = {name: {"seconds": []} for name in NAMES}
         for turn in range(rounds + 1):

@@ -17,7 +17,9 @@ from gradacc._mean import Mean
 from gradacc._microbatch import MicrobatchOptions, microbatch
 from gradacc._module import Apply, functional
 from gradacc._moments import Moments
-from gradacc._options import AccumulateOptions, AccumulatorOptions, Backward, Nonfinite, Reduction, Through
+from gradacc._options import AccumulateOptions, AccumulatorOptions, Backward, Nonfinite, Reduction, Sync, Through
+from gradacc._reduce_scatter import ReduceScatter, reduce_scatter
+from gradacc._shard import Shard, ShardFacts
 from gradacc._state import AccumulatorState
 from gradacc._train import TrainState, train_step
 from gradacc._tree import TensorTree
@@ -40,7 +42,11 @@ __all__ = [
     "MicrobatchOptions",
     "Moments",
     "Nonfinite",
+    "ReduceScatter",
     "Reduction",
+    "Shard",
+    "ShardFacts",
+    "Sync",
     "TensorTree",
     "Through",
     "TrainState",
@@ -56,6 +62,7 @@ __all__ = [
     "microbatch",
     "optim",
     "random",
+    "reduce_scatter",
     "testing",
     "train_step",
 ]

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from gradacc import _call, _carry, _connect, _lengths, _loop, _options, _split, _sync, _tree, _weights, _where
-from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
-from gradacc._options import AccumulateOptions, Nonfinite, Options, Reduction, Through
+from gradacc._options import AccumulateOptions, Nonfinite, Options, Reduction, Sync, Through
 from gradacc._through import stages
 
 
@@ -34,7 +33,7 @@ def accumulate(
     has_aux: bool = False,
     reduction: Reduction = "mean",
     dtype: torch.dtype | None = None,
-    sync: AllReduce | None = None,
+    sync: Sync | None = None,
     nonfinite: Nonfinite = "keep",
     weights: Callable[..., Any] | None = None,
     has_carry: bool = False,
@@ -98,7 +97,7 @@ def accumulate_and_value(
     has_aux: bool = False,
     reduction: Reduction = "mean",
     dtype: torch.dtype | None = None,
-    sync: AllReduce | None = None,
+    sync: Sync | None = None,
     nonfinite: Nonfinite = "keep",
     weights: Callable[..., Any] | None = None,
     has_carry: bool = False,

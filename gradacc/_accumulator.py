@@ -25,10 +25,9 @@ from gradacc import (
     _tree,
     _where,
 )
-from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
 from gradacc._engines import eager
-from gradacc._options import AccumulatorOptions, Nonfinite, Options, Reduction
+from gradacc._options import AccumulatorOptions, Nonfinite, Options, Reduction, Sync
 from gradacc._state import AccumulatorState
 
 _UPDATE = "update(state, params, microbatch)"
@@ -72,7 +71,7 @@ def accumulator(
     has_aux: bool = False,
     reduction: Reduction = "mean",
     dtype: torch.dtype | None = None,
-    sync: AllReduce | None = None,
+    sync: Sync | None = None,
     nonfinite: Nonfinite = "keep",
     has_carry: bool = False,
     donate: bool = False,
@@ -177,7 +176,7 @@ def accumulator(
     if not isinstance(donate, bool):
         raise TypeError(f"accumulator: donate must be True or False, got {describe(donate)}")
     if options.sync is not None:
-        options = options._replace(sync=AllReduce(options.sync.group, options.sync.compress, overlap=False))
+        options = options._replace(sync=dataclasses.replace(options.sync, overlap=False))
     agreed = None if options.sync is None else _sync.Agreed(options.name, loss_fn, options.sync.group)
 
     def init(params: Any, **carried: Any) -> AccumulatorState:

@@ -21,10 +21,15 @@ class AllReduce:
     group: Any
     compress: torch.dtype | None
     overlap: bool
+    ordered: bool = False
 
 
 def all_reduce(
-    group: ProcessGroup | DeviceMesh | None = None, *, compress: torch.dtype | None = None, overlap: bool = False
+    group: ProcessGroup | DeviceMesh | None = None,
+    *,
+    compress: torch.dtype | None = None,
+    overlap: bool = False,
+    ordered: bool = False,
 ) -> AllReduce:
     r"""For ``sync=``: "one large batch" is then the union of the batches of all ranks.
 
@@ -47,16 +52,19 @@ def all_reduce(
         group: a ProcessGroup, a one-dimensional DeviceMesh or one dimension of a mesh (``mesh["dp"]``); by default the
             default process group. Where there is none (a plain ``python train.py``), or it has one rank, nothing crosses.
         compress: gradients cross in this dtype, `torch.bfloat16` or `torch.float16`, half the bytes; weights, values
-            and metrics stay exact. With W ranks and the dtype's unit roundoff u (2**-8, 2**-11), an element's error is at
-            most about ``W u sum_r |c_r|``, ``c_r = sum_i w_ri g_ri / sum w``: each contribution is rounded once, then the
-            partial sums. float16 is for mean gradients whose elements are larger than about 1e-3 where they count:
+            and metrics stay exact. Each contribution is rounded once, they are summed in float32, and the sum is rounded once:
+            with the dtype's unit roundoff u (2**-8, 2**-11), an element's error is at most about
+            ``u (sum_r |c_r| + |sum_r c_r|)``, ``c_r = sum_i w_ri g_ri / sum w``, for any number of ranks.
+            float16 is for mean gradients whose elements are larger than about 1e-3 where they count:
             ``docs/ranks.md`` has its range, and says when gradients cross once more, not compressed.
         overlap: send buckets of about 25 MB (of a fifth of all gradients, but at least 1 MB, where that is less; the first
             one of a dtype a sixteenth of that, the second a quarter) while the last micro-batch's backward pass still runs,
             on every rank in the order in which gradients were final in the first call, which does not overlap. There are as
-            many all-reduces as buckets. For two ranks the bits are the same; for more, the sums are associated differently. An
-            iterable of micro-batches is read one ahead. ``overlap`` pays where the network takes longer than packing
-            (``docs/speed.md``).
+            many all-reduces as buckets. For two ranks the bits are the same; for more, the sums are associated differently
+            (not with ``ordered``). An iterable of micro-batches is read one ahead. ``overlap`` pays where the network takes
+            longer than packing (``docs/speed.md``).
+        ordered: sums are in rank order, by an all-to-all and an all-gather in the place of an all-reduce (the bytes of a ring):
+            then neither buckets nor the backend change a bit. With ``compress`` they always are.
 
     Raises:
         TypeError: an option of another type. The following errors come when ``grad_fn`` is called.
@@ -79,11 +87,18 @@ def all_reduce(
     """
     if compress is not None and compress not in (torch.bfloat16, torch.float16):
         raise TypeError(f"all_reduce: compress must be torch.bfloat16 or torch.float16, got {compress!r}")
+    if not isinstance(ordered, bool):
+        raise TypeError(f"all_reduce: ordered must be True or False, got {describe(ordered)}")
+    check("all_reduce", group, overlap)
+    return AllReduce(group, compress, overlap, ordered)
+
+
+def check(name: str, group: Any, overlap: Any) -> None:
+    """What is no group, and no switch."""
     if not isinstance(overlap, bool):
-        raise TypeError(f"all_reduce: overlap must be True or False, got {describe(overlap)}")
+        raise TypeError(f"{name}: overlap must be True or False, got {describe(overlap)}")
     if isinstance(group, (torch.dtype, str, list, tuple, set, bool)):
         raise TypeError(
-            f"all_reduce: group must be a ProcessGroup, a DeviceMesh or None, got {describe(group)}. "
+            f"{name}: group must be a ProcessGroup, a DeviceMesh or None, got {describe(group)}. "
             "Make one with torch.distributed.new_group(ranks)"
         )
-    return AllReduce(group, compress, overlap)

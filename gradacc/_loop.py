@@ -201,7 +201,7 @@ def finish(
         if fold.divisors is not None:
             factors = [factor * _weights.check(options, sums, fold.divisors) for factor in factors]
         results = engine.finalize(buffer, fold.returned, factors)
-        tree = _tree.unflatten(fold.treedef, results)
+        tree = _tree.unflatten(fold.treedef, boundary.returned(results))
     boundary.done()
     return (tree, ((value, aux) if options.has_aux else value)), carry
 

@@ -13,6 +13,7 @@ from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
 from gradacc._options import Backward
 from gradacc._pieces import composite, divide, functional, node, outputs, ranks
+from gradacc._reduce_scatter import ReduceScatter
 
 _NAME = "microbatch"
 
@@ -146,6 +147,11 @@ def microbatch(
         )
     _options.check_dtype(_NAME, dtype)
     _options.check_sync(_NAME, sync)
+    if isinstance(sync, ReduceScatter):
+        raise TypeError(
+            f"{_NAME}: sync is gradacc.reduce_scatter(...), which divides gradients among ranks, and outputs have none; use "
+            "gradacc.all_reduce(...)"
+        )
     ways = divide.Ways(_NAME, *_options.ways(_NAME, steps, microbatch_size, split), in_dims)
     outs = outputs.Outs(_NAME, out, out_dims, dtype)
     return by_pieces(func, ways, outs, backward) if sync is None else _over_ranks(func, ways, outs, sync)

@@ -10,6 +10,7 @@ from torch import nn
 
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
+from gradacc._reduce_scatter import ReduceScatter
 from gradacc._values import positive_int, takes_keyword
 
 Reduction = Literal["mean", "sum"]
@@ -28,13 +29,17 @@ Through: TypeAlias = Callable[..., Any] | Mapping[str, Callable[..., Any]]
 """What encodes micro-batches for a loss over the whole batch."""
 
 
+Sync: TypeAlias = AllReduce | ReduceScatter
+"""How ranks are added up, and what each of them gets."""
+
+
 class _LossOptions(TypedDict, total=False):
     in_dims: tuple[Any, ...] | None
     argnums: int | tuple[int, ...]
     has_aux: bool
     reduction: Reduction
     dtype: torch.dtype | None
-    sync: AllReduce | None
+    sync: Sync | None
     nonfinite: Nonfinite
     has_carry: bool
 
@@ -87,7 +92,7 @@ class Options(NamedTuple):
     has_aux: bool
     reduction: Reduction
     dtype: torch.dtype | None
-    sync: AllReduce | None
+    sync: Sync | None
     nonfinite: Nonfinite
     weights: Callable[..., Any] | None
     has_carry: bool
@@ -189,8 +194,10 @@ def check_dtype(name: str, dtype: Any) -> None:
 
 def check_sync(name: str, sync: Any) -> None:
     """How ranks are added up."""
-    if sync is not None and not isinstance(sync, AllReduce):
-        raise TypeError(f"{name}: sync must be gradacc.all_reduce(...), got {describe(sync)}")
+    if sync is not None and not isinstance(sync, (AllReduce, ReduceScatter)):
+        raise TypeError(
+            f"{name}: sync must be gradacc.all_reduce(...) or gradacc.reduce_scatter(...), got {describe(sync)}"
+        )
 
 
 def _check_weights(name: str, given: Given) -> None:

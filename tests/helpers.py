@@ -10,6 +10,7 @@ import optree
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor.debug import CommDebugMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import gradacc
@@ -57,6 +58,12 @@ def assert_trees_close(actual: Any, expected: Any, *, rtol: float = 1e-10, atol:
     assert treedef == other
     for a, b in zip(leaves, others, strict=True):
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol, equal_nan=True)
+
+
+def crossings(counter: CommDebugMode) -> int:
+    """Collectives, where an all-to-all and the all-gather behind it, in which ordered sums cross, are one."""
+    counts = {str(op): n for op, n in counter.get_comm_counts().items()}
+    return sum(counts.values()) - counts.get("c10d.alltoall_base_", 0)
 
 
 def living_tensors() -> dict[int, Tensor]:

@@ -39,8 +39,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from gradacc import _shard as shards
 from gradacc import _tree, _where
 from gradacc._options import Options
+from gradacc._reduce_scatter import ReduceScatter
 from gradacc._sums import Sums
 from gradacc._sync import channel as channels
 from gradacc._sync import group as groups
@@ -82,6 +84,9 @@ class Boundary(Protocol):
         Takes the gradients out of ``grads``. ``types`` gives sums that have seen nothing their types.
         """
 
+    def returned(self, results: list[Tensor]) -> list[Any]:
+        """What a call returns in the place of the gradients of its parameters: themselves, or this rank's parts of them."""
+
     def fail(self, error: BaseException) -> None:
         """This rank's call raises."""
 
@@ -94,6 +99,10 @@ class Alone:
 
     crosses = overlaps = False
     gather = None
+
+    def __init__(self, parts: bool) -> None:
+        self._parts = parts
+        """Whether this rank is to have its part of every gradient: the whole."""
 
     def bind(self, params: Sequence[Tensor], treedef: _tree.TreeDef, dtypes: Sequence[torch.dtype], batch: Any) -> None:
         """Nobody asks."""
@@ -110,6 +119,10 @@ class Alone:
         """What there is."""
         return grads, types(sums), arrived
 
+    def returned(self, results: list[Tensor]) -> list[Any]:
+        """All of them."""
+        return [shards.of_whole(result) for result in results] if self._parts else results
+
     def fail(self, error: BaseException) -> None:
         """Nobody waits."""
 
@@ -119,11 +132,12 @@ class Alone:
 
 def connect(options: Options, agreed: Agreed | None) -> Boundary:
     """The boundary of one call."""
+    parts = isinstance(options.sync, ReduceScatter)
     if options.sync is None or agreed is None:
-        return Alone()
+        return Alone(parts)
     group = groups.resolve(options.name, options.sync.group)
     if group is None:
-        return Alone()
+        return Alone(parts)
     if _where.loops():
         if options.through is not None:
             raise NotImplementedError(

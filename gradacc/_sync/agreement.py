@@ -23,9 +23,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from gradacc import _tree
+from gradacc._all_reduce import AllReduce
 from gradacc._options import Options
 from gradacc._sync import channel as channels
 from gradacc._sync import group as groups
@@ -33,6 +33,7 @@ from gradacc._sync import layout as layouts
 from gradacc._sync import problems, wire
 from gradacc._sync import scale as scales
 from gradacc._sync.begun import Begun
+from gradacc._sync.bound import Bound
 from gradacc._sync.layout import Layout, Spec
 
 
@@ -90,14 +91,7 @@ class Description:
     """Of the parameters, as their gradients were final in the last micro-batch's backward pass."""
 
 
-def describe(
-    options: Options,
-    params: Sequence[Tensor],
-    treedef: _tree.TreeDef,
-    layout: Layout | None,
-    weight: float,
-    order: Sequence[int],
-) -> Description:
+def describe(options: Options, bound: Bound, layout: Layout | None, weight: float, order: Sequence[int]) -> Description:
     """What this rank says of itself."""
     sync = options.sync
     assert sync is not None
@@ -108,15 +102,17 @@ def describe(
             f"{options.name}: with sync, ranks tell each other the structure of aux, which cannot be pickled: {error}. "
             "Return it in containers of module-level classes"
         ) from error
-    paths = _tree.paths(treedef, "params")
+    paths = _tree.paths(bound.treedef, "params")
     return Description(
-        tuple((path, tuple(p.shape), p.dtype) for path, p in zip(paths, params, strict=True)),
+        tuple((path, tuple(p.shape), p.dtype) for path, p in zip(paths, bound.params, strict=True)),
         (
             ("reduction", options.reduction),
             ("dtype", options.dtype),
             ("has_aux", options.has_aux),
+            ("sync", "all_reduce" if isinstance(sync, AllReduce) else "reduce_scatter"),
             ("compress", sync.compress),
             ("overlap", sync.overlap),
+            ("ordered", sync.ordered),
             ("weights", options.weights is not None),
             ("nonfinite", options.nonfinite),
             ("has_carry", options.has_carry),
@@ -227,28 +223,30 @@ def _hash(*facts: Any) -> list[int]:
     return [int.from_bytes(digest[8 * n : 8 * n + 8], "little", signed=True) for n in range(_WORDS)]
 
 
-def agree(
-    options: Options,
-    caller: Caller,
-    params: Sequence[Tensor],
-    dtypes: Sequence[torch.dtype],
-    mine: Description,
-    layout: Layout | None,
-) -> Found:
-    """Exchange descriptions. An error that is raised here is raised on every rank."""
-    name, group, channel = options.name, caller.group, channels.of(caller.group)
+def compare(caller: Caller, mine: Description) -> Alike | list[Description]:
+    """Exchange descriptions; an error, on every rank, where calls, parameters or options differ."""
+    name, group, channel = caller.name, caller.group, channels.of(caller.group)
     answers = caller.exchange(mine)
     if isinstance(answers, Alike):
         channel.number = max(channel.number, caller.number)
-        known, total, order = [] if answers.known is None else [answers.known], answers.weight, answers.order
+        return answers
+    channel.number = max(channel.number, *(number for number, _, _ in answers))
+    everyone = [each for _, _, each in answers if each is not None]
+    if len(everyone) < len(answers):
+        raise problems.calls_raised(name, group, [each is None for _, _, each in answers])
+    if len({answer[:2] for answer in answers}) > 1:
+        raise problems.calls_differ(name, group, answers)
+    _check_alike(name, group, everyone)
+    return everyone
+
+
+def agree(options: Options, caller: Caller, bound: Bound, mine: Description, layout: Layout | None) -> Found:
+    """What all ranks will send. An error that is raised here is raised on every rank."""
+    name, group, channel = options.name, caller.group, channels.of(caller.group)
+    everyone = compare(caller, mine)
+    if isinstance(everyone, Alike):
+        known, total, order = [] if everyone.known is None else [everyone.known], everyone.weight, everyone.order
     else:
-        channel.number = max(channel.number, *(number for number, _, _ in answers))
-        everyone = [each for _, _, each in answers if each is not None]
-        if len(everyone) < len(answers):
-            raise problems.calls_raised(name, group, [each is None for _, _, each in answers])
-        if len({answer[:2] for answer in answers}) > 1:
-            raise problems.calls_differ(name, group, answers)
-        _check_alike(name, group, everyone)
         ranks = dist.get_process_group_ranks(group)
         pairs = zip(ranks, everyone, strict=True)
         known = [(rank, each.specs, each.layout) for rank, each in pairs if each.layout is not None]
@@ -257,16 +255,9 @@ def agree(
         return Found(None)
     assert options.sync is not None
     specs = known[0][1]
-    targets = layouts.targets(options, specs)
-    plan = wire.plan(
-        [p.shape for p in params] * targets,
-        [*dtypes] * targets,
-        [p.device for p in params] * targets,
-        specs,
-        options.sync.compress,
-        _whole(order, len(params) * targets) if options.sync.overlap else None,
-    )
-    shape = wire.shape(plan, group.size(), channels.COLUMNS)
+    gradients = len(bound.params) * layouts.targets(options, specs)
+    plan = bound.plan(options, specs, _whole(order, gradients) if options.sync.overlap else None)
+    shape = wire.shape(plan, group.size(), channels.COLUMNS, bound.way)
     try:
         layout = _common(name, group, known, layout)
     except Exception as error:  # ranks that differ; a class that cannot be imported here

@@ -14,10 +14,11 @@ from gradacc import _sums, _tree
 from gradacc._options import Options
 from gradacc._sums import Sums
 from gradacc._sync import agreement as agreements
+from gradacc._sync import bound as bounds
 from gradacc._sync import channel as channels
+from gradacc._sync import crossing, problems, wire
 from gradacc._sync import group as groups
 from gradacc._sync import layout as layouts
-from gradacc._sync import problems, wire
 from gradacc._sync import scale as scales
 from gradacc._sync.agreement import Agreed, Agreement
 from gradacc._sync.channel import (
@@ -32,6 +33,7 @@ from gradacc._sync.channel import (
     WITHHELD,
     Channel,
 )
+from gradacc._sync.crossing import Arrived
 from gradacc._sync.gather import Gather
 from gradacc._sync.layout import Layout
 from gradacc._sync.sending import Sending
@@ -61,15 +63,16 @@ class Link(Turn):
         """Gradients that were delivered and cannot be packed yet, or perhaps once more, in the order in which they came."""
         self._missing: list[int] = []
         self._lasting = False
-        self._received: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._received: tuple[list[Arrived], list[Tensor]] = ([], [])
         self._table: Tensor | None = None
         self._rest: wire.Plan | None = None
 
     def bind(self, params: Sequence[Tensor], treedef: _tree.TreeDef, dtypes: Sequence[torch.dtype], batch: Any) -> None:
         """Say what is differentiated, and what the batch is, as soon as it is known."""
         self.window = batch.number if isinstance(batch, Window) else 0
-        self.params, self.treedef, self.dtypes = params, treedef, dtypes
+        self.params, self.dtypes = params, dtypes
         self.device = params[0].device
+        self.bound = bounds.bound(self.options, self.group, params, treedef, dtypes)
         self.signature = (treedef, tuple((p.shape, p.dtype, p.device) for p in params), tuple(dtypes))
         self.agreement = self._known().get(self.signature)
 
@@ -103,12 +106,12 @@ class Link(Turn):
         assert self.agreement is not None
         plan, sending = self.agreement.plan, self.open()
         at = plan.places[index].bucket
-        wire.pack(plan.places[index], sending.flat(at), grad, self.factor)
+        wire.pack(plan.places[index], sending.flat(at).numbers, grad, self.factor)
         self.delivered.add(index)
         if plan.narrow:
             self.held[index] = grad
         self._missing[at] -= 1
-        while len(sending.works) < plan.header and not self._missing[len(sending.works)]:
+        while sending.launched < plan.header and not self._missing[sending.launched]:
             sending.launch(None)
 
     def cross(
@@ -122,6 +125,10 @@ class Link(Turn):
             groups.release(error)
             raise
         return grads, types(sums), arrived
+
+    def returned(self, results: list[Tensor]) -> list[Any]:
+        """As `gradacc._sync.Boundary`."""
+        return self.bound.returned(results, self.group)
 
     def fail(self, error: BaseException) -> None:
         """This rank's call raises, before or behind its exchanges of rows."""
@@ -149,7 +156,7 @@ class Link(Turn):
             here = None if sums.value is None else layouts.of(sums)
             weight, described = sums.weight, None
             if self.agreement is None:
-                described = agreements.describe(options, self.params, self.treedef, here, float(weight), order)
+                described = agreements.describe(options, self.bound, here, float(weight), order)
         if self.next.kind == GREETING and not self._is_expected():
             with self.failing_together():
                 sending = self.open()
@@ -159,12 +166,12 @@ class Link(Turn):
             self.raise_problem()
         if described is not None:
             with self.exchanging():
-                found = agreements.agree(options, self.caller(), self.params, self.dtypes, described, here)
+                found = agreements.agree(options, self.caller(), self.bound, described, here)
                 if found.shape is not None:
                     self.set_next(SUMS, found.shape)
             if found.shape is None:
                 self.channel.apart = True
-                return [None] * len(grads), _sums.NOTHING, False
+                return self.bound.zeros(self.group.rank()), _sums.NOTHING, False
             self.agreement, self._lasting = found.agreement, found.lasting
             with self.failing_together():
                 if found.problem is not None:
@@ -188,6 +195,12 @@ class Link(Turn):
         self.params, self.dtypes = [*self.params] * targets, [*self.dtypes] * targets
         grads += [None] * (len(self.params) - len(grads))
         self._strides = [wire.strides_of(param, grad) for param, grad in zip(self.params, grads, strict=True)]
+
+    def _unpacked(self, plan: wire.Plan, wide: list[Tensor]) -> list[Tensor | None]:
+        """The union's gradients, or this rank's parts of them."""
+        if self.bound.cuts is not None:
+            return wire.unpack_parts(plan, wide, self.params, self.group.rank())
+        return wire.unpack(plan, wide, self.params, self._strides)
 
     def _check_kind(self, agreement: Agreement, here: Layout) -> None:
         problem = layouts.difference(agreement.layout, here)
@@ -230,15 +243,17 @@ class Link(Turn):
         ]
         record = wire.record(plan, fixed, values, plan.buckets[plan.header].device)
         sending = self.open()
-        for at in range(len(sending.works), len(plan.buckets)):
+        is_summed = crossing.is_summed_by_backend(self.bound.way)
+        slots = (self.group.rank(), self.group.size()) if is_summed else (0, 1)
+        for at in range(sending.launched, len(plan.buckets)):
             flat = sending.flat(at)
             for index in plan.buckets[at].indices:
                 if index not in self.delivered:
                     grad = grads[index] if kept else None
                     if not plan.narrow and not self.withholds:
                         grads[index] = None
-                    wire.pack(plan.places[index], flat, None if self.withholds else grad, self.factor)
-            wire.write_vectors(plan, at, flat, values, (self.group.rank(), self.group.size()))
+                    wire.pack(plan.places[index], flat.numbers, None if self.withholds else grad, self.factor)
+            wire.write_vectors(plan, at, flat.riders, values, slots)
             sending.launch(record)
 
     def wait_for_sums(self, sending: Sending, keep: bool) -> Tensor | None:
@@ -284,7 +299,7 @@ class Link(Turn):
             again = counts and (wrong_scale or not scales.NARROWEST <= largest < math.inf)
         if again:
             self._rest = self._plan_of_rest()
-            self.set_next(REST, wire.shape(self._rest, self.group.size(), COLUMNS))
+            self.set_next(REST, wire.shape(self._rest, self.group.size(), COLUMNS, self.bound.way))
         self._table = table
 
     def _receive(
@@ -299,7 +314,7 @@ class Link(Turn):
         whole: list[Tensor | None]
         if self.next.kind == REST:
             unit = scales.scale(weight) if self.options.reduction == "mean" else unit
-            first = None if plan.narrow else wire.unpack(plan, wide, self.params, self._strides)
+            first = None if plan.narrow else self._unpacked(plan, wide)
             # Where all ranks have withheld theirs, there are zeros, and a ratio that may be out of their range. (A rank of
             # weight 0 may have gradients: those of its rows in the loss of the whole batch.)
             counted = bool((((bits & WITHHELD) == 0) & ((bits & ARRIVED) != 0)).any())
@@ -308,7 +323,7 @@ class Link(Turn):
             grads[:] = [None] * len(grads)
             if plan.narrow:
                 wide = [wire.widen(bucket, flat) for bucket, flat in zip(plan.buckets, flats, strict=True)]
-            whole = wire.unpack(plan, wide, self.params, self._strides)
+            whole = self._unpacked(plan, wide)
         summed = wire.read(plan, flats, COLUMNS, table, floats[:, channels.UNIT] / unit)
         restored = [
             layouts.restored(x, spec, self.params[0].device) for x, spec in zip(summed, plan.specs, strict=True)
@@ -326,6 +341,7 @@ class Link(Turn):
             (),
             torch.float32 if torch.float16 in self.dtypes else None,
             None,
+            None if self.bound.cuts is None else self.bound.cuts * (len(self.params) // len(self.bound.params)),
         )
 
     def _cross_rest(
@@ -348,13 +364,13 @@ class Link(Turn):
                 flat = sending.flat(at)
                 for index in bucket.indices:
                     grad, grads[index] = grads[index], None
-                    wire.pack(plan.places[index], flat, grad if sums.value is not None else None, factor)
+                    wire.pack(plan.places[index], flat.numbers, grad if sums.value is not None else None, factor)
                 sending.launch(self.record(sending.shape.columns, FINE) if at == plan.header else None)
         self.conclude()
         self.raise_problem()
         flats = self._received[0]
         wide = [wire.widen(bucket, flat) for bucket, flat in zip(plan.buckets, flats, strict=True)]
-        second = wire.unpack(plan, wide, self.params, self._strides)
+        second = self._unpacked(plan, wide)
         if first is not None:
             for one, other in zip(second, first, strict=True):
                 assert one is not None

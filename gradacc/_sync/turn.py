@@ -243,7 +243,7 @@ class Turn:
 
     def wait_for_sums(self, sending: Sending, keep: bool) -> Tensor | None:
         """Wait for everything; a 0-dim tensor that is to be read with the records: `note_success`'s ``largest``."""
-        for at in range(len(sending.works)):
+        for at in range(len(sending.crossings)):
             sending.wait(at)
         return None
 

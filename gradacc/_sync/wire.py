@@ -16,7 +16,10 @@ import torch
 from torch import Tensor
 
 from gradacc import _dtypes
+from gradacc._cut import Cut
+from gradacc._sync import crossing
 from gradacc._sync import record as records
+from gradacc._sync.crossing import Arrived, Flat
 from gradacc._sync.layout import Spec
 
 SMALL, LARGE, PARTS = 1 << 20, 25 << 20, 5
@@ -30,7 +33,7 @@ fills the next one while the network carries one, which is then never idle (meas
 
 
 class Bucket(NamedTuple):
-    """What crosses in one all-reduce: gradients, as real numbers of one dtype on one device."""
+    """What crosses together: gradients, as real numbers of one dtype on one device."""
 
     dtype: torch.dtype
     wire: torch.dtype
@@ -38,7 +41,7 @@ class Bucket(NamedTuple):
     indices: tuple[int, ...]
     """Which parameters' gradients, in order."""
     numel: int
-    """Of all of them, in real numbers."""
+    """Of all of them, in real numbers; where each rank gets a part, the most that one gets of them."""
 
 
 class Place(NamedTuple):
@@ -47,6 +50,10 @@ class Place(NamedTuple):
     bucket: int
     offset: int
     numel: int
+    cut: Cut | None = None
+    """In which parts, where each rank gets one: then offset and numel are those of the widest one."""
+    width: int = 1
+    """Real numbers of one element."""
 
 
 class Plan(NamedTuple):
@@ -68,12 +75,11 @@ class Plan(NamedTuple):
 
 
 class Shape(NamedTuple):
-    """What all-reduces look like from outside: ranks whose calls have the same shape meet in them."""
+    """What collectives look like from outside: ranks whose calls have the same shape meet in them."""
 
-    flats: tuple[tuple[int, torch.dtype, torch.device], ...]
-    """Of each, its elements (riders and records included), dtype and device."""
+    flats: tuple[Flat, ...]
     header: int
-    """The one at whose end the records ride."""
+    """The one behind which the records ride."""
     columns: int
     """Of a record."""
 
@@ -85,10 +91,15 @@ def plan(
     specs: Sequence[Spec],
     compress: torch.dtype | None,
     order: Sequence[int] | None,
+    cuts: Sequence[Cut] | None = None,
 ) -> Plan:
-    """Where everything goes: one bucket a dtype and device; or several, filled in the ``order`` of a backward pass."""
+    """Where everything goes: one bucket a dtype and device; or several, filled in the ``order`` of a backward pass.
+
+    ``cuts``: of each gradient, where every rank gets a part.
+    """
     filled: list[tuple[torch.dtype, torch.device, list[int]]] = []
     numels: list[int] = []
+    whole_numels: list[int] = []
     places: dict[int, Place] = {}
     current: dict[tuple[torch.dtype, torch.device], int] = {}
     left: dict[tuple[torch.dtype, torch.device], list[int]] = {}
@@ -99,18 +110,22 @@ def plan(
     def another(dtype: torch.dtype, device: torch.device) -> int:
         filled.append((dtype, device, []))
         numels.append(0)
+        whole_numels.append(0)
         return len(filled) - 1
 
     for i in range(len(shapes)) if order is None else order:
-        dtype, numel = _dtypes.real_dtype(dtypes[i]), shapes[i].numel() * (2 if dtypes[i].is_complex else 1)
+        dtype, width = _dtypes.real_dtype(dtypes[i]), 2 if dtypes[i].is_complex else 1
+        numel, cut = shapes[i].numel() * width, None if cuts is None else cuts[i]
+        own = numel if cut is None else cut.width * width
         at = current.get((dtype, devices[i]))
         if at is None:
             at = current[dtype, devices[i]] = another(dtype, devices[i])
-        places[i] = Place(at, numels[at], numel)
+        places[i] = Place(at, numels[at], own, cut, width)
         filled[at][2].append(i)
-        numels[at] += numel
+        numels[at] += own
+        whole_numels[at] += numel
         sizes = left.setdefault((dtype, devices[i]), [*first, full])
-        if order is not None and numels[at] * (compress or dtype).itemsize >= sizes[0]:
+        if order is not None and whole_numels[at] * (compress or dtype).itemsize >= sizes[0]:
             del current[dtype, devices[i]]
             sizes[:] = sizes[1:] or sizes
     header = len(filled) - 1
@@ -144,15 +159,15 @@ def _itemsize(dtype: torch.dtype, compress: torch.dtype | None) -> int:
     return dtype.itemsize if compress is None else compress.itemsize * (2 if dtype.is_complex else 1)
 
 
-def shape(plan: Plan, world: int, fixed: int) -> Shape:
+def shape(plan: Plan, world: int, fixed: int, way: int) -> Shape:
     """Of a plan, for so many ranks, with records that begin with so many columns."""
     columns = fixed + sum(_width(spec) for spec in plan.specs if not spec.shape)
+    slots = world if crossing.is_summed_by_backend(way) else 1
     flats = []
     for at, bucket in enumerate(plan.buckets):
-        numel = bucket.numel + sum(_numel(plan.specs[n], world) for n in plan.vectors[at])
-        if at == plan.header:
-            numel += world * records.digits(columns, bucket.wire)
-        flats.append((numel, bucket.wire, bucket.device))
+        riders = sum(_numel(plan.specs[n], slots) for n in plan.vectors[at])
+        digits = records.digits(columns, bucket.wire) if at == plan.header else 0
+        flats.append(Flat(way, bucket.numel, riders, digits, bucket.wire, bucket.dtype, bucket.device))
     return Shape(tuple(flats), plan.header, columns)
 
 
@@ -167,38 +182,48 @@ def _numel(spec: Spec, world: int) -> int:
 
 def pack(place: Place, flat: Tensor, grad: Tensor | None, factor: float | Tensor) -> None:
     """Put a gradient, times ``factor``, in its place; zeros where there is none."""
-    part = flat.narrow(0, place.offset, place.numel)
+    part = flat.narrow(-1, place.offset, place.numel)
     if grad is None:
         part.zero_()
-    else:
-        numbers = _dtypes.as_real(grad.detach())
-        factor = factor.to(part.device) if isinstance(factor, Tensor) else factor
+        return
+    numbers = _dtypes.as_real(grad.detach())
+    factor = factor.to(part.device) if isinstance(factor, Tensor) else factor
+    if place.cut is None:
         torch.mul(numbers, factor, out=part.view(numbers.shape))
+        return
+    numbers = numbers.reshape(-1)
+    for run in place.cut.runs:
+        rows, length = part.narrow(0, run.first, run.ranks), run.length * place.width
+        own = numbers.narrow(0, run.offset * place.width, run.ranks * length).view(run.ranks, length)
+        torch.mul(own, factor, out=rows[:, :length])
+        rows[:, length:].zero_()
 
 
-def write_vectors(plan: Plan, at: int, flat: Tensor, values: Sequence[Any] | None, place: tuple[int, int]) -> None:
-    """Put a bucket's riders behind its gradients; None: this rank has nothing. ``place``: rank, and world."""
-    rank, world = place
-    offset = plan.buckets[at].numel
+def write_vectors(plan: Plan, at: int, riders: Tensor, values: Sequence[Any] | None, place: tuple[int, int]) -> None:
+    """Write a bucket's riders; None: this rank has nothing. ``place``: in which slot, and of how many."""
+    slot, slots = place
+    offset = 0
     for n in plan.vectors[at]:
         spec = plan.specs[n]
-        part = flat.narrow(0, offset, _numel(spec, world))
+        part = riders.narrow(0, offset, _numel(spec, slots))
         offset += part.numel()
         if values is None or spec.gathered:
             part.zero_()
         if values is not None:
-            own = part.chunk(world)[rank] if spec.gathered and part.numel() else part
+            own = part.chunk(slots)[slot] if spec.gathered and part.numel() else part
             own.copy_(_dtypes.as_real(values[n]).reshape(-1))
 
 
-def read_vectors(plan: Plan, at: int, flat: Tensor, world: int) -> dict[int, Tensor]:
-    """The sums of a bucket's riders, by their number; of what is gathered each rank's."""
-    offset, found = plan.buckets[at].numel, {}
+def read_vectors(plan: Plan, at: int, riders: Tensor, world: int) -> dict[int, Tensor]:
+    """The sums of a bucket's riders, by their number; of what is gathered each rank's. A row of sums, or one of each rank."""
+    offset, found = 0, {}
+    rows = len(riders)
     for n in plan.vectors[at]:
         spec = plan.specs[n]
         assert spec.dtype is not None
-        part = flat.narrow(0, offset, _numel(spec, world)).clone()
-        offset += part.numel()
+        each = riders.narrow(1, offset, _numel(spec, world if rows == 1 else 1))
+        offset += each.shape[1]
+        part = each.clone() if spec.gathered else crossing.sum_of(each, each.dtype)
         shape = (world, *spec.shape) if spec.gathered else spec.shape
         shaped = part.view(*shape, 2) if spec.dtype.is_complex else part.view(shape)
         found[n] = torch.view_as_complex(shaped) if spec.dtype.is_complex else shaped
@@ -235,14 +260,14 @@ def _bits(value: Any, floating: bool, device: torch.device) -> Tensor:
     return number.view(torch.int64) if floating else number
 
 
-def read(plan: Plan, flats: Sequence[Tensor], fixed: int, table: Tensor, shares: Tensor) -> list[Any]:
+def read(plan: Plan, came: Sequence[Arrived], fixed: int, table: Tensor, shares: Tensor) -> list[Any]:
     """The sums over ranks of everything that is not a gradient, in the order of the specs.
 
     ``table``: the ranks' records, which begin with ``fixed`` columns; ``shares``: what the weighted ones of a rank count for.
     """
     sums = _summed(plan, fixed, table, shares)
-    for at, flat in enumerate(flats):
-        for n, tensor in read_vectors(plan, at, flat, len(table)).items():
+    for at, each in enumerate(came):
+        for n, tensor in read_vectors(plan, at, each.riders, len(table)).items():
             sums[n] = tensor
     return sums
 
@@ -271,20 +296,27 @@ def _summed(plan: Plan, fixed: int, table: Tensor, shares: Tensor) -> list[Any]:
     return sums
 
 
-def widen(bucket: Bucket, flat: Tensor) -> Tensor:
+def widen(bucket: Bucket, came: Arrived) -> Tensor:
     """A bucket's gradients in the accumulators' dtype."""
-    return flat[: bucket.numel].to(bucket.dtype)
+    return came.numbers.to(bucket.dtype)
 
 
-def largest(plan: Plan, flats: Sequence[Tensor]) -> Tensor:
+def largest(plan: Plan, came: Sequence[Arrived]) -> Tensor:
     """The largest absolute value of all gradients, as they came; NaN where one is."""
     device = plan.buckets[plan.header].device
-    each = [
-        torch.linalg.vector_norm(flat[: bucket.numel], math.inf).to(device)
-        for bucket, flat in zip(plan.buckets, flats, strict=True)
-        if bucket.numel
-    ]
+    each = [torch.linalg.vector_norm(one.numbers, math.inf).to(device) for one in came if one.numbers.numel()]
     return torch.stack(each).max() if each else torch.ones((), device=device)
+
+
+def unpack_parts(plan: Plan, wide: Sequence[Tensor], params: Sequence[Tensor], rank: int) -> list[Tensor | None]:
+    """This rank's parts of the gradients, one-dimensional views of the buckets' (`widen`)."""
+    found: list[Tensor | None] = []
+    for place, param in zip(plan.places, params, strict=True):
+        assert place.cut is not None
+        length = place.cut.part(rank)[1] * place.width
+        part = wide[place.bucket].narrow(0, place.offset, length)
+        found.append(torch.view_as_complex(part.view(-1, 2)) if param.is_complex() else part)
+    return found
 
 
 def unpack(

@@ -12,6 +12,7 @@ from gradacc._mean import Mean
 from gradacc._parts import Average, Pieces, Total
 from gradacc._sums import Sums
 from gradacc._sync import agreement, layout
+from gradacc._sync import bound as bounds
 from gradacc._sync import group as groups
 
 WORLD = 64
@@ -69,8 +70,9 @@ def agreed(rank, group, *, params=PARAMS, kind="plain", options=None, number=1, 
     if raises:
         caller.exchange(None)
         raise KeyError("its own")
-    mine = agreement.describe(own, leaves, treedef, here, float(rank), order)
-    return agreement.agree(own, caller, leaves, [p.dtype for p in leaves], mine, here)
+    bound = bounds.bound(own, group, leaves, treedef, [p.dtype for p in leaves])
+    mine = agreement.describe(own, bound, here, float(rank), order)
+    return agreement.agree(own, caller, bound, mine, here)
 
 
 def same(founds, kind):

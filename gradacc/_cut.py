@@ -1,0 +1,69 @@
+"""How a tensor's elements are divided over ranks: each has a contiguous range of them, in row-major order.
+
+NOTE [equal shares]
+    Every tensor is divided, so that whatever is sent together is spread evenly. What does not divide evenly goes on where the
+    tensor before it ended: of tensors of n elements together no rank has more than ``ceil(n / ranks)``, and none less than
+    ``floor(n / ranks)``.
+"""
+
+from __future__ import annotations
+
+import bisect
+import itertools
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+
+class Run(NamedTuple):
+    """Ranks that follow each other, each with as many elements."""
+
+    first: int
+    ranks: int
+    length: int
+    """Elements of each."""
+    offset: int
+    """Where those of the first one begin."""
+
+
+class Cut(NamedTuple):
+    """A tensor's elements, divided."""
+
+    runs: tuple[Run, ...]
+    """All ranks, in order."""
+
+    def part(self, rank: int) -> tuple[int, int]:
+        """Where a rank's elements begin, and how many they are."""
+        run = self.runs[bisect.bisect_right(self.runs, rank, key=lambda run: run.first) - 1]
+        return run.offset + (rank - run.first) * run.length, run.length
+
+    @property
+    def width(self) -> int:
+        """The most that a rank has."""
+        return max(run.length for run in self.runs)
+
+
+def of(pairs: Sequence[tuple[int, int]]) -> Cut:
+    """So many ranks with so many elements each, after so many others: ``[(count, length), ...]``."""
+    runs, rank, offset = [], 0, 0
+    for count, length in pairs:
+        if count:
+            runs.append(Run(rank, count, length, offset))
+            rank, offset = rank + count, offset + count * length
+    return Cut(tuple(runs))
+
+
+def cuts(numels: Sequence[int], kinds: Sequence[Hashable], world: int) -> list[Cut]:
+    """Of tensors with so many elements: NOTE [equal shares], of those of each kind (dtype)."""
+    starts: dict[Hashable, int] = {}
+    found = []
+    for numel, kind in zip(numels, kinds, strict=True):
+        least, more = divmod(numel, world)
+        start = starts.get(kind, 0)
+        end = start + more
+        starts[kind] = end % world
+        # Which ranks have one more: a range of them, that may go round.
+        bounds = [0, start, end, world] if end <= world else [0, end - world, start, world]
+        ones = (0, 1, 0) if end <= world else (1, 0, 1)
+        counts = [after - before for before, after in itertools.pairwise(bounds)]
+        found.append(of([(count, least + one) for count, one in zip(counts, ones, strict=True)]))
+    return found

@@ -1,0 +1,96 @@
+"""What a call differentiates, and which way its gradients cross."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from gradacc import _cut, _tree
+from gradacc._all_reduce import AllReduce
+from gradacc._cut import Cut
+from gradacc._options import Options, Sync
+from gradacc._reduce_scatter import ReduceScatter
+from gradacc._shard import Shard, ShardFacts
+from gradacc._sync import crossing, wire
+from gradacc._sync import layout as layouts
+from gradacc._sync.layout import Spec
+
+_REDUCE_AND_SCATTER = {"nccl", "xccl"}
+"""Backends with a reduce-scatter that sends no more than it must."""
+
+
+class Bound(NamedTuple):
+    """What a call differentiates."""
+
+    params: list[Tensor]
+    treedef: _tree.TreeDef
+    dtypes: list[torch.dtype]
+    """What each gradient is summed in."""
+    cuts: list[Cut] | None
+    """In which parts each gradient comes back; None where every rank gets the whole."""
+    way: int
+    """In which gradients cross: NOTE [ways] in ``crossing.py``."""
+
+    def plan(self, options: Options, specs: Sequence[Spec], order: Sequence[int] | None) -> wire.Plan:
+        """Of all that crosses."""
+        assert options.sync is not None
+        targets = layouts.targets(options, specs)
+        return wire.plan(
+            [param.shape for param in self.params] * targets,
+            self.dtypes * targets,
+            [param.device for param in self.params] * targets,
+            specs,
+            options.sync.compress,
+            order,
+            None if self.cuts is None else self.cuts * targets,
+        )
+
+    def returned(self, results: list[Tensor], group: dist.ProcessGroup) -> list[Any]:
+        """What a call returns in the place of gradients."""
+        if self.cuts is None:
+            return results
+        rank, world, name = group.rank(), group.size(), group.group_name
+        return [
+            Shard(result, ShardFacts(tuple(param.shape), *cut.part(rank), rank, world, name))
+            for result, param, cut in zip(results, self.params, self.cuts, strict=True)
+        ]
+
+    def zeros(self, rank: int) -> list[Tensor | None]:
+        """Gradients of nothing; None where every rank gets the whole."""
+        if self.cuts is None:
+            return [None] * len(self.params)
+        parts = zip(self.params, self.dtypes, self.cuts, strict=True)
+        return [param.new_zeros(cut.part(rank)[1], dtype=dtype) for param, dtype, cut in parts]
+
+
+def bound(
+    options: Options,
+    group: dist.ProcessGroup,
+    params: Sequence[Tensor],
+    treedef: _tree.TreeDef,
+    dtypes: Sequence[torch.dtype],
+) -> Bound:
+    """What a call differentiates."""
+    sync = options.sync
+    assert sync is not None
+    cuts = None
+    if isinstance(sync, ReduceScatter):
+        cuts = _cut.cuts([param.numel() for param in params], [param.dtype for param in params], group.size())
+    return Bound([*params], treedef, [*dtypes], cuts, _way(sync, group, params[0].device))
+
+
+def _way(sync: Sync, group: dist.ProcessGroup, device: torch.device) -> int:
+    """For gradients on this device."""
+    if isinstance(sync, AllReduce):
+        return crossing.ORDERED if sync.ordered or sync.compress is not None else crossing.SUMMED
+    return crossing.REDUCED if sync.compress is None and reduces_and_scatters(group, device) else crossing.SCATTERED
+
+
+def reduces_and_scatters(group: dist.ProcessGroup, device: torch.device) -> bool:
+    """Whether the backend has a reduce-scatter that sends no more than it must."""
+    backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
+    return backends.get(device.type) in _REDUCE_AND_SCATTER
