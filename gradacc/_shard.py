@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from gradacc import _tree
@@ -88,6 +89,11 @@ def of_whole(whole: Tensor) -> Shard:
     """Where there is nobody to share with."""
     facts = ShardFacts(tuple(whole.shape), 0, whole.numel(), 0, 1, "")
     return Shard(whole.reshape(-1), facts)
+
+
+def whole_like(shard: Shard) -> Tensor:
+    """A tensor of the whole one's shape, dtype and device, whose numbers say nothing."""
+    return torch.empty((), dtype=shard.values.dtype, device=shard.values.device).expand(shard.shape)
 
 
 def part_of(leaf: Tensor, facts: ShardFacts) -> Tensor:

@@ -13,7 +13,7 @@ from gradacc import _donated, _dtypes, _mean, _overlap, _scalars, _tree, _values
 from gradacc._describe import describe
 from gradacc._kept import Kept
 from gradacc._mean import Mean
-from gradacc.optim import LossScaleState, Optimizer, SpikesState
+from gradacc.optim import LossScaleState, Optimizer, SpikesState, _over_ranks
 
 
 class TrainState(NamedTuple):
@@ -262,7 +262,7 @@ def _norm(grads: Any, scale: Tensor | None) -> Tensor:
     leaves = (leaf for leaf in _tree.flatten(grads)[0] if isinstance(leaf, Tensor))
     if scale is not None:
         leaves = (_dtypes.widened(leaf) / _scalars.beside(scale, leaf) for leaf in leaves)
-    return _dtypes.global_norm(leaves, wide=True)
+    return _over_ranks.total_norm(grads, _dtypes.global_norm(leaves, wide=True))
 
 
 def _of_value(value: Any, scale: Tensor | None) -> tuple[Tensor, dict[str, Any]]:

@@ -85,6 +85,14 @@ def nodes(treedef: TreeDef, root: str = "") -> Iterator[Node]:
             yield from nodes(child, accessor.codify(root))
 
 
+def kinds(treedef: TreeDef) -> Iterator[type]:
+    """The class of every node."""
+    if not treedef.is_leaf() and treedef.type is not None:
+        yield treedef.type
+    for child in treedef.children():
+        yield from kinds(child)
+
+
 def _kind(treedef: TreeDef, entries: tuple[Any, ...]) -> str:
     if treedef.is_leaf():
         return "leaf"

@@ -38,16 +38,16 @@ class Bound(NamedTuple):
     def plan(self, options: Options, specs: Sequence[Spec], order: Sequence[int] | None) -> wire.Plan:
         """Of all that crosses."""
         assert options.sync is not None
-        targets = layouts.targets(options, specs)
-        return wire.plan(
-            [param.shape for param in self.params] * targets,
-            self.dtypes * targets,
-            [param.device for param in self.params] * targets,
-            specs,
-            options.sync.compress,
-            order,
-            None if self.cuts is None else self.cuts * targets,
-        )
+        gradients = self.gradients() * layouts.targets(options, specs)
+        return wire.plan(gradients, specs, options.sync.compress, order)
+
+    def gradients(self) -> list[wire.Gradient]:
+        """Of each parameter."""
+        cuts = [None] * len(self.params) if self.cuts is None else self.cuts
+        return [
+            wire.Gradient(param.shape, dtype, param.device, cut)
+            for param, dtype, cut in zip(self.params, self.dtypes, cuts, strict=True)
+        ]
 
     def returned(self, results: list[Tensor], group: dist.ProcessGroup) -> list[Any]:
         """What a call returns in the place of gradients."""

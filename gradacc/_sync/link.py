@@ -334,15 +334,8 @@ class Link(Turn):
 
     def _plan_of_rest(self) -> wire.Plan:
         """Gradients alone, in the accumulators' dtypes (of float16, in float32)."""
-        return wire.plan(
-            [p.shape for p in self.params],
-            self.dtypes,
-            [p.device for p in self.params],
-            (),
-            torch.float32 if torch.float16 in self.dtypes else None,
-            None,
-            None if self.bound.cuts is None else self.bound.cuts * (len(self.params) // len(self.bound.params)),
-        )
+        gradients = self.bound.gradients() * (len(self.params) // len(self.bound.params))
+        return wire.plan(gradients, (), torch.float32 if torch.float16 in self.dtypes else None, None)
 
     def _cross_rest(
         self,

@@ -32,6 +32,17 @@ fills the next one while the network carries one, which is then never idle (meas
 ``benchmarks/boundary.py``)."""
 
 
+class Gradient(NamedTuple):
+    """What is known of one before it is there."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    """It is summed in."""
+    device: torch.device
+    cut: Cut | None = None
+    """In which parts it comes back, where each rank gets one."""
+
+
 class Bucket(NamedTuple):
     """What crosses together: gradients, as real numbers of one dtype on one device."""
 
@@ -85,25 +96,19 @@ class Shape(NamedTuple):
 
 
 def plan(
-    shapes: Sequence[torch.Size],
-    dtypes: Sequence[torch.dtype],
-    devices: Sequence[torch.device],
+    gradients: Sequence[Gradient],
     specs: Sequence[Spec],
     compress: torch.dtype | None,
     order: Sequence[int] | None,
-    cuts: Sequence[Cut] | None = None,
 ) -> Plan:
-    """Where everything goes: one bucket a dtype and device; or several, filled in the ``order`` of a backward pass.
-
-    ``cuts``: of each gradient, where every rank gets a part.
-    """
+    """Where everything goes: one bucket a dtype and device; or several, filled in the ``order`` of a backward pass."""
     filled: list[tuple[torch.dtype, torch.device, list[int]]] = []
     numels: list[int] = []
     whole_numels: list[int] = []
     places: dict[int, Place] = {}
     current: dict[tuple[torch.dtype, torch.device], int] = {}
     left: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    whole = sum(shape.numel() * _itemsize(dtype, compress) for shape, dtype in zip(shapes, dtypes, strict=True))
+    whole = sum(each.shape.numel() * _itemsize(each.dtype, compress) for each in gradients)
     full = max(SMALL, min(LARGE, whole // PARTS))
     first = [int(part * full) for part in EARLY]
 
@@ -113,20 +118,21 @@ def plan(
         whole_numels.append(0)
         return len(filled) - 1
 
-    for i in range(len(shapes)) if order is None else order:
-        dtype, width = _dtypes.real_dtype(dtypes[i]), 2 if dtypes[i].is_complex else 1
-        numel, cut = shapes[i].numel() * width, None if cuts is None else cuts[i]
+    for i in range(len(gradients)) if order is None else order:
+        each, device, cut = gradients[i], gradients[i].device, gradients[i].cut
+        dtype, width = _dtypes.real_dtype(each.dtype), 2 if each.dtype.is_complex else 1
+        numel = each.shape.numel() * width
         own = numel if cut is None else cut.width * width
-        at = current.get((dtype, devices[i]))
+        at = current.get((dtype, device))
         if at is None:
-            at = current[dtype, devices[i]] = another(dtype, devices[i])
+            at = current[dtype, device] = another(dtype, device)
         places[i] = Place(at, numels[at], own, cut, width)
         filled[at][2].append(i)
         numels[at] += own
         whole_numels[at] += numel
-        sizes = left.setdefault((dtype, devices[i]), [*first, full])
+        sizes = left.setdefault((dtype, device), [*first, full])
         if order is not None and whole_numels[at] * (compress or dtype).itemsize >= sizes[0]:
-            del current[dtype, devices[i]]
+            del current[dtype, device]
             sizes[:] = sizes[1:] or sizes
     header = len(filled) - 1
     # Metrics are not rounded, and do not hold up a bucket that could leave early.
@@ -137,7 +143,7 @@ def plan(
             assert spec.dtype is not None
             dtype = _dtypes.real_dtype(spec.dtype)
             if dtype not in last:
-                last[dtype] = another(dtype, devices[0])
+                last[dtype] = another(dtype, gradients[0].device)
             riders.setdefault(last[dtype], []).append(n)
     buckets = tuple(
         Bucket(dtype, compress or dtype if indices else dtype, device, tuple(indices), numel)
@@ -146,7 +152,7 @@ def plan(
     wires = {bucket.wire for bucket in buckets if bucket.indices}
     return Plan(
         buckets,
-        tuple(places[i] for i in range(len(shapes))),
+        tuple(places[i] for i in range(len(gradients))),
         tuple(tuple(riders.get(at, ())) for at in range(len(filled))),
         tuple(specs),
         header,
@@ -315,8 +321,14 @@ def unpack_parts(plan: Plan, wide: Sequence[Tensor], params: Sequence[Tensor], r
         assert place.cut is not None
         length = place.cut.part(rank)[1] * place.width
         part = wide[place.bucket].narrow(0, place.offset, length)
-        found.append(torch.view_as_complex(part.view(-1, 2)) if param.is_complex() else part)
+        found.append(_as_complex(part).view(length // 2) if param.is_complex() else part)
     return found
+
+
+def _as_complex(part: Tensor) -> Tensor:
+    """Real numbers as half as many complex ones: a view, where they begin at an even place."""
+    aligned = part if part.storage_offset() % 2 == 0 else part.clone()
+    return torch.view_as_complex(aligned.view(-1, 2))
 
 
 def unpack(
@@ -325,7 +337,7 @@ def unpack(
     """The gradients, views of the buckets' (`widen`); in memory of their own where they have `strides_of` their own."""
     parts = [wide[place.bucket].narrow(0, place.offset, place.numel) for place in plan.places]
     grads = [
-        torch.view_as_complex(part.view(*param.shape, 2)) if param.is_complex() else part.view(param.shape)
+        (_as_complex(part) if param.is_complex() else part).view(param.shape)
         for part, param in zip(parts, params, strict=True)
     ]
     return [

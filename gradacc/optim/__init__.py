@@ -17,6 +17,7 @@ from gradacc.optim._optimizer import (
     StepFunction,
 )
 from gradacc.optim._sgd import SgdState, sgd
+from gradacc.optim._sharded import ShardedState, sharded
 from gradacc.optim._skip import SkipState, skip_nonfinite
 from gradacc.optim._spikes import SpikesState, skip_spikes
 
@@ -33,6 +34,7 @@ __all__ = [
     "Predicate",
     "ReportFunction",
     "SgdState",
+    "ShardedState",
     "SkipState",
     "SpikesState",
     "StepFunction",
@@ -47,6 +49,7 @@ __all__ = [
     "scaled_loss",
     "schedule",
     "sgd",
+    "sharded",
     "skip_nonfinite",
     "skip_spikes",
 ]

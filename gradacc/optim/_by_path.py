@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
-from gradacc import _donated, _overlap, _tree, _where
+from gradacc import _donated, _overlap, _shard, _tree, _where
 from gradacc._describe import describe
 from gradacc._tree import TensorTree
 from gradacc.optim import _check, _memory, _report
@@ -85,7 +85,7 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
     route = _router([predicate for predicate, _ in rules])
 
     def init(params: TensorTree) -> TensorTree:
-        leaves, treedef = _check.params(_NAME, params)
+        leaves, treedef = _nodes(params)
         parts = route(leaves, treedef)
         return ByPathState(
             tuple(
@@ -94,7 +94,7 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
             )
         )
 
-    def check_states(leaves: Sequence[Tensor], parts: Sequence[dict[str, int]], states: Sequence[TensorTree]) -> None:
+    def check_states(leaves: Sequence[Node], parts: Sequence[dict[str, int]], states: Sequence[TensorTree]) -> None:
         """See NOTE [Before anything is changed]."""
         for check, part, inner in zip(checks, parts, states, strict=True):
             if part and check is not None:
@@ -103,13 +103,15 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
-        leaves, grad_leaves, treedef = _check.inputs(_NAME, params, grads)
+        held, held_grads, _ = _check.inputs(_NAME, params, grads)
+        leaves, treedef = _nodes(params)
+        grad_leaves = _tree.flatten(grads, _shard.is_shard)[0]
         states = _states(state, len(optimizers))
         parts = route(leaves, treedef)
         given: list[Any] = []
-        if donate and not _memory.differentiable(None, grad_leaves):
+        if donate and not _memory.differentiable(None, held_grads):
             check_states(leaves, parts, states)
-            given = [*leaves, *grad_leaves, *_tree.flatten(states)[0]]
+            given = [*held, *held_grads, *_tree.flatten(states)[0]]
             grad_leaves, leaves, states = _in_separate_memory(grad_leaves, leaves, states)
         new: list[Any] = list(leaves)
         for turn in turns:
@@ -127,12 +129,23 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
         return _donated.hand_over(f"{_NAME}.step", given, after)
 
     def check(params: TensorTree, state: TensorTree) -> None:
-        leaves, treedef = _check.params(_NAME, params)
+        leaves, treedef = _nodes(params)
         states = _states(state, len(optimizers))
         check_states(leaves, route(leaves, treedef), states)
 
     report = _report.of_groups(_NAME, ByPathState, [optimizer.report for optimizer in optimizers])
-    return Optimizer(init, step, None if None in checks else check, report)
+    wholes = [optimizer.elementwise for optimizer in optimizers if optimizer.elementwise is not True]
+    return Optimizer(init, step, None if None in checks else check, report, elementwise=wholes[0] if wholes else True)
+
+
+Node: TypeAlias = Tensor | _shard.Shard
+"""A parameter or gradient, or a part of one."""
+
+
+def _nodes(params: TensorTree) -> tuple[list[Node], _tree.TreeDef]:
+    """The parameters, checked, and their structure."""
+    _check.params(_NAME, params)
+    return _tree.flatten(params, _shard.is_shard)
 
 
 def _states(state: Any, number: int) -> list[TensorTree]:
@@ -146,26 +159,29 @@ def _states(state: Any, number: int) -> list[TensorTree]:
     return list(state.inner)
 
 
-def _leaves_of(leaves: Sequence[Tensor], part: dict[str, int]) -> dict[str, Tensor]:
+def _leaves_of(leaves: Sequence[Node], part: dict[str, int]) -> dict[str, Node]:
     return {path: leaves[i] for path, i in part.items()}
 
 
 def _in_separate_memory(
-    grad_leaves: list[Tensor], leaves: list[Tensor], states: list[TensorTree]
-) -> tuple[list[Tensor], list[Tensor], list[TensorTree]]:
+    grad_leaves: list[Node], leaves: list[Node], states: list[TensorTree]
+) -> tuple[list[Node], list[Node], list[TensorTree]]:
     """What is donated, without memory that two optimizers would share."""
-    held, treedef = _tree.flatten(states)
-    leaves, grad_leaves, held = _overlap.in_separate_memory([leaves, grad_leaves, held])
-    return grad_leaves, leaves, _tree.unflatten(treedef, held)
+    trees = [_tree.flatten(tree) for tree in (leaves, grad_leaves, states)]
+    separate = _overlap.in_separate_memory([held for held, _ in trees])
+    leaves, grad_leaves, states = (
+        _tree.unflatten(treedef, held) for held, (_, treedef) in zip(separate, trees, strict=True)
+    )
+    return grad_leaves, leaves, states
 
 
 def _router(
     predicates: Sequence[Callable[[str, Tensor], bool]],
-) -> Callable[[Sequence[Tensor], _tree.TreeDef], list[dict[str, int]]]:
+) -> Callable[[Sequence[Node], _tree.TreeDef], list[dict[str, int]]]:
     """`_route` of leaves and their structure, whose paths are remembered: they take as long as a step of a small model."""
     remembered = functools.lru_cache(maxsize=8)(_paths)
 
-    def route(leaves: Sequence[Tensor], treedef: _tree.TreeDef) -> list[dict[str, int]]:
+    def route(leaves: Sequence[Node], treedef: _tree.TreeDef) -> list[dict[str, int]]:
         return _route(predicates, leaves, _paths(treedef) if _where.transforming() else remembered(treedef))
 
     return route
@@ -176,14 +192,14 @@ def _paths(treedef: _tree.TreeDef) -> list[str]:
 
 
 def _route(
-    predicates: Sequence[Callable[[str, Tensor], bool]], leaves: Sequence[Tensor], paths: Sequence[str]
+    predicates: Sequence[Callable[[str, Tensor], bool]], leaves: Sequence[Node], paths: Sequence[str]
 ) -> list[dict[str, int]]:
     """For the default and each rule, its leaves' paths and positions."""
     parts: list[dict[str, int]] = [{} for _ in range(1 + len(predicates))]
     for index, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
         chosen = 0
         for number, predicate in enumerate(predicates, start=1):
-            takes = predicate(path, leaf)
+            takes = predicate(path, _shard.whole_like(leaf) if isinstance(leaf, _shard.Shard) else leaf)
             if not isinstance(takes, bool):
                 raise TypeError(
                     f"{_NAME}: the predicate of rules[{number - 1}] returned {describe(takes)} for {path}; it must return "

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import numbers
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from gradacc import _tree, _where
+from gradacc import _shard, _tree, _where
 from gradacc._describe import describe
 from gradacc.optim._optimizer import Optimizer
 
@@ -64,8 +64,13 @@ def _grads(name: str, tree: Any, leaves: Sequence[Tensor], treedef: _tree.TreeDe
     """The gradients' leaves: each of the shape, dtype and device of its parameter."""
     found, other = _tree.flatten(tree)
     if other != treedef:
+        if _shard.shards(tree):
+            raise TypeError(
+                f"{name}: grads are parts of gradients (gradacc.Shard), those of sync=gradacc.reduce_scatter(...), and this "
+                "optimizer takes whole ones: gradacc.optim.sharded(optimizer, group) makes one that takes parts"
+            )
         raise ValueError(
-            f"{name}: grads has another structure than params: {_differing(other, treedef, 'grads')}. "
+            f"{name}: grads has another structure than params: {differing(other, treedef, 'grads')}. "
             "Pass what grad_fn(params, ...) returned for these params; a parameter without a gradient has zeros"
         )
     if _alike(found, leaves):
@@ -113,6 +118,38 @@ def optimizer(name: str, given: Any, where: str = "the optimizer", *, with_loss:
         )
 
 
+class Given(NamedTuple):
+    """What a wrapper is given: whole parameters and gradients, or parts of gradients (of either)."""
+
+    leaves: list[Tensor]
+    treedef: _tree.TreeDef
+    grad_leaves: list[Tensor]
+    structure: _tree.TreeDef
+    """Of the gradients: that of the parameters, but where they are parts."""
+
+
+def given(name: str, params_tree: Any, grads_tree: Any) -> Given:
+    """As `inputs`; where gradients are `Shard`s of whole parameters, the optimizer inside looks at them more closely."""
+    leaves, treedef = params(name, params_tree)
+    found, structure = _tree.flatten(grads_tree)
+    if structure != treedef and _shard.shards(grads_tree):
+        parts, outer = _tree.flatten(grads_tree, _shard.is_shard)
+        if outer == treedef and all(isinstance(part, _shard.Shard) for part in parts):
+            if not all(isinstance(leaf, Tensor) for leaf in found):
+                raise TypeError(f"{name}: grads has a Shard without a tensor in it; pass what grad_fn returned")
+            return Given(leaves, treedef, found, structure)
+    return Given(leaves, treedef, _grads(name, grads_tree, leaves, treedef), treedef)
+
+
+def elementwise(name: str, given: Optimizer) -> None:
+    """An optimizer can be given parts of parameters."""
+    if given.elementwise is not True:
+        why = given.elementwise or (
+            "it is not known to treat every element by itself. If it does, say so: optimizer._replace(elementwise=True)"
+        )
+        raise ValueError(f"{name}: the optimizer needs whole parameters, of which a rank has parts: {why}")
+
+
 def state(name: str, given: Any, kind: type) -> None:
     """A state is of the class that ``init`` returned."""
     if not isinstance(given, kind):
@@ -127,8 +164,16 @@ def slot(name: str, where: str, tree: Any, leaves: Sequence[Tensor], treedef: _t
     found, other = _tree.flatten(tree)
     fix = "Is it the state of other parameters, or of an optimizer with other options? Pass what init(params) returns"
     if other != treedef:
+        if bool(_shard.shards(tree)) != any(issubclass(kind, _shard.Shard) for kind in _tree.kinds(treedef)):
+            raise ValueError(
+                f"{name}: {where} is "
+                + ("divided over ranks, as gradacc.optim.sharded's is" if _shard.shards(tree) else "whole")
+                + ", and this optimizer is "
+                + ("not" if _shard.shards(tree) else "gradacc.optim.sharded")
+                + ". Save it by gradacc.checkpoint.save, and load it into what init(params) of this one returns"
+            )
         raise ValueError(
-            f"{name}: {where} has another structure than params: {_differing(other, treedef, where)}. {fix}"
+            f"{name}: {where} has another structure than params: {differing(other, treedef, where)}. {fix}"
         )
     if _alike(found, leaves):
         return found
@@ -220,7 +265,7 @@ def _alike(found: Sequence[Any], leaves: Sequence[Tensor]) -> bool:
     return True
 
 
-def _differing(found: _tree.TreeDef, expected: _tree.TreeDef, where: str) -> str:
+def differing(found: _tree.TreeDef, expected: _tree.TreeDef, where: str) -> str:
     """What is missing or too much in one of two structures."""
     there, here = _tree.paths(found, ""), _tree.paths(expected, "")
     for what, some, others in (("misses", here, set(there)), ("has", there, set(here))):

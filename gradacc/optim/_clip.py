@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gradacc import _donated, _dtypes, _overlap, _scalars, _tree
 from gradacc._tree import TensorTree
-from gradacc.optim import _check, _memory
+from gradacc.optim import _check, _memory, _over_ranks
 from gradacc.optim._optimizer import Optimizer
 
 
@@ -56,9 +56,9 @@ def clip_by_global_norm(optimizer: Optimizer, max_norm: float | Tensor) -> Optim
         _check.number(name, "max_norm", max_norm, finite=False)
     check = optimizer.check
 
-    def clipped(grad_leaves: list[Tensor], used: list[Any] | None) -> list[Tensor]:
+    def clipped(grads: TensorTree, grad_leaves: list[Tensor], used: list[Any] | None) -> list[Tensor]:
         """In new memory, or in their own, except what is in that of ``used``."""
-        factor = _factor(torch.nn.utils.get_total_norm(grad_leaves), max_norm)
+        factor = _factor(_over_ranks.total_norm(grads, torch.nn.utils.get_total_norm(grad_leaves)), max_norm)
         if factor.is_cpu and factor.item() == 1:
             return grad_leaves
         if used is None:
@@ -69,10 +69,11 @@ def clip_by_global_norm(optimizer: Optimizer, max_norm: float | Tensor) -> Optim
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
-        leaves, grad_leaves, treedef = _check.inputs(name, params, grads)
+        leaves, _, grad_leaves, structure = _check.given(name, params, grads)
         given: list[Any] = []
         if _memory.differentiable(max_norm, grad_leaves):
-            norm = _dtypes.global_norm(grad_leaves, wide=False)  # of which torch's has no derivative
+            # Of which torch's has no derivative.
+            norm = _over_ranks.total_norm(grads, _dtypes.global_norm(grad_leaves, wide=False))
             factor = _factor(norm, max_norm)
             grad_leaves = [(grad_leaf * factor.to(grad_leaf.device)).to(grad_leaf.dtype) for grad_leaf in grad_leaves]
         else:
@@ -84,11 +85,11 @@ def clip_by_global_norm(optimizer: Optimizer, max_norm: float | Tensor) -> Optim
                     check(params, state)
                     used = held
             with torch.no_grad():
-                grad_leaves = clipped(grad_leaves, used)
-        after = optimizer.step(params, _tree.unflatten(treedef, grad_leaves), state, donate=donate)
+                grad_leaves = clipped(grads, grad_leaves, used)
+        after = optimizer.step(params, _tree.unflatten(structure, grad_leaves), state, donate=donate)
         return _donated.hand_over(f"{name}.step", given, after)
 
-    return Optimizer(optimizer.init, step, check, optimizer.report)
+    return Optimizer(optimizer.init, step, check, optimizer.report, elementwise=optimizer.elementwise)
 
 
 def _factor(norm: Tensor, max_norm: float | Tensor) -> Tensor:

@@ -89,6 +89,7 @@ def elementwise(name: str, kind: type, slots: Sequence[bool], lr: LearningRate, 
         step,
         check=lambda params, state: checked(*_check.params(name, params), state),
         report=OptimizerReport(rate=lambda state: _lr.at_step(name, lr, updates(state)), updates=updates),
+        elementwise=True,
     )
 
 

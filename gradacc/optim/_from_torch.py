@@ -138,6 +138,7 @@ def from_torch(cls: type[torch.optim.Optimizer], **options: Any) -> Optimizer:
         step,
         check=lambda params, state: checked(state, *_check.params(name, params)),
         report=OptimizerReport(rate if known else None, updates),
+        elementwise=True if cls in _ELEMENTWISE else f"{name}: {cls.__name__} {_WHOLE}",
     )
 
 
@@ -179,6 +180,27 @@ _LEAVE_GRADIENTS = {
     torch.optim.SGD,
 }
 """Classes whose step writes to no gradient, so that they need no copy; except SGD's with ``nesterov`` and ``foreach``."""
+
+
+_ELEMENTWISE = {
+    torch.optim.ASGD,
+    torch.optim.Adadelta,
+    torch.optim.Adagrad,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.SGD,
+}
+"""Classes whose rule treats every element by itself."""
+
+_WHOLE = (
+    "is none of torch's classes that are known to treat every element by itself (Muon and Adafactor do not). Where a class of "
+    "your own does, say so: optimizer._replace(elementwise=True)"
+)
 
 
 def _accepted(name: str, cls: Any, options: dict[str, Any]) -> None:

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from gradacc import _donated, _overlap, _tree, _where
+from gradacc import _donated, _overlap, _shard, _tree, _where
 from gradacc._describe import describe
 from gradacc._tree import TensorTree
-from gradacc.optim import _check, _memory
+from gradacc.optim import _check, _memory, _parts
 from gradacc.optim._optimizer import Optimizer
 
 
@@ -80,19 +80,24 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
             return _UNKNOWN
 
     def check(params: TensorTree, state: TensorTree) -> None:
+        (params, _), (state, _) = _parts.without_facts(params), _parts.without_facts(state)
         leaves, treedef = _check.params(name, params)
         expected = model(treedef, tuple([(leaf.shape, leaf.dtype) for leaf in leaves]))
         if expected is not _UNKNOWN:
             _state(name, state, expected)
 
     def init(params: TensorTree) -> TensorTree:
-        leaves, treedef = _check.params(name, params)
-        made = transformation.init(_tree.unflatten(treedef, leaves))
-        return _in_separate_memory(made, leaves)
+        leaves, _ = _check.params(name, params)
+        plain, facts = _parts.without_facts(params)
+        made = _in_separate_memory(transformation.init(_tree.map_tensors(lambda leaf: leaf, plain)), leaves)
+        return made if facts is None else _parts.with_facts(transformation, made, plain, facts)
 
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
+        _check.inputs(name, params, grads)
+        outer = _tree.flatten(params, _shard.is_shard)[1]
+        (params, facts), (grads, _), (state, _) = map(_parts.without_facts, (params, grads, state))
         leaves, grad_leaves, treedef = _check.inputs(name, params, grads)
         pure = _memory.differentiable(None, grad_leaves)
         in_place = donate and not pure
@@ -119,9 +124,13 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
                 for p, u in zip(moved, steps, strict=True):
                     if u is not None:
                         p.add_(u)
-        return _donated.hand_over(f"{name}.step", given, (_tree.unflatten(treedef, moved), new))
+        if facts is not None:
+            new = _parts.with_facts(transformation, new, params, facts)
+        nodes = moved if facts is None else [_shard.Shard(*each) for each in zip(moved, facts, strict=True)]
+        return _donated.hand_over(f"{name}.step", given, (_tree.unflatten(outer, nodes), new))
 
-    return Optimizer(init, step, check)
+    whole = f"{name}: this transformation gave parts of parameters other updates than whole ones (a norm, say)"
+    return Optimizer(init, step, check, elementwise=_parts.is_elementwise(transformation) or whole)
 
 
 _UNKNOWN = object()

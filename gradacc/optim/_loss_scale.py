@@ -14,7 +14,7 @@ from torch import Tensor
 from gradacc import _donated, _dtypes, _loss, _options, _overlap, _scalars, _tree, _values
 from gradacc._mean import Mean
 from gradacc._tree import TensorTree
-from gradacc.optim import _check, _memory, _report
+from gradacc.optim import _check, _memory, _over_ranks, _report
 from gradacc.optim._arithmetic import in_place
 from gradacc.optim._optimizer import Optimizer
 from gradacc.optim._skip import all_finite, count_skipped, take_if
@@ -127,7 +127,7 @@ def dynamic_loss_scale(
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, loss: Tensor | None = None, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
-        leaves, grad_leaves, treedef = _check.inputs(_NAME, params, grads)
+        leaves, treedef, grad_leaves, structure = _check.given(_NAME, params, grads)
         _wide_enough(leaves, treedef)
         scale, tracker, skipped = checked(state)
         named = {} if loss is None else {"loss": _unscaled_loss(optimizer, loss, scale)}
@@ -142,9 +142,9 @@ def dynamic_loss_scale(
                 look()
                 used = held
             unscaled = _unscaled(grad_leaves, scale, used)
-            return optimizer.step(params, _tree.unflatten(treedef, unscaled), state.inner, donate=donate, **named)
+            return optimizer.step(params, _tree.unflatten(structure, unscaled), state.inner, donate=donate, **named)
 
-        finite = all_finite(grad_leaves, traced)
+        finite = _over_ranks.everywhere(grads, all_finite(grad_leaves, traced))
         new, inner = take_if(finite, take, look, (params, state.inner), donate=donate, traced=traced)
         scale, tracker = _moved(scale, tracker, finite.to(scale.device), growth_factor, backoff_factor, interval)
         after = new, LossScaleState(scale, tracker, count_skipped(skipped, finite), inner)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gradacc import _donated, _dtypes, _tree
 from gradacc._tree import TensorTree
-from gradacc.optim import _check, _memory, _report
+from gradacc.optim import _check, _memory, _over_ranks, _report
 from gradacc.optim._optimizer import Optimizer
 
 
@@ -67,7 +67,7 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
-        leaves, grad_leaves, _ = _check.inputs(name, params, grads)
+        leaves, _, grad_leaves, _ = _check.given(name, params, grads)
         skipped = checked(state)
         look = None if inner_check is None else functools.partial(inner_check, params, state.inner)
 
@@ -76,7 +76,7 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
 
         traced = _memory.differentiable(None, grad_leaves)
         given = [*leaves, *grad_leaves, *_tree.flatten(state)[0]] if donate and not traced else []
-        finite = all_finite(grad_leaves, traced)
+        finite = _over_ranks.everywhere(grads, all_finite(grad_leaves, traced))
         new, inner = take_if(finite, take, look, (params, state.inner), donate=donate, traced=traced)
         after = new, SkipState(count_skipped(skipped, finite), inner)
         return _donated.hand_over(f"{name}.step", given, after)
@@ -87,7 +87,7 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
             inner_check(params, state.inner)
 
     report = _report.of_wrapper(name, SkipState, optimizer.report)
-    return Optimizer(init, step, None if inner_check is None else check, report)
+    return Optimizer(init, step, None if inner_check is None else check, report, elementwise=optimizer.elementwise)
 
 
 def take_if(

@@ -12,7 +12,7 @@ from torch import Tensor
 from gradacc import _donated, _dtypes, _tree, _values
 from gradacc._describe import describe
 from gradacc._tree import TensorTree
-from gradacc.optim import _check, _memory, _report
+from gradacc.optim import _check, _memory, _over_ranks, _report
 from gradacc.optim._optimizer import Optimizer
 from gradacc.optim._skip import count_skipped, take_if
 
@@ -107,7 +107,7 @@ def skip_spikes(optimizer: Optimizer, window: int = 128, sigma: float = 6.0) -> 
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, loss: Tensor | None = None, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
-        leaves, grad_leaves, _ = _check.inputs(_NAME, params, grads)
+        leaves, _, grad_leaves, _ = _check.given(_NAME, params, grads)
         recent, skipped = checked(state)
         if loss is not None:
             _check.loss(_NAME, loss)
@@ -118,7 +118,8 @@ def skip_spikes(optimizer: Optimizer, window: int = 128, sigma: float = 6.0) -> 
 
         traced = _memory.differentiable(None, grad_leaves)
         given = [*leaves, *grad_leaves, *_tree.flatten(state)[0]] if donate and not traced else []
-        fine, recent = _judged(recent, loss, grad_leaves, sigma)
+        norm = _dtypes.global_norm([grad_leaf.detach() for grad_leaf in grad_leaves], wide=True)
+        fine, recent = _judged(recent, loss, _over_ranks.total_norm(grads, norm), sigma)
         new, inner = take_if(fine, take, look, (params, state.inner), donate=donate, traced=traced)
         after = new, SpikesState(recent, count_skipped(skipped, fine), inner)
         return _donated.hand_over(f"{_NAME}.step", given, after)
@@ -132,12 +133,11 @@ def skip_spikes(optimizer: Optimizer, window: int = 128, sigma: float = 6.0) -> 
     return Optimizer(init, step, None if inner_check is None else check, report, takes_loss=True)
 
 
-def _judged(recent: Tensor, loss: Tensor | None, grad_leaves: list[Tensor], sigma: float) -> tuple[Tensor, Tensor]:
+def _judged(recent: Tensor, loss: Tensor | None, norm: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
     """Whether a step is to be taken, 0-dim and bool, and the window behind it.
 
     Both are on the device of ``recent``, the CPU: the way there is the one read. A decision has no derivative.
     """
-    norm = _dtypes.global_norm([grad_leaf.detach() for grad_leaf in grad_leaves], wide=True)
     values = norm.reshape(1)
     if loss is not None:
         dtype = torch.promote_types(_dtypes.sum_dtype(loss.dtype), norm.dtype)

@@ -262,26 +262,31 @@ def test_records_survive_a_sum_of_floats(dtype):
     assert records.decode(slots, len(record)).tolist() == [record.tolist(), [0] * len(record)]
 
 
+def plan_of(sizes, dtypes, *rest):
+    gradients = [wire.Gradient(size, dtype, torch.device("cpu")) for size, dtype in zip(sizes, dtypes, strict=True)]
+    return wire.plan(gradients, *rest)
+
+
 def test_buckets():
     """In the order of a backward pass: two small ones first, each full when it has reached its size."""
     sizes = [torch.Size([n]) for n in (10, 1 << 20, 7 << 20, 1 << 20, 100, 200)]
-    kind, where, order = [torch.float32] * 6, [torch.device("cpu")] * 6, (4, 5, 3, 1, 2, 0)
-    whole = wire.plan(sizes, kind, where, (), None, None)
+    kind, order = [torch.float32] * 6, (4, 5, 3, 1, 2, 0)
+    whole = plan_of(sizes, kind, (), None, None)
     assert [bucket.indices for bucket in whole.buckets] == [(0, 1, 2, 3, 4, 5)]
-    cut = wire.plan(sizes, kind, where, (), None, order)
+    cut = plan_of(sizes, kind, (), None, order)
     assert [bucket.indices for bucket in cut.buckets] == [(4, 5, 3), (1,), (2,), (0,)]
-    large = wire.plan([torch.Size([4 << 20])] * 8, kind + kind[:2], where + where[:2], (), None, range(8))
+    large = plan_of([torch.Size([4 << 20])] * 8, kind + kind[:2], (), None, range(8))
     assert [bucket.indices for bucket in large.buckets] == [(0,), (1,), (2, 3), (4, 5), (6, 7)]
-    equal = wire.plan([torch.Size([1 << 16])] * 32, [torch.float32] * 32, [where[0]] * 32, (), None, range(32))
+    equal = plan_of([torch.Size([1 << 16])] * 32, [torch.float32] * 32, (), None, range(32))
     assert [len(bucket.indices) for bucket in equal.buckets] == [1, 2, 7, 7, 7, 7, 1]
-    two = wire.plan([torch.Size([1 << 16])] * 8, [torch.float64, torch.float32] * 4, [where[0]] * 8, (), None, range(8))
+    two = plan_of([torch.Size([1 << 16])] * 8, [torch.float64, torch.float32] * 4, (), None, range(8))
     assert [bucket.indices for bucket in two.buckets] == [(0,), (1,), (2,), (3,), (4, 6), (5, 7)]  # of each dtype
-    half = wire.plan(sizes, kind, where, (Spec(torch.int64, (3,), False),), torch.bfloat16, order)
+    half = plan_of(sizes, kind, (Spec(torch.int64, (3,), False),), torch.bfloat16, order)
     assert [bucket.indices for bucket in half.buckets] == [(4, 5, 3), (1,), (2,), (0,), ()]
     assert [bucket.wire for bucket in half.buckets] == [torch.bfloat16] * 4 + [torch.int64]
-    vector = wire.plan(sizes, kind, where, (Spec(torch.float32, (3,), False),), None, None)
+    vector = plan_of(sizes, kind, (Spec(torch.float32, (3,), False),), None, None)
     assert vector.vectors == ((0,),)
-    assert wire.plan(sizes, kind, where, (Spec(torch.float32, (3,), False),), None, order).vectors[-1] == (0,)
+    assert plan_of(sizes, kind, (Spec(torch.float32, (3,), False),), None, order).vectors[-1] == (0,)
     for plan in (whole, cut, half):
         for index, place in enumerate(plan.places):
             assert index in plan.buckets[place.bucket].indices
