@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
+from torch.distributed import distributed_c10d
 from torch.utils import checkpoint
 
 PACKAGE = Path(__file__).parent.parent / "gradacc"
@@ -57,6 +58,7 @@ ATTRIBUTES = {
     "_compiled_call_impl": lambda: nn.Linear(1, 1)._compiled_call_impl,
     "_CheckpointFrame": lambda: checkpoint._CheckpointFrame,
     "_current_graph_task_id": lambda: torch._C._current_graph_task_id(),
+    "_resolve_process_group": lambda: distributed_c10d._resolve_process_group,
     "_current_level": lambda: forward_ad._current_level,
     "_dynamo": lambda: torch._C._dynamo,
     "_foreach_add": lambda: torch._foreach_add,

@@ -113,17 +113,8 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
                 state = _tree.unflatten(structure, held)
             updates, new = transformation.update(grads, state, params=params, inplace=in_place)
             changes = _updates(name, updates, leaves, treedef)
-            if not in_place:
-                new = _in_separate_memory(new, (*leaves, *grad_leaves, *_tree.flatten(state)[0]))
-                moved = [p.clone() if u is None else (p + u).to(p.dtype) for p, u in zip(leaves, changes, strict=True)]
-            else:
-                new = _in_separate_memory(new, leaves)
-                read = _overlap.shared(changes, leaves)
-                moved = [leaf.detach() for leaf in leaves]
-                steps = [u.clone() if u is not None and late else u for u, late in zip(changes, read, strict=True)]
-                for p, u in zip(moved, steps, strict=True):
-                    if u is not None:
-                        p.add_(u)
+            new = _in_separate_memory(new, leaves if in_place else (*leaves, *grad_leaves, *_tree.flatten(state)[0]))
+            moved = _moved_in_place(leaves, changes) if in_place else _moved(leaves, changes)
         if facts is not None:
             new = _parts.with_facts(transformation, new, params, facts)
         nodes = moved if facts is None else [_shard.Shard(*each) for each in zip(moved, facts, strict=True)]
@@ -131,6 +122,20 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
 
     whole = f"{name}: this transformation gave parts of parameters other updates than whole ones (a norm, say)"
     return Optimizer(init, step, check, elementwise=_parts.is_elementwise(transformation) or whole)
+
+
+def _moved(leaves: list[Tensor], changes: list[Tensor | None]) -> list[Tensor]:
+    return [p.clone() if u is None else (p + u).to(p.dtype) for p, u in zip(leaves, changes, strict=True)]
+
+
+def _moved_in_place(leaves: list[Tensor], changes: list[Tensor | None]) -> list[Tensor]:
+    read = _overlap.shared(changes, leaves)
+    moved = [leaf.detach() for leaf in leaves]
+    steps = [u.clone() if u is not None and late else u for u, late in zip(changes, read, strict=True)]
+    for p, u in zip(moved, steps, strict=True):
+        if u is not None:
+            p.add_(u)
+    return moved
 
 
 _UNKNOWN = object()

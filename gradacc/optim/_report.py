@@ -13,21 +13,24 @@ from gradacc.optim import _check
 from gradacc.optim._optimizer import OptimizerReport, ReportFunction
 
 
-def of_wrapper(name: str, kind: type, inner: OptimizerReport) -> OptimizerReport:
-    """Of a wrapper that skips updates: its state has ``skipped`` and ``inner``."""
+def of_inner(name: str, kind: type, inner: OptimizerReport) -> OptimizerReport:
+    """Of a wrapper whose state has that of the optimizer that is wrapped as ``inner``."""
 
     def inside(question: ReportFunction, state: Any) -> Any:
         _check.state(name, state, kind)
         return question(state.inner)
 
+    return OptimizerReport(*(question and functools.partial(inside, question) for question in inner))
+
+
+def of_wrapper(name: str, kind: type, inner: OptimizerReport) -> OptimizerReport:
+    """Of a wrapper that skips updates: its state has ``skipped`` too."""
+
     def skipped(state: Any) -> Any:
         _check.state(name, state, kind)
         return state.skipped if inner.skipped is None else _added(state.skipped, inner.skipped(state.inner))
 
-    rate, updates = (
-        None if question is None else functools.partial(inside, question) for question in (inner.rate, inner.updates)
-    )
-    return OptimizerReport(rate, updates, skipped)
+    return of_inner(name, kind, inner)._replace(skipped=skipped)
 
 
 def of_groups(name: str, kind: type, parts: Sequence[OptimizerReport]) -> OptimizerReport:

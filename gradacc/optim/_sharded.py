@@ -68,10 +68,10 @@ def sharded(optimizer: Optimizer, group: Any = None, *, master_dtype: torch.dtyp
             (``accumulate(..., dtype=torch.float32)``).
 
     Raises:
-        TypeError: ``optimizer`` is no `Optimizer`; ``master_dtype`` no floating dtype. When called: gradients that are not those
-            of `gradacc.reduce_scatter`.
-        ValueError: ``optimizer`` needs whole tensors (Muon, Adafactor), is a `dynamic_loss_scale`, or takes the loss. When called:
-            gradients, or a state, of another number of ranks or of other parameters. These come before anything crosses.
+        TypeError: ``optimizer`` is no `Optimizer`; ``master_dtype`` no floating dtype. When called: gradients that are not
+            those of `gradacc.reduce_scatter`.
+        ValueError: ``optimizer`` needs whole tensors (Muon, Adafactor), is a `dynamic_loss_scale`, or takes the loss. When
+            called: gradients, or a state, of another number of ranks or of other parameters. They come before anything crosses.
         RuntimeError: the update has raised on another rank, or it made another call.
         NotImplementedError: inside `torch.compile` or a functorch transform, with ranks to talk to.
 
@@ -150,7 +150,7 @@ def sharded(optimizer: Optimizer, group: Any = None, *, master_dtype: torch.dtyp
 
     report = optimizer.report
     if master_dtype is not None:
-        report = _report.of_wrapper(_NAME, ShardedState, report)
+        report = _report.of_inner(_NAME, ShardedState, report)
     return Optimizer(init, step, None if optimizer.check is None else check, report)
 
 
