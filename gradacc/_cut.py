@@ -8,7 +8,6 @@ NOTE [equal shares]
 
 from __future__ import annotations
 
-import bisect
 import itertools
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
@@ -33,8 +32,11 @@ class Cut(NamedTuple):
 
     def part(self, rank: int) -> tuple[int, int]:
         """Where a rank's elements begin, and how many they are."""
-        run = self.runs[bisect.bisect_right(self.runs, rank, key=lambda run: run.first) - 1]
-        return run.offset + (rank - run.first) * run.length, run.length
+        found = self.runs[0]
+        for run in self.runs:
+            if run.first <= rank:
+                found = run
+        return found.offset + (rank - found.first) * found.length, found.length
 
     @property
     def width(self) -> int:

@@ -68,7 +68,8 @@ class Crossing:
         self.flat, self.world, self.rank = flat, group.size(), group.rank()
         self.numbers, self.behind = self._room()
         """Where to put numbers (of parts: a row for each rank), and what rides behind them."""
-        self.works: list[dist.Work] = []
+        self._work: dist.Work | None = None
+        """What is to be waited for next."""
         self.started = self._moved = False
         self._came: Tensor | None = None
         self._summed: Arrived | None = None
@@ -91,21 +92,21 @@ class Crossing:
             slots[self.rank if is_summed_by_backend(flat.way) else 0].copy_(record)
         if flat.way == SUMMED:
             self._came = self._whole
-            self.works.append(dist.all_reduce(self._whole, group=group, async_op=True))
+            self._work = dist.all_reduce(self._whole, group=group, async_op=True)
         elif flat.way == ORDERED:
             if flat.numel:
                 self._came = torch.empty_like(self._whole)
-                self.works.append(dist.all_to_all_single(self._came, self._whole, group=group, async_op=True))
+                self._work = dist.all_to_all_single(self._came, self._whole, group=group, async_op=True)
         elif flat.way == GATHERED:
             self._gather(group, self._whole)
         else:
             self._whole[:, flat.numel :] = self.behind
             came = self._came = torch.empty_like(self._whole)
             if flat.way == SCATTERED:
-                self.works.append(dist.all_to_all_single(came, self._whole, group=group, async_op=True))
+                self._work = dist.all_to_all_single(came, self._whole, group=group, async_op=True)
             else:
                 self._came = came = came[0]
-                self.works.append(dist.reduce_scatter_single(came, self._whole.view(-1), group=group, async_op=True))
+                self._work = dist.reduce_scatter_single(came, self._whole.view(-1), group=group, async_op=True)
         self.started = True
 
     def go_on(self, group: dist.ProcessGroup) -> None:
@@ -113,26 +114,27 @@ class Crossing:
         flat = self.flat
         if flat.way not in (ORDERED, SCATTERED) or self._moved:
             return
-        if self.works:
-            self.works[0].wait()
+        if self._work is not None:
+            self._work.wait()
         if flat.way == SCATTERED:
             assert self._came is not None
             rows = self._came
             behind = rows[:, flat.numel :].clone()
             self._summed = parted(flat, self.world, sum_of(rows[:, : flat.numel], flat.dtype), behind)
-            self._came = None
+            self._came = self._work = None
         else:
             rows = self.behind.new_empty(self.world, 0) if self._came is None else self._came.view(self.world, -1)
             self._gather(group, torch.cat([sum_of(rows, flat.dtype).to(flat.wire), self.behind]))
         self._moved = True
-        # What was sent has arrived; nobody needs its memory any more.
+        # What was sent has arrived; nobody needs its memory any more (which torch's handle held, too).
         del self._whole, self.numbers
 
     def arrived(self) -> Arrived:
         """Wait for what comes."""
         flat = self.flat
         if self._summed is None:
-            self.works[-1].wait()
+            assert self._work is not None
+            self._work.wait()
             came = self._came
             assert came is not None
             if is_summed_by_backend(flat.way):
@@ -163,7 +165,7 @@ class Crossing:
 
     def _gather(self, group: dist.ProcessGroup, message: Tensor) -> None:
         came = message.new_empty(self.world * len(message))
-        self.works.append(dist.all_gather_single(came, message, group=group, async_op=True))
+        self._work = dist.all_gather_single(came, message, group=group, async_op=True)
         self._came = came
 
 
