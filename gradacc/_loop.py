@@ -189,21 +189,31 @@ def finish(
 
     ``types``: of sums that have seen nothing, on any rank, those with the types of an empty batch, where there was one.
     """
-    options, engine = fold.options, fold.engine
-    with engine.guard():
+    with fold.engine.guard():
         grads, sums, arrived, carry = _crossed(fold, buffer, sums, boundary, types)
-        check_dependence(options.name, not sums.differentiated or arrived)
-        value, aux = _sums.finalize(options, sums, fold.params[0])
-        if options.nonfinite == "drop":
-            value = Kept(value, _sums.dropped(sums, fold.params[0]))
-        buffer = buffer._replace(grads=grads)
-        factors = _sums.gradient_factors(options, sums)
-        if fold.divisors is not None:
-            factors = [factor * _weights.check(options, sums, fold.divisors) for factor in factors]
-        results = engine.finalize(buffer, fold.returned, factors)
-        tree = _tree.unflatten(fold.treedef, boundary.returned(results))
+        usual = divided(fold, buffer._replace(grads=grads), sums, arrived, boundary.returned)
     boundary.done()
-    return (tree, ((value, aux) if options.has_aux else value)), carry
+    return usual, carry
+
+
+def divided(
+    fold: Fold, buffer: Buffer, sums: Sums, arrived: bool, returned: Callable[[list[Tensor]], list[Any]]
+) -> tuple[Any, Any]:
+    """``finalize``, behind the boundary: what ``grad_fn`` usually returns, of the union's gradients and sums.
+
+    ``returned``: what is returned in the place of gradients, `Boundary.returned`.
+    """
+    options = fold.options
+    check_dependence(options.name, not sums.differentiated or arrived)
+    value, aux = _sums.finalize(options, sums, fold.params[0])
+    if options.nonfinite == "drop":
+        value = Kept(value, _sums.dropped(sums, fold.params[0]))
+    factors = _sums.gradient_factors(options, sums)
+    if fold.divisors is not None:
+        factors = [factor * _weights.check(options, sums, fold.divisors) for factor in factors]
+    results = fold.engine.finalize(buffer, fold.returned, factors)
+    tree = _tree.unflatten(fold.treedef, returned(results))
+    return tree, ((value, aux) if options.has_aux else value)
 
 
 def _crossed(
