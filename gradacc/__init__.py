@@ -12,6 +12,7 @@ from gradacc._accumulate import accumulate, accumulate_and_value
 from gradacc._accumulator import Accumulator, accumulator
 from gradacc._all_reduce import AllReduce, all_reduce
 from gradacc._batch_norm import BatchNorm, batch_norm
+from gradacc._cross import cross
 from gradacc._kept import Kept
 from gradacc._mean import Mean
 from gradacc._microbatch import MicrobatchOptions, microbatch
@@ -57,6 +58,7 @@ __all__ = [
     "all_reduce",
     "batch_norm",
     "checkpoint",
+    "cross",
     "data",
     "functional",
     "microbatch",

@@ -67,7 +67,7 @@ def check_parameters(name: str, leaves: Sequence[Any], treedef: _tree.TreeDef, r
                 f"{name}: {path} is an nn.Module ({type(leaf).__name__}); pass its parameters: "
                 "apply, params, buffers = gradacc.functional(module), and call apply(params, ...) in the loss"
             )
-        if _is_sharded(leaf):
+        if is_sharded(leaf):
             raise TypeError(
                 f"{name}: {path} is a DTensor of shape {tuple(leaf.shape)}; sharded parameters are not supported yet. "
                 "Pass local tensors (DTensor.to_local()), or full ones (DTensor.full_tensor())"
@@ -99,7 +99,7 @@ def _paths_if_wrong(leaves: Sequence[Any], treedef: _tree.TreeDef, root: str) ->
 
 
 def _is_parameter(leaf: Any) -> bool:
-    if not isinstance(leaf, Tensor) or _is_sharded(leaf) or _is_odd(leaf):
+    if not isinstance(leaf, Tensor) or is_sharded(leaf) or _is_odd(leaf):
         return False
     return is_inexact(leaf)
 
@@ -108,7 +108,8 @@ def _is_odd(leaf: Tensor) -> bool:
     return not _batch.is_dense(leaf)
 
 
-def _is_sharded(leaf: Any) -> bool:
+def is_sharded(leaf: Any) -> bool:
+    """Whether it is a DTensor."""
     # A DTensor can only exist where its module was imported; importing it here would slow every start.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(leaf, module.DTensor)
