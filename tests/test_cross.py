@@ -4,14 +4,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
 import gradacc
 from gradacc import Mean
 from tests.helpers import assert_trees_close, assert_trees_equal, fingerprint, transformed
-from tests.workers import Failed
 
 
 def losses(params, x):
@@ -231,9 +230,9 @@ def test_a_rank_that_raises_tells_the_others(pool, how):
 
 
 def differing(group, each):
-    group = dist.new_group([0, 1], use_local_synchronization=True)  # in which nothing was agreed on before
+    group = dist.new_group()  # in which nothing was agreed on before
     sync, said = gradacc.all_reduce(group), []
-    sums, mean, options = each[group.rank()]
+    sums, mean, options = each[dist.get_rank() == 1]
     for arguments in (
         (sums, mean, gradacc.all_reduce(group, **options)),
         ([torch.ones(2)], Mean(torch.ones(()), 1), sync),
@@ -244,6 +243,7 @@ def differing(group, each):
             said.append(gradacc.cross(*arguments[:2], sync=arguments[2])[0][0].tolist())
         except (TypeError, ValueError, RuntimeError) as error:
             said.append(f"{type(error).__name__}: {error}")
+    dist.destroy_process_group(group)
     return said
 
 
@@ -262,11 +262,12 @@ DIFFERENCES = {
 def test_ranks_that_differ_get_the_same_error(pool, what):
     """And go on together."""
     one, other, words = DIFFERENCES[what]
-    first, second = pool.run(2, differing, [one, other])
-    assert first == second
+    first, *others = pool.run(4, differing, [one, other])
+    assert others == [first] * 3
     assert words in first[0]
     assert first[1] == first[3] == [1.0, 1.0]
-    if what != "mean":
+    assert "differ" in first[2]
+    if what == "shape":  # one of them was agreed on, and the other one is new
         assert "alike in name and number: they differ in the structure" in first[2]
 
 
@@ -331,3 +332,96 @@ def test_under_a_transform_and_compiled():
     assert_trees_equal(torch.func.grad(lambda w: alone(w).sum())(W), torch.full((2,), 0.25))
     assert_trees_equal(transformed(lambda: gradacc.cross([W], ONE, sync=None)), gradacc.cross([W], ONE, sync=None))
     assert_trees_equal(torch.compile(alone, fullgraph=True, backend="eager")(W), torch.full((2,), 0.25))
+
+
+def sharded(group, kind, nothing):
+    """Sums over the union as DTensors, of both or of one of two leaves; and what is a rank's own."""
+    mesh = DeviceMesh.from_group(group, "cpu")
+    rank, weight = group.rank(), 0 if nothing else group.rank() + 1
+    whole = torch.zeros(5, 2) if nothing else torch.arange(10.0).view(5, 2)
+    placement = {"shard": Shard(0), "columns": Shard(1), "replicate": Replicate(), "bfloat16": Shard(0)}[kind]
+    dtype = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    given = distribute_tensor(whole.to(dtype), mesh, [placement])
+    own = torch.full((3,), rank + 1.0)
+    before = fingerprint(given.to_local())
+    mean = Mean(torch.tensor(rank + 1.0), weight)
+    answers = []
+    for sums in ({"a": given}, {"a": given, "b": own}, {"a": own.double(), "b": given}):
+        counts = []
+        for _ in range(4):
+            with CommDebugMode() as counter:
+                found, value = gradacc.cross(sums, mean, sync=gradacc.all_reduce(group))
+            counts.append(counter.get_total_counts())
+        assert fingerprint(given.to_local()) == before
+        kinds = {key: getattr(x, "placements", None) for key, x in found.items()}
+        assert kinds == {key: getattr(x, "placements", None) for key, x in sums.items()}
+        plain = {key: x.full_tensor() if isinstance(x, DTensor) else x for key, x in found.items()}
+        # Where another call was expected, from other tests in this group, one more crosses.
+        answers.append((plain, value.total, value.weight, min(counts)))
+    return answers
+
+
+@pytest.mark.parametrize("kind", ["shard", "columns", "replicate", "bfloat16"])
+def test_dtensors_are_sums_already(pool, kind):
+    """They are divided by the weight of all ranks; what is plain is summed too. In one collective."""
+    whole = torch.arange(10.0).view(5, 2)
+    whole = (whole / 6).to(torch.bfloat16) if kind == "bfloat16" else whole * torch.tensor(1 / 6)
+    own = torch.ones(3)
+    for answers in pool.run(3, sharded, kind, False):
+        expected = {"a": whole}, {"a": whole, "b": own}, {"a": own.double(), "b": whole}
+        for (found, *rest), grads in zip(answers, expected, strict=True):
+            assert_trees_close(found, grads, rtol=1e-6)
+            assert rest == [6.0, 6, 1]
+
+
+def test_dtensors_of_nothing_are_zero(pool):
+    for answers in pool.run(2, sharded, "shard", True):
+        for found, _, weight, _ in answers:
+            assert all(grad.eq(0).all() for grad in found.values())
+            assert weight == 0
+
+
+def sharded_wrongly(group, how):
+    mesh = DeviceMesh.from_group(group, "cpu")
+    sync = gradacc.all_reduce(group)
+    given = distribute_tensor(torch.ones(4), mesh, [Shard(0)])
+    if how == "partial":
+        given = DTensor.from_local(torch.ones(4), mesh, [Partial()])
+    elif how == "alone":
+        sync = None
+    try:
+        gradacc.cross({"w": given}, Mean(torch.ones(()), 1), sync=sync)
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("partial", "is a DTensor with placements (Partial(sum),): its parts have not been summed"),
+        ("alone", "is a DTensor over ranks [0, 1, 2, 3], and sync counts the weights of ranks ["),
+    ],
+)
+def test_dtensors_that_were_summed_otherwise(pool, how, words):
+    for said in pool.run(4, sharded_wrongly, how):
+        assert words in said, said
+        assert said.startswith("cross: sums['w'] ")
+
+
+def meshes(group):
+    """Of two dimensions: data differ along one of them, or along both."""
+    mesh = DeviceMesh("cpu", torch.arange(4).view(2, 2), mesh_dim_names=("dp", "tp"))
+    given = distribute_tensor(torch.ones(4), mesh, [Replicate(), Shard(0)])
+    found = []
+    for sync in (mesh["dp"], group, mesh["tp"]):
+        grads, value = gradacc.cross([given], Mean(torch.ones(()), 1), sync=gradacc.all_reduce(sync))
+        found.append((grads[0].full_tensor(), value.weight))
+    for sync in (gradacc.all_reduce(), None):
+        with pytest.raises(ValueError, match="say where data differ"):
+            gradacc.cross([given], Mean(torch.ones(()), 1), sync=sync)
+    return found
+
+
+def test_of_a_mesh_sync_says_where_data_differ(pool):
+    for found in pool.run(4, meshes):
+        assert_trees_equal(found, [(torch.ones(4) / n, n) for n in (2, 4, 2)])

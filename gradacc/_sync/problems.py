@@ -91,8 +91,8 @@ def calls_differ(name: str, group: dist.ProcessGroup, answers: Sequence[tuple[in
     same = len({answer[:2] for answer in answers}) == 1
     more = ", alike in name and number: they differ in the structure, shapes or dtypes that were given" if same else ""
     return RuntimeError(
-        f"{name}: ranks of {groups.named(group)} made different calls, and nothing was returned. {each} in this group{more}. Every "
-        "rank must make the same calls in the same order, and one that catches an error must not go on by itself. Catch this "
-        "one on every rank, and let all of them go on from the same place (a step, a checkpoint): their next calls have the "
-        "same number again"
+        f"{name}: ranks of {groups.named(group)} made different calls, and nothing was returned. {each} in this group{more}. "
+        "Every rank must make the same calls in the same order, and one that catches an error must not go on by itself. Catch "
+        "this one on every rank, and let all of them go on from the same place (a step, a checkpoint): their next calls have "
+        "the same number again"
     )
