@@ -90,7 +90,8 @@ def test_there_are_no_circles():
 
 
 OF_SEVERAL_ROOMS = {
-    "": "compositions device documents door head lora map models private_torch sentence_transformers sweep transforms",
+    "": "compositions cross_elsewhere device documents door head lora map models private_torch sentence_transformers sweep "
+    "transforms",
     "checkpoint": "states trees",
     "demo": "nproc process",
     "pieces": "functions",
