@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from gradacc import _aux, _batch, _dtypes, _loop, _loss, _options, _sharded, _sums, _sync, _tree
+from gradacc import _aux, _batch, _dtypes, _loop, _loss, _options, _sharded, _sums, _sync, _tree, _where
 from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
 from gradacc._engines import eager
@@ -118,6 +118,9 @@ def cross(sums: Any, mean: Mean, *, sync: AllReduce | None) -> tuple[Any, Mean]:
 _known: WeakKeyDictionary[Any, dict[Any, _sync.Agreed]] = WeakKeyDictionary()
 """By process group: what calls have agreed on, by how and of what kind of mean."""
 
+_NOTHING = _sync.Agreed(_NAME, cross, None)
+"""In a graph, where nothing is agreed on."""
+
 
 def _agreed(options: Options, mean: Any) -> _sync.Agreed | None:
     """What calls of this kind rely on in their group; None where there is nobody else."""
@@ -125,6 +128,8 @@ def _agreed(options: Options, mean: Any) -> _sync.Agreed | None:
     group = None if sync is None else groups.resolve(_NAME, sync.group)
     if sync is None or group is None:
         return None
+    if _where.loops():
+        return _NOTHING
     kinds: tuple[Any, ...] = ()
     if isinstance(mean, Mean):
         kinds = tuple(x.dtype if isinstance(x, Tensor) else "number" for x in (mean.total, mean.weight))

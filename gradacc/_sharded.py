@@ -20,6 +20,11 @@ def found(name: str, leaves: Sequence[Tensor], treedef: _tree.TreeDef, sync: All
     """Which of a tree's leaves are DTensors, checked: they are sums over the ranks whose weights are counted."""
     shards: dict[int, Any] = {i: leaf for i, leaf in enumerate(leaves) if _call.is_sharded(leaf)}
     for i, leaf in shards.items():
+        if torch.compiler.is_compiling():
+            raise NotImplementedError(
+                f"{name}: {_tree.paths(treedef, 'sums')[i]} is a DTensor, which is not available in a compiled function; make "
+                "the call outside of it"
+            )
         problem = _problem(name, leaf, sync)
         if problem is not None:
             raise ValueError(f"{name}: {_tree.paths(treedef, 'sums')[i]} is a DTensor {problem}")

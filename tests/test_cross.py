@@ -206,6 +206,32 @@ def test_one_collective_a_call(pool):
         assert counts[-1] == [1] * 7
 
 
+def of_weights(group, options, weights):
+    found = []
+    for each in weights:
+        weight = each[group.rank()]
+        sums = [torch.tensor([1.0, -3.0]) * weight]
+        before = fingerprint(sums)
+        grads, value = gradacc.cross(
+            sums, Mean(torch.tensor(weight), weight), sync=gradacc.all_reduce(group, **options)
+        )
+        assert fingerprint(sums) == before
+        found.append((grads, value.value))
+    return found
+
+
+@pytest.mark.parametrize("options", [{}, {"compress": torch.bfloat16}, {"compress": torch.float16}])
+def test_weights_that_change_a_lot(pool, options):
+    """Gradients then cross once more, in a unit that fits."""
+    weights = [(1, 2), (1.0, 2.0), (1e9, 1.0), (0.0, 1e-9), (1e20, 0.0), (0.0, 0.0), (1.0, 1e30)]
+    for found in pool.run(2, of_weights, options, weights):
+        for (grads, value), each in zip(found, weights, strict=True):
+            counts = torch.tensor(float(any(each)))
+            rtol = 1e-2 if options else 1e-6
+            assert_trees_close(grads, [torch.tensor([1.0, -3.0]) * counts], rtol=rtol)
+            assert_trees_close(value, torch.ones(()) if any(each) else torch.tensor(float("nan")), rtol=1e-6)
+
+
 def failing(group, who, how):
     sync = gradacc.all_reduce(group)
     good = [torch.ones(2)], Mean(torch.ones(()), 1)
@@ -424,3 +450,29 @@ def meshes(group):
 def test_of_a_mesh_sync_says_where_data_differ(pool):
     for found in pool.run(4, meshes):
         assert_trees_equal(found, [(torch.ones(4) / n, n) for n in (2, 4, 2)])
+
+
+def compiled(group):
+    """A rank of weight 0, too, whose sums are not numbers; and what it is as it is."""
+    own = group.rank() != 1
+    sums = {"w": torch.full((3,), 6.0 if own else float("nan")), "h": torch.full((2,), 1.5).bfloat16()}
+    mean = Mean(torch.tensor(9.0), torch.tensor(3.0 * own))
+
+    def crossed(sums, mean):
+        return gradacc.cross(sums, mean, sync=gradacc.all_reduce(group))
+
+    found = torch.compile(crossed, fullgraph=True, backend="eager")(sums, mean)
+    return found, crossed(sums, mean)
+
+
+def test_compiled_ranks(pool):
+    for found, expected in pool.run(2, compiled):
+        assert_trees_close(found, expected, rtol=1e-6)
+        assert_trees_equal(found[0], {"w": torch.full((3,), 2.0), "h": torch.full((2,), 0.5).bfloat16()})
+
+
+def test_inference_tensors():
+    with torch.inference_mode():
+        found, _ = gradacc.cross([torch.ones(2)], Mean(torch.ones(()), 2), sync=None)
+    assert_trees_equal(found, [torch.full((2,), 0.5)])
+    assert not found[0].is_inference()

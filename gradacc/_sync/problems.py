@@ -30,7 +30,7 @@ def result_was_missed(name: str, group: dist.ProcessGroup, apart: Sequence[bool]
 def weights_are_wrong(name: str, group: dist.ProcessGroup, wrong: Sequence[bool]) -> Exception:
     """An error that names the ranks with a weight that nobody has read before."""
     return ValueError(
-        f"{name}: loss_fn returned a Mean whose weight is negative, infinite or NaN on {_named(group, wrong)} of "
+        f"{name}: there is a Mean whose weight is negative, infinite or NaN on {_named(group, wrong)} of "
         f"{groups.named(group)}; it must be finite and not negative. Nothing was returned"
     )
 

@@ -5,6 +5,7 @@ import sys
 import warnings
 from datetime import timedelta
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -91,6 +92,28 @@ def far_weights(rank, overlap):
     assert refused == [3e28, 3e-28], refused
 
 
+def crossed(rank):
+    """Sums from elsewhere: alone nothing is read, with ranks once a call; the rank without weight has NaN in its sums."""
+    sums = to_device({"w": torch.tensor([6.0, 3.0]) if rank == 0 else torch.full((2,), math.nan)})
+    weights = [3, 0]
+    for sync, own in ((gradacc.all_reduce(), weights[rank]), (None, 3)):
+        mean = Mean(*to_device((torch.tensor(9.0), torch.tensor(own))))
+        for call in range(CALLS):
+            WAITS.clear()
+            grads, value = gradacc.cross(sums, mean, sync=sync)
+            if call:
+                assert dict(WAITS) == ({} if sync is None else {"to the CPU": 1}), WAITS
+        if sync is not None or rank == 0:
+            assert_trees_close(to_cpu(grads), {"w": torch.tensor([2.0, 1.0])})
+            assert (to_cpu(value.total), to_cpu(value.weight)) == (9, 3)
+    for wrong in (-1.0, math.nan):
+        mean = Mean(*to_device((torch.tensor(9.0), torch.tensor([1.0, wrong][rank]))))
+        with pytest.raises(
+            ValueError, match="^cross: there is a Mean whose weight is negative, infinite or NaN on rank 1"
+        ):
+            gradacc.cross(sums, mean, sync=gradacc.all_reduce())
+
+
 def main():
     rank, store = int(sys.argv[1]), sys.argv[2]
     warnings.simplefilter("error")
@@ -102,6 +125,8 @@ def main():
         for overlap in (False, True):
             check(rank, overlap)
             print(check.__name__, overlap)
+    crossed(rank)
+    print("crossed")
     dist.destroy_process_group()
 
 
