@@ -213,7 +213,7 @@ def of_weights(group, options, weights):
         sums = [torch.tensor([1.0, -3.0]) * weight]
         before = fingerprint(sums)
         grads, value = gradacc.cross(
-            sums, Mean(torch.tensor(weight), weight), sync=gradacc.all_reduce(group, **options)
+            sums, Mean(torch.tensor(float(weight)), weight), sync=gradacc.all_reduce(group, **options)
         )
         assert fingerprint(sums) == before
         found.append((grads, value.value))

@@ -92,7 +92,7 @@ def restored(value: Tensor, spec: Spec, device: torch.device) -> Any:
     if spec.dtype is None:
         number = float(value.item())
         # A whole number above 2 ** 53 came as a float: `_mean.with_plain_weight`.
-        return int(number) if spec.whole and number.is_integer() and number < 2.0**53 else number
+        return int(number) if spec.whole and number.is_integer() and abs(number) < 2.0**53 else number
     # Of the records: a number, which needs no copy to the device.
     if value.is_cpu and not value.ndim:
         narrow = value.to(spec.dtype) if is_inexact(value) else value
