@@ -10,18 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from gradacc import _aux, _batch, _dtypes, _loop, _loss, _options, _sharded, _sums, _sync, _tree, _where
-from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
 from gradacc._engines import eager
 from gradacc._mean import Mean, with_plain_weight
-from gradacc._options import Options
+from gradacc._options import Options, Sync
 from gradacc._sums import Sums
 from gradacc._sync import group as groups
 
 _NAME = "cross"
 
 
-def cross(sums: Any, mean: Mean, *, sync: AllReduce | None) -> tuple[Any, Mean]:
+def cross(sums: Any, mean: Mean, *, sync: Sync | None) -> tuple[Any, Mean]:
     r"""The gradient and the value of one large batch, from what each rank has summed by itself.
 
     .. code-block:: text
@@ -46,8 +45,8 @@ def cross(sums: Any, mean: Mean, *, sync: AllReduce | None) -> tuple[Any, Mean]:
         mean: ``Mean(loss_sum, tokens)`` of this rank: a 0-dim floating total, and how much the sums are over (a number or 0-dim
             tensor, finite and ``>= 0``). A rank of weight 0 contributes nothing, whatever its sums are (but DTensors, which are
             all ranks'). A sum of several, ``a + b``, is fine here. The total is taken without its graph.
-        sync: `gradacc.all_reduce`, of the group of ranks that had different data; ``overlap`` is left out, as there is no
-            backward pass. None: this rank is all there is, and its sums are divided.
+        sync: `gradacc.all_reduce` or `gradacc.reduce_scatter`, of the group of ranks that had different data; ``overlap`` is
+            left out, as there is no backward pass. None: this rank is all there is, and its sums are divided.
 
     Returns:
         ``(grads, value)``: ``grads`` of the structure, shapes and dtypes of ``sums``, new tensors; ``value`` a `Mean`, of total
@@ -100,19 +99,19 @@ def cross(sums: Any, mean: Mean, *, sync: AllReduce | None) -> tuple[Any, Mean]:
     except BaseException as error:
         boundary.fail(error)
         raise
+
+    def returned(results: list[Tensor]) -> list[Any]:
+        found = boundary.returned(results)
+        return [_sharded.whole(shards[i], found[i]) if i in shards else found[i] for i in range(len(found))]
+
     with engine.guard():
         grads, union, arrived = boundary.cross(buffer.grads, own, True, lambda unchanged: unchanged)
         for i, leaf in shards.items():
             grads[i] = _sharded.local(leaf, union)
         fold = fold._replace(returned=[leaf.dtype for leaf in leaves])
-        results, value = _loop.divided(fold, buffer._replace(grads=grads), union, arrived)
-        if shards:
-            whole = _tree.flatten(results)[0]
-            for i, leaf in shards.items():
-                whole[i] = _sharded.whole(leaf, whole[i])
-            results = _tree.unflatten(treedef, whole)
+        grads_and_value = _loop.divided(fold, buffer._replace(grads=grads), union, arrived, returned)
     boundary.done()
-    return results, value
+    return grads_and_value
 
 
 _known: WeakKeyDictionary[Any, dict[Any, _sync.Agreed]] = WeakKeyDictionary()

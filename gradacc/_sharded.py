@@ -11,12 +11,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradacc import _call, _dtypes, _tree
-from gradacc._all_reduce import AllReduce
+from gradacc._options import Sync
+from gradacc._reduce_scatter import ReduceScatter
 from gradacc._sums import Sums
 from gradacc._sync import group as groups
 
 
-def found(name: str, leaves: Sequence[Tensor], treedef: _tree.TreeDef, sync: AllReduce | None) -> dict[int, Any]:
+def found(name: str, leaves: Sequence[Tensor], treedef: _tree.TreeDef, sync: Sync | None) -> dict[int, Any]:
     """Which of a tree's leaves are DTensors, checked: they are sums over the ranks whose weights are counted."""
     shards: dict[int, Any] = {i: leaf for i, leaf in enumerate(leaves) if _call.is_sharded(leaf)}
     for i, leaf in shards.items():
@@ -31,13 +32,17 @@ def found(name: str, leaves: Sequence[Tensor], treedef: _tree.TreeDef, sync: All
     return shards
 
 
-def _problem(name: str, leaf: Any, sync: AllReduce | None) -> str | None:
+def _problem(name: str, leaf: Any, sync: Sync | None) -> str | None:
     """Why it is not that."""
     mesh = leaf.device_mesh
     if any(placement.is_partial() for placement in leaf.placements):
         return (
             f"with placements {leaf.placements}: its parts have not been summed. Sum them: "
             "dtensor.redistribute(placements=[Shard(0)]), or [Replicate()]"
+        )
+    if isinstance(sync, ReduceScatter):
+        return (
+            "of which each rank has a part already, and reduce_scatter would cut it; pass sync=gradacc.all_reduce(mesh)"
         )
     group = None if sync is None else groups.resolve(name, sync.group)
     counted = {dist.get_rank()} if group is None else set(dist.get_process_group_ranks(group))

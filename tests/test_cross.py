@@ -65,9 +65,9 @@ def test_ranks_equal_the_large_batch(pool, sizes):
         assert_trees_equal(results, answers[0][0])
 
 
-def beside_finalize(group, params, parts, options):
+def beside_finalize(group, params, parts, kind, options):
     """The accumulator's answer, and that of `cross` for the same sums."""
-    sync = gradacc.all_reduce(group, **options)
+    sync = getattr(gradacc, kind)(group, **options)
     acc = gradacc.accumulator(lambda params, x: Mean(losses(params, x), len(x)), sync=sync)
     state, sums, mean = acc.init(params), None, Mean(torch.zeros((), dtype=torch.float64), 0)
     for x in parts:
@@ -87,14 +87,24 @@ def beside_finalize(group, params, parts, options):
     return acc.finalize(state), gradacc.cross(sums, mean, sync=sync)
 
 
-@pytest.mark.parametrize("options", [{}, {"compress": torch.bfloat16}, {"compress": torch.float16}])
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        ("all_reduce", {}),
+        ("all_reduce", {"compress": torch.bfloat16}),
+        ("all_reduce", {"compress": torch.float16}),
+        ("all_reduce", {"ordered": True}),
+        ("reduce_scatter", {}),
+    ],
+)
 @pytest.mark.parametrize("sizes", [((8,), (16,)), ((4, 4), (32,), ()), ((2,),)])
-def test_it_is_finalize_after_a_fold(pool, sizes, options):
+def test_it_is_finalize_after_a_fold(pool, sizes, kind, options):
     """Bit for bit, as sizes that are powers of two round nothing in the fold."""
     params, x = make(sum(map(sum, sizes)))
     left = iter(x.split([n for own in sizes for n in own]))
     parts = [[next(left) for _ in own] for own in sizes]
-    for finalized, crossed in pool.run_each(len(sizes), beside_finalize, [(params, own, options) for own in parts]):
+    arguments = [(params, own, kind, options) for own in parts]
+    for finalized, crossed in pool.run_each(len(sizes), beside_finalize, arguments):
         assert_trees_equal(crossed[0], finalized[0])
         assert_trees_equal(crossed[1], finalized[1])
 
@@ -203,7 +213,15 @@ def alternating(group):
 def test_one_collective_a_call(pool):
     """After the first call of each kind; and the order of calls has been learnt after two rounds."""
     for counts in pool.run(2, alternating):
-        assert counts[-1] == [1] * 7
+        assert counts[-1] == [
+            1,
+            1,
+            1,
+            2,
+            1,
+            1,
+            1,
+        ]  # compressed there are two: parts are summed in float32, and gathered
 
 
 def of_weights(group, options, weights):
@@ -376,8 +394,8 @@ def sharded(group, kind, nothing):
     mean = Mean(torch.tensor(rank + 1.0), weight)
     answers = []
     for sums in ({"a": given}, {"a": given, "b": own}, {"a": own.double(), "b": given}):
-        for _ in range(2):
-            found, value = gradacc.cross(sums, mean, sync=gradacc.all_reduce(group))
+        for ordered in (False, False, True):
+            found, value = gradacc.cross(sums, mean, sync=gradacc.all_reduce(group, ordered=ordered))
         assert fingerprint(given.to_local()) == before
         kinds = {key: getattr(x, "placements", None) for key, x in found.items()}
         assert kinds == {key: getattr(x, "placements", None) for key, x in sums.items()}
@@ -414,6 +432,8 @@ def sharded_wrongly(group, how):
         given = DTensor.from_local(torch.ones(4), mesh, [Partial()])
     elif how == "alone":
         sync = None
+    elif how == "parts":
+        sync = gradacc.reduce_scatter(group)
     try:
         gradacc.cross({"w": given}, Mean(torch.ones(()), 1), sync=sync)
     except ValueError as error:
@@ -424,6 +444,7 @@ def sharded_wrongly(group, how):
     ("how", "words"),
     [
         ("partial", "is a DTensor with placements (Partial(sum),): its parts have not been summed"),
+        ("parts", "is a DTensor of which each rank has a part already, and reduce_scatter would cut it"),
         ("alone", "is a DTensor over ranks [0, 1, 2, 3], and sync counts the weights of ranks ["),
     ],
 )
