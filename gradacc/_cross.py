@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from gradacc import _aux, _batch, _dtypes, _loop, _loss, _options, _sharded, _sums, _sync, _tree, _where
+from gradacc import _aux, _batch, _dtensors, _dtypes, _loop, _loss, _options, _sums, _sync, _tree, _where
 from gradacc._describe import describe
 from gradacc._engines import eager
 from gradacc._mean import Mean, with_plain_weight
@@ -83,8 +83,8 @@ def cross(sums: Any, mean: Mean, *, sync: Sync | None) -> tuple[Any, Mean]:
         engine = _loop.engine()
         with engine.guard():
             leaves, treedef = _checked(sums, detached=engine is eager)
-            shards = _sharded.found(_NAME, leaves, treedef, sync)
-            params = [_sharded.nothing(leaf, leaves) if i in shards else leaf for i, leaf in enumerate(leaves)]
+            shards = _dtensors.found(_NAME, leaves, treedef, sync)
+            params = [_dtensors.nothing(leaf, leaves) if i in shards else leaf for i, leaf in enumerate(leaves)]
             fold = _loop.start(options, params, treedef, None)
             boundary.bind(params, treedef, fold.accumulated, None)
             own, keeps = _summed(options, mean, detached=engine is eager)
@@ -102,12 +102,12 @@ def cross(sums: Any, mean: Mean, *, sync: Sync | None) -> tuple[Any, Mean]:
 
     def returned(results: list[Tensor]) -> list[Any]:
         found = boundary.returned(results)
-        return [_sharded.whole(shards[i], found[i]) if i in shards else found[i] for i in range(len(found))]
+        return [_dtensors.whole(shards[i], found[i]) if i in shards else found[i] for i in range(len(found))]
 
     with engine.guard():
         grads, union, arrived = boundary.cross(buffer.grads, own, True, lambda unchanged: unchanged)
         for i, leaf in shards.items():
-            grads[i] = _sharded.local(leaf, union)
+            grads[i] = _dtensors.local(leaf, union)
         fold = fold._replace(returned=[leaf.dtype for leaf in leaves])
         grads_and_value = _loop.divided(fold, buffer._replace(grads=grads), union, arrived, returned)
     boundary.done()
