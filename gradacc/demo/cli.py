@@ -162,6 +162,12 @@ def _add_run(add: Callable[..., object]) -> None:
         "torchrun ... -m gradacc demo",
     )
     add(
+        "--shard",
+        action="store_true",
+        help="divide the optimizer's state among the processes (ZeRO-1, with reduce_scatter and optim.sharded); --resume may then "
+        "have another number of them",
+    )
+    add(
         "--checkpoint-every",
         type=_whole(1, 10**7),
         metavar="N",

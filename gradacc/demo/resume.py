@@ -38,6 +38,7 @@ def identity(settings: Settings, corpus: Corpus, ranks: Ranks) -> str:
         "--seed": settings.seed,
         "--lr": settings.lr,
         "--nproc": ranks.world,
+        "--shard": settings.shard,
         "model": list(settings.model),
         "text (SHA-256)": hashlib.sha256(pieces).hexdigest()[:16],
     }
@@ -128,13 +129,14 @@ def _load(
 ) -> tuple[TrainState, Progress | None]:
     """On one rank."""
     place = folder(settings)
-    _check_identity(place, checkpoint.load(place, {"run": "", "record": ..., "state": ...})["run"], run)
+    processes = _check_identity(place, checkpoint.load(place, {"run": "", "record": ..., "state": ...})["run"], run)
     like = _tree(state, ranks)
-    like["ranks"] |= {rank: ... for rank in range(ranks.world) if rank != ranks.rank}
+    like["ranks"] = {rank: like["ranks"].get(rank, ...) for rank in range(processes)}
     found = checkpoint.load(place, {"run": ..., "record": "" if ranks.first else ..., "state": like})
     saved: TrainState = found["state"]["train"]
     progress = _from_json(found["record"], settings, int(saved.step), record) if ranks.first else None
-    _set_random(found["state"]["ranks"][ranks.rank])
+    if ranks.rank < processes:
+        _set_random(found["state"]["ranks"][ranks.rank])
     return saved, progress
 
 
@@ -157,15 +159,16 @@ def _set_random(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["gpu"])
 
 
-def _check_identity(place: Path, saved: str, run: str) -> None:
-    """A DemoError where a checkpoint is of another run."""
+def _check_identity(place: Path, saved: str, run: str) -> int:
+    """How many processes a checkpoint is of; a DemoError where it is of another run."""
     theirs, ours = json.loads(saved), json.loads(run)
     for name, value in ours.items():
-        if theirs.get(name) != value:
+        if theirs.get(name) != value and not (name == "--nproc" and ours["--shard"] and theirs.get("--shard")):
             raise DemoError(
                 f"--resume: the checkpoint {place} is of a run with {name} {theirs.get(name)}, and this one has {value}; "
                 "give the options that it was begun with, or leave --resume out"
             )
+    return int(theirs["--nproc"])
 
 
 def _check_same(settings: Settings, ranks: Ranks, iteration: int) -> None:

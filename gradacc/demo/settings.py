@@ -23,7 +23,7 @@ class Settings(NamedTuple):
     """The options of ``gradacc demo``, checked.
 
     ``seconds`` is None where the number of iterations was asked for, ``checkpoint_every`` (iterations) where no checkpoints
-    were.
+    were. ``shard``: the optimizer's state is divided over the processes.
     """
 
     steps: int = 4
@@ -38,3 +38,4 @@ class Settings(NamedTuple):
     nproc: int = 1
     checkpoint_every: int | None = None
     resume: bool = False
+    shard: bool = False

@@ -66,7 +66,8 @@ def optimizer(settings: Settings) -> gradacc.optim.Optimizer:
         return settings.lr * lr_share(iteration, settings.iterations)
 
     adamw = gradacc.optim.adamw(lr, betas=(0.9, 0.98), weight_decay=0.01)
-    return gradacc.optim.clip_by_global_norm(adamw, MAX_GRADIENT_NORM)
+    own = gradacc.optim.sharded(adamw) if settings.shard else adamw
+    return gradacc.optim.clip_by_global_norm(own, MAX_GRADIENT_NORM)
 
 
 def lr_share(iteration: int, iterations: int) -> float:
@@ -87,7 +88,8 @@ def train(
 
     On every rank the same: the batch is all ranks' together.
     """
-    grad_fn = gradacc.accumulate_and_value(loss_fn, steps=settings.steps, sync=gradacc.all_reduce())
+    sync = gradacc.reduce_scatter() if settings.shard else gradacc.all_reduce()
+    grad_fn = gradacc.accumulate_and_value(loss_fn, steps=settings.steps, sync=sync)
     step = gradacc.train_step(grad_fn, optimizer(settings))
     for iteration in range(int(state.step), settings.iterations):
         start = time.perf_counter()
