@@ -164,8 +164,8 @@ def _add_run(add: Callable[..., object]) -> None:
     add(
         "--shard",
         action="store_true",
-        help="divide the optimizer's state among the processes (ZeRO-1, with reduce_scatter and optim.sharded); --resume may then "
-        "have another number of them",
+        help="divide the optimizer's state among the processes (ZeRO-1: reduce_scatter and optim.sharded); --resume may "
+        "then have another number of them",
     )
     add(
         "--checkpoint-every",

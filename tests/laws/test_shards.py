@@ -208,3 +208,102 @@ def test_the_number_of_collectives(pool):
         assert found["ordered"] == {"c10d.alltoall_base_": 1, "c10d._allgather_base_": 1}
         assert found["parts"] == {"c10d.alltoall_base_": 1}
         assert found["step"] == {"c10d._allgather_base_": 2}
+
+
+# Every form of a call.
+
+
+def mean_loss(params, batch):
+    return (batch @ params["w"] + params["b"]).tanh().square().mean()
+
+
+def two_means(params, batch):
+    y = (batch @ params["w"] + params["b"]).tanh()
+    far = batch[:, 0] > 0
+    return {
+        "all": gradacc.Mean(y.square().sum(), y.numel()),
+        "far": 0.5 * gradacc.Mean((y.sum(1) * far).sum(), far.sum()),
+    }
+
+
+def weights_of(batch):
+    return {"all": batch.shape[0] * 5, "far": (batch[:, 0] > 0).sum()}
+
+
+def with_carry(params, batch, carry):
+    y = batch @ params["w"] + params["b"]
+    return y.square().mean(), {"seen": carry["seen"] + gradacc.Mean(y.detach().sum(0), len(y))}
+
+
+def whole_batch(params, outputs, batch):
+    return (outputs @ outputs.T).square().mean() + outputs.std()
+
+
+def own_rows(params, outputs, batch, rows):
+    each = (outputs[rows] @ outputs.T).square().mean(1)
+    return gradacc.Mean(each.sum(), len(each))
+
+
+def encode(params, batch):
+    return (batch @ params["w"] + params["b"]).tanh()
+
+
+FORMS = {
+    "plain": lambda sync: gradacc.accumulate_and_value(mean_loss, steps=2, sync=sync),
+    "sum": lambda sync: gradacc.accumulate_and_value(mean_loss, steps=2, sync=sync, reduction="sum"),
+    "float64": lambda sync: gradacc.accumulate_and_value(mean_loss, steps=2, sync=sync, dtype=torch.float64),
+    "two means": lambda sync: gradacc.accumulate_and_value(two_means, steps=2, sync=sync),
+    "counted": lambda sync: gradacc.accumulate_and_value(two_means, steps=2, sync=sync, weights=weights_of),
+    "drop": lambda sync: gradacc.accumulate_and_value(mean_loss, steps=2, sync=sync, nonfinite="drop"),
+    "carry": lambda sync: gradacc.accumulate_and_value(with_carry, steps=2, sync=sync, has_carry=True),
+    "whole batch": lambda sync: gradacc.accumulate_and_value(whole_batch, steps=2, sync=sync, through=encode),
+    "rows": lambda sync: gradacc.accumulate_and_value(own_rows, steps=2, sync=sync, through=encode),
+    "argnums": lambda sync: gradacc.accumulate_and_value(
+        lambda w, b, batch: mean_loss({"w": w, "b": b}, batch), argnums=(0, 1), steps=2, sync=sync
+    ),
+}
+
+
+def called(group, name):
+    g = torch.Generator().manual_seed(4)
+    params = {"w": torch.randn(4, 5, generator=g), "b": torch.randn(5, generator=g)}
+    found = []
+    for sync in (gradacc.all_reduce(group, ordered=True), gradacc.reduce_scatter(group)):
+        results = []
+        call = streamed(sync) if name == "streamed" else FORMS[name](sync)
+        for number in range(3):
+            g = torch.Generator().manual_seed(10 * number + dist.get_rank(group))
+            batch = torch.randn([4, 0, 3][(dist.get_rank(group) + number) % 3], 4, generator=g)
+            if name == "drop" and number == 2 and len(batch):
+                batch[0] = float("nan")
+            if name == "argnums":
+                ((w, b), value) = call(params["w"], params["b"], batch)
+                results.append(({"w": w, "b": b}, value))
+            elif name == "carry":
+                carry = {"seen": gradacc.Mean(torch.zeros(5), 0.0)}
+                (grads, value), after = call(params, batch, carry=carry)
+                results.append((grads, (value, after)))
+            else:
+                results.append(call(params, batch))
+        if isinstance(sync, gradacc.ReduceScatter):
+            results = [(as_whole(group, grads), value) for grads, value in results]
+        found.append(results)
+    return found
+
+
+def streamed(sync):
+    acc = gradacc.accumulator(mean_loss, sync=sync)
+
+    def call(params, batch):
+        state = acc.init(params)
+        for part in batch.split(2):
+            state = acc.update(state, params, part)
+        return acc.finalize(state)
+
+    return call
+
+
+@pytest.mark.parametrize("name", [*FORMS, "streamed"])
+def test_every_form_of_a_call(pool, name):
+    for whole, parts in pool.run(3, called, name):
+        assert_trees_equal(parts, whole)
