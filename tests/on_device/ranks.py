@@ -114,6 +114,32 @@ def crossed(rank):
             gradacc.cross(sums, mean, sync=gradacc.all_reduce())
 
 
+def divided(rank, overlap):
+    """Three updates of parts are those of whole parameters on the CPU; records of each collective are read, and a verdict."""
+    params, optimizer = {"w": torch.ones(3, 2), "b": torch.ones(())}, gradacc.optim.adamw(0.1)
+
+    def both(params, batch):
+        return gradacc.Mean((batch @ params["w"] * params["b"]).square().sum(), len(batch))
+
+    union = torch.cat([data(0)[0], data(1)[0]])
+    whole, state = params, optimizer.init(params)
+    for _ in range(CALLS):
+        grads = gradacc.accumulate(both, steps=1)(whole, union)
+        whole, state = optimizer.step(whole, grads, state)
+    own = gradacc.optim.skip_nonfinite(gradacc.optim.sharded(optimizer))
+    grad_fn = gradacc.accumulate_and_value(both, microbatch_size=2, sync=gradacc.reduce_scatter(overlap=overlap))
+    step = gradacc.train_step(grad_fn, own)
+    there = to_device(params)
+    state = gradacc.TrainState(there, own.init(there))
+    for call in range(CALLS):
+        WAITS.clear()
+        state, _ = step(state, to_device(data(rank)[0]))
+        if call == CALLS - 1:  # when the order of calls is known
+            assert WAITS["to the CPU"] == 4, WAITS
+    assert all(isinstance(leaf, OnDevice) for leaf in state.params.values())
+    assert_trees_close(to_cpu(state.params), whole, rtol=1e-5, atol=1e-6)
+
+
 def main():
     rank, store = int(sys.argv[1]), sys.argv[2]
     warnings.simplefilter("error")
@@ -121,7 +147,7 @@ def main():
     dist.init_process_group(
         "gloo", store=dist.FileStore(store, 2), rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    for check in (the_union_in_one_read, wrong_weights, far_weights):
+    for check in (the_union_in_one_read, wrong_weights, far_weights, divided):
         for overlap in (False, True):
             check(rank, overlap)
             print(check.__name__, overlap)
