@@ -91,6 +91,27 @@ def test_a_reduce_scatter_of_the_backend_s_own(pool):
             assert_trees_close(each, usual, rtol=1e-6, atol=1e-9)
 
 
+def cancelling(group, overlap):
+    """Numbers whose sum is 1 in the order of ranks, and 0 in any other one that begins elsewhere."""
+    own = [1e8, -1e8, 1.0][dist.get_rank(group)]
+    found = []
+    for sync in (
+        gradacc.all_reduce(group, ordered=True, overlap=overlap),
+        gradacc.reduce_scatter(group, overlap=overlap),
+    ):
+        grad_fn = gradacc.accumulate(lambda w, x: (w * own).sum() * x.sum(), steps=1, reduction="sum", sync=sync)
+        for _ in range(2):
+            grad = grad_fn(torch.zeros(7), torch.ones(1))
+        found.append(grad if isinstance(grad, torch.Tensor) else grad.values)
+    return found
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_ranks_are_added_in_their_order(pool, overlap):
+    for found in pool.run(3, cancelling, overlap):
+        assert all(each.eq(1.0).all() for each in found)
+
+
 # Many ranks, which are threads.
 
 
