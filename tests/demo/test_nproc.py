@@ -52,9 +52,12 @@ def trained_on_ranks(group: dist.ProcessGroup, settings: Settings) -> list[tuple
     return trained(settings, this_rank())
 
 
+@pytest.mark.parametrize("shard", [False, True])
 @pytest.mark.parametrize("batch_size", [8, 6, 3])  # with 3, one of the ranks has nothing
-def test_the_loss_curve_of_several_processes_is_that_of_one(pool: Pool, settings: Settings, batch_size: int) -> None:
-    settings = settings._replace(batch_size=batch_size, iterations=8)
+def test_the_loss_curve_of_several_processes_is_that_of_one(
+    pool: Pool, settings: Settings, batch_size: int, shard: bool
+) -> None:
+    settings = settings._replace(batch_size=batch_size, iterations=8, shard=shard)
     alone = trained(settings, Ranks())
     answers = pool.run(SIZE, trained_on_ranks, settings)
     assert answers == [answers[0]] * SIZE

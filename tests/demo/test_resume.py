@@ -8,10 +8,12 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -34,6 +36,7 @@ from tests.workers import SIZE, Pool
 from .conftest import TINY
 from .quick import facts, hasten
 from .test_cli import check_one_line
+from .test_process import start
 from .test_run import exploding, never, read
 
 CPU = torch.device("cpu")
@@ -426,6 +429,40 @@ def test_ranks_that_do_not_save_into_the_same_folder(pool: Pool, saving: Setting
 
 
 # Death
+
+
+def divided(settings: Settings, processes: int, *more: str) -> subprocess.Popen[str]:
+    """``gradacc demo --shard`` in so many processes."""
+    options = ("steps", "batch_size", "iterations", "data", "out")
+    told = [part for name in options for part in (f"--{name.replace('_', '-')}", str(getattr(settings, name)))]
+    return start(*told, "--checkpoint-every", "1", "--shard", "--nproc", str(processes), *more)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("processes", [3, 1])
+def test_a_divided_run_that_is_killed_goes_on_with_other_processes(data: Path, tmp_path: Path, processes: int) -> None:
+    """SIGKILL of all two while they train; the curve is that of one process that nobody killed."""
+    settings = Settings(steps=2, batch_size=5, iterations=12, data=data, out=tmp_path / "killed", seconds=None)
+    process = divided(settings, 2)
+    metrics, deadline = settings.out / "metrics.jsonl", time.monotonic() + 200
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= 4):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    for each in (*psutil.Process(process.pid).children(recursive=True), process):
+        each.kill()
+    process.communicate()
+    output, errors = divided(settings, processes, "--resume").communicate(timeout=300)
+    (reached,) = map(int, re.findall(r"^Resumed after (\d+) of 12", output, re.M))
+    assert 3 <= reached < 12, errors
+    alone = settings._replace(out=tmp_path / "alone", model=Settings().model)
+    assert run(alone, never()) == 0
+    ours, theirs = (read(each)[1] for each in (settings, alone))
+    assert [line["iteration"] for line in ours] == list(range(1, 13))
+    for line, other in zip(ours, theirs, strict=True):
+        for name in ("loss", "grad_norm"):
+            assert line[name] == pytest.approx(other[name], rel=2e-3)
 
 
 def torchrun(data: Path, folder: Path, kills: int) -> subprocess.Popen[str]:
