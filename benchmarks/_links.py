@@ -1,8 +1,8 @@
 """Hosts on links whose rate and delay are set while ranks run: namespaces, joined by a relay in this process's care.
 
-Each host is a network namespace with one TUN device. A relay process reads what a host sends, and hands it to the host that it is
-addressed to when a link would have: packets of a sender leave one after the other at its ``rate``, and arrive ``delay`` seconds
-later. So the link is known, and a model of it can be refuted. (`tc … netem` would do, but kernels are built without it.)
+Each host is a network namespace with one TUN device. A relay process reads what a host sends, and hands it to the host that it
+is addressed to when a link would have: packets of a sender leave one after the other at its ``rate``, and arrive ``delay``
+seconds later. So the link is known, and a model of it can be refuted. (`tc … netem` would do, but some kernels have none.)
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from benchmarks._network import UnavailableError
 
@@ -168,7 +168,7 @@ def _relay(control: str, names: Sequence[str]) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
         listener.bind(control)
         listener.listen()
-        sources = [*relay.ends, listener]
+        sources: list[Any] = [*relay.ends, listener]
         while True:
             for source in select.select(sources, (), (), relay.deliver())[0]:
                 if source in senders:

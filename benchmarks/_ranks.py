@@ -110,14 +110,14 @@ def _slowest(run: Run) -> float:
     return elapsed.item()
 
 
-def wire_bytes(run: Run, interface: str) -> int:
-    """Bytes that a rank sends in one call, by the interface's own counter; the smallest of three.
+def wire_bytes(run: Run, interface: str, times: int = 3) -> int:
+    """Bytes that a rank sends in one call, by the interface's own counter; the smallest of so many calls.
 
     On loopback everybody's bytes pass the same counter, so it is divided by the number of ranks, and the smallest of
     the three is the one with the least of what others sent.
     """
     found = []
-    for _ in range(3):
+    for _ in range(times):
         dist.barrier()
         time.sleep(SETTLE)
         before = sent(interface)

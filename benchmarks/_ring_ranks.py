@@ -2,8 +2,8 @@
 
     python -m benchmarks._ring_ranks --world 4 --control SOCKET --names NAMESPACE... --plan JSON
 
-Prints a JSON list of rows ``[rate, delay, bytes, seconds…]``. Ranks begin at one moment of the machine's clock, which namespaces
-share; a time is from there to the end of the last rank.
+Prints a JSON list of rows ``[rate, delay, bytes, seconds…]``. Ranks begin at one moment of the machine's clock, which
+namespaces share; a time is from there to the end of the last rank.
 """
 
 from __future__ import annotations
@@ -38,7 +38,9 @@ def main() -> int:
     torch.set_num_threads(1)
     made = Hosts(tuple(options.names), options.control)
     fork = multiprocessing.get_context("fork")
-    ranks = [fork.Process(target=_rank, args=(made, options.world, rank, options.plan)) for rank in range(options.world)]
+    ranks = [
+        fork.Process(target=_rank, args=(made, options.world, rank, options.plan)) for rank in range(options.world)
+    ]
     for rank in ranks:
         rank.start()
     while all(rank.is_alive() or rank.exitcode == 0 for rank in ranks) and any(rank.is_alive() for rank in ranks):
@@ -55,9 +57,7 @@ def _rank(made: Hosts, world: int, rank: int, plan: dict[str, Any]) -> None:
     try:
         made.enter(rank)
         start = f"tcp://{address(0)}:29500"
-        dist.init_process_group(
-            "gloo", init_method=start, rank=rank, world_size=world, timeout=timedelta(seconds=60)
-        )
+        dist.init_process_group("gloo", init_method=start, rank=rank, world_size=world, timeout=timedelta(seconds=60))
         rows = [_timed(made, Link(rate, delay), size, plan["repeats"]) for rate, delay, size in plan["settings"]]
         if rank == 0:
             print(json.dumps(rows), flush=True)

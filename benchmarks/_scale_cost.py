@@ -51,7 +51,8 @@ def line(worlds: Sequence[int], found: Sequence[float]) -> Line:
     terms = torch.stack([torch.ones(len(worlds), dtype=torch.float64), torch.tensor(worlds, dtype=torch.float64)], 1)
     solved = torch.linalg.lstsq(terms / measured[:, None], torch.ones(len(worlds), 1, dtype=torch.float64)).solution
     off = ((terms @ solved).flatten() / measured - 1).abs().max().item()
-    return Line(*(round(x, 12) for x in solved.flatten().tolist()), round(off, 6))
+    fixed, per_rank = (round(x, 12) for x in solved.flatten().tolist())
+    return Line(fixed, per_rank, round(off, 6))
 
 
 class _Fake:
@@ -83,7 +84,10 @@ class _Fake:
             self.seconds += time.perf_counter() - start
             return work
 
-        with mock.patch.object(sending.Sending, "launch", launched), mock.patch.object(sending.dist, "all_reduce", reduced):
+        with (
+            mock.patch.object(sending.Sending, "launch", launched),
+            mock.patch.object(dist, "all_reduce", reduced),
+        ):
             yield
 
 

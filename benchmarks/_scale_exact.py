@@ -1,7 +1,7 @@
-"""The gradient of many ranks against that of one large batch: ranks that are threads of one process, with real sums between them.
+"""The gradient of many ranks against that of one large batch: ranks that are threads, with real sums between them.
 
-Torch's process group of threads adds what all ranks have sent; tensors are tiny, so that a thousand ranks fit. Everything else is
-as between processes: agreement at first use, records, packing, errors.
+Torch's process group of threads adds what all ranks have sent; tensors are tiny, so that a thousand ranks fit. Everything
+else is as between processes: agreement at first use, records, packing, errors.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ WORLDS = (64, 256, 1024)
 STACK = 1 << 20
 """Bytes of a thread's."""
 SWITCH = 0.2
-"""Seconds that a thread keeps the interpreter where others want it: with Python's own 0.005, a thousand that wake up at once take
-three times as long."""
+"""Seconds that a thread keeps the interpreter where others want it: with Python's own 0.005, hundreds that wake up at once
+take three times as long."""
 LIMIT = 400.0
 """Seconds after which ranks that are not done count as hanging."""
 ROWS, WIDTH = 5, 3
@@ -38,7 +38,8 @@ class PlannedError(Exception):
 
 def on_threads(world: int, rank_fn: Callable[[int, dist.ProcessGroup], Any]) -> list[Any]:
     """What ``rank_fn(rank, group)`` returned or raised in each of ``world`` threads; ``TimeoutError`` where it did neither."""
-    store, found = dist.HashStore(), [TimeoutError("does not come back")] * world
+    store = torch._C._distributed_c10d.HashStore()
+    found: list[Any] = [TimeoutError("does not come back")] * world
 
     def run(rank: int) -> None:
         try:
@@ -66,13 +67,14 @@ def _threaded() -> Iterator[None]:
     """Process groups are of threads, which are small, and do not interrupt each other often."""
     stack, switch = threading.stack_size(STACK), sys.getswitchinterval()
     sys.setswitchinterval(SWITCH)
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
-    multi_threaded_pg._install_threaded_pg()
+    isolate: Callable[[bool], None] = torch._C._distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
+    isolate(True)
+    multi_threaded_pg._install_threaded_pg()  # type: ignore[no-untyped-call]  # torch's
     try:
         yield
     finally:
-        multi_threaded_pg._uninstall_threaded_pg()
-        torch._C._distributed_c10d._set_thread_isolation_mode(False)
+        multi_threaded_pg._uninstall_threaded_pg()  # type: ignore[no-untyped-call]  # torch's
+        isolate(False)
         threading.stack_size(stack)
         sys.setswitchinterval(switch)
 
@@ -101,7 +103,7 @@ def measure(*, quick: bool) -> dict[str, Any]:
     torch.set_num_threads(1)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {str(world): at(world) for world in (WORLDS[:1] if quick else WORLDS)}
+        return {"ranks": {str(world): at(world) for world in (WORLDS[:1] if quick else WORLDS)}}
 
 
 def at(world: int) -> dict[str, Any]:
@@ -118,7 +120,10 @@ def at(world: int) -> dict[str, Any]:
             raise AssertionError(f"rank {rank} of {world}: {answer!r}") from answer
     wrong = [_relative(_expected(world, turn), [answer[turn] for answer in answers]) for turn in (0, 1)]
     alike = all(
-        torch.equal(one, other) for turn in (0, 1) for answer in answers for one, other in zip(answers[0][turn], answer[turn], strict=True)
+        torch.equal(one, other)
+        for turn in (0, 1)
+        for answer in answers
+        for one, other in zip(answers[0][turn], answer[turn], strict=True)
     )
     named = f"because the call raised on rank {failing} of"
     told = sum(isinstance(answer[2], RuntimeError) and named in str(answer[2]) for answer in answers)
@@ -172,5 +177,7 @@ def _expected(world: int, turn: int) -> list[Tensor]:
 def _relative(expected: list[Tensor], answers: list[list[Tensor]]) -> float:
     """The largest relative error of an element of any rank."""
     return max(
-        ((found - right) / right).abs().max().item() for answer in answers for found, right in zip(answer, expected, strict=True)
+        ((found - right) / right).abs().max().item()
+        for answer in answers
+        for found, right in zip(answer, expected, strict=True)
     )

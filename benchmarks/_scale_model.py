@@ -2,9 +2,9 @@
 
     T(W, n) = 2 (W - 1) (software + delays * delay) + 2 (W - 1) / W * n * overhead / rate + local(W)
 
-of gloo's ring (Thakur, Rabenseifner and Gropp, 2005): messages, and bytes, of a rank. `software`, `delays` and `overhead` are fitted to
-all-reduces over `FITTED` ranks, and predict those over `HELD`. `delays` is not 1: gloo's receiver first tells the sender that it
-waits, so a message takes a link's delay twice. `local` is what `benchmarks._scale_cost` measures.
+of gloo's ring (Thakur, Rabenseifner and Gropp, 2005): messages, and bytes, of a rank. `software`, `delays` and `overhead` are
+fitted to all-reduces over `FITTED` ranks, and predict those over `HELD`. `delays` is not 1: gloo's receiver first tells the
+sender that it waits, so a message takes a link's delay twice. `local` is what `benchmarks._scale_cost` measures.
 """
 
 from __future__ import annotations
@@ -24,7 +24,12 @@ from benchmarks._links import Link, hosts
 
 FITTED, HELD = (2, 4), (3, 5, 6, 8)
 SETTINGS = [
-    *([rate, delay, size] for rate in (100, 400) for delay in (0.0, 0.001, 0.005) for size in (200_000, 1_000_000, 4_000_000)),
+    *(
+        [rate, delay, size]
+        for rate in (100, 400)
+        for delay in (0.0, 0.001, 0.005)
+        for size in (200_000, 1_000_000, 4_000_000)
+    ),
     [200, 0.002, 2_000_000],
 ]
 """Mbit/s, seconds, bytes."""
@@ -109,11 +114,17 @@ def errors(fit: Fit, rows: Sequence[Row]) -> list[float]:
     return [predicted(fit, row.world, row.size, Link(row.rate, row.delay)) / median(row.seconds) - 1 for row in rows]
 
 
+def errors_outside(fit: Fit, rows: Sequence[Row], worlds: Sequence[int]) -> tuple[float, float]:
+    """The least and the largest error where there are other numbers of ranks than ``worlds``, of which the fit is."""
+    found = errors(fit, [row for row in rows if row.world not in worlds])
+    return min(found), max(found)
+
+
 def break_even(once: float, every: float, compute: float) -> int | None:
     """From how many micro-batches on one boundary at the end is faster than an all-reduce in each; None: never.
 
-    ``once`` and ``every``: seconds of one; ``compute``: of a micro-batch. Every all-reduce is hidden behind a whole micro-batch's
-    arithmetic, as no implementation could better, and the one at the end behind none:
+    ``once`` and ``every``: seconds of one; ``compute``: of a micro-batch. Every all-reduce is hidden behind the arithmetic of a
+    whole micro-batch, as no implementation could better, and the one at the end behind none:
     ``k compute + once < k max(compute, every)``.
 
     >>> break_even(1.05, 1.0, 0.0), break_even(1.05, 1.0, 0.5), break_even(1.05, 1.0, 2.0)

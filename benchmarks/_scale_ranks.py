@@ -1,6 +1,6 @@
 """What one of two ranks of `benchmarks._scale_bytes` does: counts collectives and bytes of a step; started by torchrun.
 
-    torchrun … -m benchmarks._scale_ranks --workload gpt --steps 8 --result FILE
+torchrun … -m benchmarks._scale_ranks --workload gpt --steps 8 --result FILE
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
     result = {
         "steps": options.steps,
         "parameter_bytes": work.parameter_bytes,
-        "ways": {name: _counted(name, work, options.steps) for name in WAYS},
+        "ways": {name: {"gathered": way.gathered, **_counted(name, work, options.steps)} for name, way in WAYS.items()},
     }
     if dist.get_rank() == 0:
         options.result.write_text(json.dumps(result))
@@ -49,15 +49,15 @@ def main() -> None:
 
 
 def _counted(name: str, work: Workload, steps: int) -> dict[str, Any]:
-    """Of the third call: DDP has regrouped its buckets by then, and ranks have agreed."""
+    """Of calls after the second: by then DDP has regrouped its buckets, and ranks have agreed."""
     variant = WAYS[name].build(rank_share(work, dist.get_rank(), dist.get_world_size()), steps)
-    error = _error(work, variant)
+    error, interface = _error(work, variant), os.environ["GLOO_SOCKET_IFNAME"]
     variant()
     return {
         "error": error,
         "counts": collectives(variant)["counts"],
         "transport": _transported(variant),
-        "bytes": wire_bytes(variant, os.environ["GLOO_SOCKET_IFNAME"]),
+        "bytes": wire_bytes(variant, interface, 3 if interface == "lo" else 1),
     }
 
 
@@ -67,7 +67,7 @@ def _error(work: Workload, variant: Variant) -> float:
     variant.release()
     assert found.keys() == expected.keys(), "other parameters than the large batch's"
     norm = torch.linalg.vector_norm
-    error = max((norm(found[leaf] - expected[leaf]) / norm(expected[leaf])).item() for leaf in expected)
+    error: float = max((norm(found[leaf] - expected[leaf]) / norm(expected[leaf])).item() for leaf in expected)
     assert error <= EXACT, f"off the large batch's gradient by {error:.1e}"
     return error
 

@@ -7,11 +7,11 @@ timed.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from benchmarks._synced import ddp, ours
@@ -39,18 +39,17 @@ class Sharding(NamedTuple):
 
 
 def fsdp(how: Sharding) -> Callable[[Workload, int], Variant]:
-    """torch's `fully_shard`, of each block and of the rest."""
+    """torch's `fully_shard`, of each block of a GPT and of the rest."""
 
     def build(work: Workload, steps: int) -> Variant:
         model = twin(work.module)
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-        blocks = model.blocks if hasattr(model, "blocks") else ()
-        for block in blocks:
-            fully_shard(block, mesh=mesh, reshard_after_forward=how.reshard)
-        sharded = fully_shard(model, mesh=mesh, reshard_after_forward=how.reshard)
+        blocks: Any = model.blocks
+        for part in (*blocks, model):
+            fully_shard(part, mesh=mesh, reshard_after_forward=how.reshard)
+        sharded: Any = model
 
         def compute() -> Grads:
-            assert isinstance(sharded, FSDPModule)
             for index, (inputs, targets) in enumerate(microbatches(work, steps)):
                 last = index + 1 == steps
                 sharded.set_requires_gradient_sync(last or not how.deferred)
