@@ -44,6 +44,7 @@ bench: $(STAMP)
 	$(PY) -m benchmarks.through
 	$(PY) -m benchmarks.random
 	$(PY) -m benchmarks.agreement
+	$(PY) -m benchmarks.scale
 	$(PY) -m benchmarks.pages
 
 $(STAMP): pyproject.toml constraints.txt

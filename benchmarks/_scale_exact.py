@@ -40,6 +40,7 @@ def on_threads(world: int, rank_fn: Callable[[int, dist.ProcessGroup], Any]) -> 
     """What ``rank_fn(rank, group)`` returned or raised in each of ``world`` threads; ``TimeoutError`` where it did neither."""
     store = torch._C._distributed_c10d.HashStore()
     found: list[Any] = [TimeoutError("does not come back")] * world
+    over = threading.Event()
 
     def run(rank: int) -> None:
         try:
@@ -49,7 +50,8 @@ def on_threads(world: int, rank_fn: Callable[[int, dist.ProcessGroup], Any]) -> 
         except Exception as error:
             found[rank] = error
         finally:
-            if dist.is_initialized():
+            # Whoever comes back later is in another world.
+            if not over.is_set() and dist.is_initialized():
                 dist.destroy_process_group()
 
     with _threaded():
@@ -59,6 +61,7 @@ def on_threads(world: int, rank_fn: Callable[[int, dist.ProcessGroup], Any]) -> 
         deadline = time.monotonic() + LIMIT
         for thread in threads:
             thread.join(max(deadline - time.monotonic(), 0.0))
+        over.set()
     return found
 
 

@@ -1,4 +1,4 @@
-"""`docs/speed.md`, and figures of `docs/microbatch.md`, from `benchmarks/results`: as printed, and what they mean.
+"""`docs/speed.md`, `docs/scale.md` and figures of `docs/microbatch.md`, from `benchmarks/results`: as printed, and what they mean.
 
     python -m benchmarks.pages
 
@@ -16,6 +16,7 @@ from benchmarks import (
     _compiled_report,
     _microbatch_report,
     _report,
+    _scale_page,
     _through_report,
     agreement,
     optim,
@@ -24,6 +25,7 @@ from benchmarks import (
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "speed.md"
+OF_SCALE = ROOT / "docs" / "scale.md"
 OF_PIECES = ROOT / "docs" / "microbatch.md"
 
 _HEAD = """\
@@ -150,6 +152,11 @@ def page() -> str:
     return "\n".join([_HEAD, *(text.format(tables=tables) for text, tables in sections)])
 
 
+def of_scale() -> str:
+    """The page on many ranks, of the results as they are."""
+    return _scale_page.page(_results("scale"))
+
+
 def of_pieces() -> str:
     """The page on `microbatch`, with the figures of the results as they are."""
     return _microbatch_report.filled(OF_PIECES.read_text(), _results("microbatch"))
@@ -162,4 +169,5 @@ def _results(name: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     PAGE.write_text(page())
+    OF_SCALE.write_text(of_scale())
     OF_PIECES.write_text(of_pieces())

@@ -141,6 +141,7 @@ def test_links_lead_somewhere(path):
 
 def test_the_page_of_figures_is_of_these_results():
     assert pages.page() == pages.PAGE.read_text(), "run: python -m benchmarks.pages"
+    assert pages.of_scale() == pages.OF_SCALE.read_text(), "run: python -m benchmarks.pages"
     assert pages.of_pieces() == pages.OF_PIECES.read_text(), "run: python -m benchmarks.pages"
 
 

@@ -97,7 +97,7 @@ OF_SEVERAL_ROOMS = {
     "pieces": "functions",
     "optim": "bad_input donation rules schedule step wrappers",
     "through": "beside_others faults_of_others",
-    "sync": "accelerate accumulator all_reduce ends faults fuzz strides turns",
+    "sync": "accelerate accumulator all_reduce ends faults fuzz many_ranks strides turns",
 }
 """Tests of promises that no single room keeps, or that a page makes, by folder."""
 
