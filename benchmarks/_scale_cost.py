@@ -22,7 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import gradacc
 from benchmarks._measure import allocated_peak
-from gradacc._sync import sending
+from gradacc._sync.crossing import Crossing
 from gradacc._sync.link import Link
 
 WORLDS = (2, 8, 64, 512, 2048, 16384)
@@ -64,17 +64,17 @@ class _Fake:
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """In place of the ones that `gradacc._sync.sending` launches."""
-        launch, reduce = sending.Sending.launch, dist.all_reduce
+        """In place of the ones that `gradacc._sync.crossing` starts."""
+        start, reduce = Crossing.start, dist.all_reduce
 
-        def launched(self_: sending.Sending, record: Tensor | None) -> None:
+        def started(crossing: Crossing, group: dist.ProcessGroup, record: Tensor | None) -> None:
             def fill(flat: Tensor) -> None:
                 if record is not None:
-                    slots = self_._slots(flat)
-                    slots.copy_(slots[0].clone().expand_as(slots))
+                    slots = flat[len(flat) - group.size() * crossing.flat.digits :].view(group.size(), -1)
+                    slots.copy_(record.expand_as(slots))
 
             self.fill = fill
-            launch(self_, record)
+            start(crossing, group, record)
 
         def reduced(flat: Tensor, *args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
@@ -84,10 +84,7 @@ class _Fake:
             self.seconds += time.perf_counter() - start
             return work
 
-        with (
-            mock.patch.object(sending.Sending, "launch", launched),
-            mock.patch.object(dist, "all_reduce", reduced),
-        ):
+        with mock.patch.object(Crossing, "start", started), mock.patch.object(dist, "all_reduce", reduced):
             yield
 
 
