@@ -88,7 +88,7 @@ class Link(Turn):
         if self.agreement is not None and self.options.reduction == "mean":
             # Of gradients that others weigh (those of rows in the loss of the whole batch) the unit says how large they are.
             counted = weight if isinstance(weight, Tensor) or weight or unit is None else unit
-            far = scales.is_far(counted, self.agreement.scale, self.agreement.plan)
+            far = scales.is_far(counted, self.agreement.scale, self.agreement.plan, self.group.size())
             factor = 0.0 if unit is None else unit / self.agreement.scale
             if isinstance(far, Tensor):
                 self.far, self.factor = far, (~far).to(torch.float64) * factor

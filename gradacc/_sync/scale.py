@@ -7,9 +7,10 @@ NOTE [scales]
     call that went through, a number from records that all ranks have.
 
     Where that is wrong for this call, gradients cross once more, in the right scale. With numbers of the range of float32 it
-    takes weights that change by a factor of 2**12 (in float64 2**256): a rank whose own weight is that far from the scale sends
-    zeros at first, and says so in its record; what the others have sent counts. Within that factor a mean gradient's elements
-    keep their digits down to 1e-34, where float32 itself ends at 1e-38. With float16, whose range is small, everything
+    takes weights that change by a factor of 2**12 (in float64 2**256): a rank whose own weight is that far above the scale, or
+    below an even share of it, sends zeros at first, and says so in its record; what the others have sent counts. Within that
+    factor a mean gradient's elements keep their digits down to 1e-34, where float32 itself ends at 1e-38 (where all of the
+    weight is on one of W ranks, and has fallen since, to W times that). With float16, whose range is small, everything
     crosses again, not compressed, where the total weight is more than `NARROW` times, or less than 1 / `NARROW` of, the
     scale, where a sum is not finite (which is NaN or inf in the end only if it is without float16 too), and where the largest
     element is so small that float16 has fewer digits there (`NARROWEST`). Its gradients are therefore kept until the
@@ -50,14 +51,18 @@ def scale(weight: float) -> float:
     return 2.0 ** max(-1000, min(1000, round(math.log2(weight))))
 
 
-def is_far(weight: float | Tensor, one: float, plan: Plan) -> bool | Tensor:
-    """Whether gradients of so much weight would lose digits in this scale, whatever the others send."""
+def is_far(weight: float | Tensor, one: float, plan: Plan, world: int) -> bool | Tensor:
+    """Whether gradients of so much weight would lose digits in this scale, whatever the others send.
+
+    One of ``world`` ranks has a part of the total weight, which is small among many without anything having changed: where it
+    is too small, that is of the average rank's.
+    """
     if isinstance(weight, Tensor):
         ratio = weight / one
         limit = max(plan.limit, UNREAD)
-        far: Tensor = (weight != 0) & ~((ratio >= 1.0 / limit) & (ratio <= limit))
+        far: Tensor = (weight != 0) & ~((ratio * world >= 1.0 / limit) & (ratio <= limit))
         return far & (not plan.narrow)
-    return bool(weight) and not plan.narrow and not 1.0 / plan.limit <= weight / one <= plan.limit
+    return bool(weight) and not plan.narrow and not 1.0 / (plan.limit * world) <= weight / one <= plan.limit
 
 
 def is_wrong(weight: float, one: float) -> bool:

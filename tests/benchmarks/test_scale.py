@@ -28,6 +28,11 @@ def test_cost_and_what_was_measured_before_is_kept(tmp_path, capsys):
     assert "88 bytes a rank" in capsys.readouterr().out
 
 
+def test_gradients_of_very_many_ranks_cross_once():
+    """Of which each has 1 / 16384 of the weight."""
+    assert _scale_cost._at(16384, 1)["collectives"] == 1
+
+
 def test_a_fit_is_found_again_and_what_is_no_ring_is_not():
     def rows(seconds):
         return [

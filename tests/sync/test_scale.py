@@ -66,6 +66,13 @@ def test_extreme_weights(pool, dtype, compress, overlap):
 
 
 @pytest.mark.parametrize("overlap", [False, True])
+def test_a_small_part_of_the_weight_is_no_change_of_it(pool, overlap):
+    """Gradients of a rank that has little cross with those of the others, call after call."""
+    counts = check(pool, [(8000.0, 1.25)] * 4, 1.0, torch.float32, {"overlap": overlap}, 1e-6)
+    assert counts[1:] == [1, 1, 1]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
 def test_float16_that_overflows(pool, reduction, overlap):
     """A gradient beyond 65504, on the wire or only in the sum, is not inf; a true inf or NaN is."""
