@@ -90,7 +90,7 @@ class _Fake:
 
 def measure(*, quick: bool) -> dict[str, Any]:
     """At every number of ranks."""
-    worlds, rounds = (WORLDS[:4], 3) if quick else (WORLDS, 9)
+    worlds, rounds = (WORLDS[:4], 3) if quick else (WORLDS, 15)
     return {
         "leaves": LEAVES,
         "gradient_bytes": LEAVES * NUMEL * 4,

@@ -67,7 +67,8 @@ def _cost(found: dict[str, Any]) -> str:
             f"As lines: {time.fixed * 1e3:.1f} ms and **{time.per_rank * 1e6:.1f} µs a rank** (points are off by up to "
             f"{time.off:.0%}); {held.fixed / MB:.1f} MB and **{held.per_rank:.0f} bytes a rank** held; "
             f"{wire.fixed / MB:.1f} MB and **{wire.per_rank:.0f} bytes a rank** in the all-reduce. "
-            f"{found['leaves']} parameters, gradients of {found['gradient_bytes'] / MB:.0f} MB in float32, {found['rounds']} calls.",
+            f"{found['leaves']} parameters, gradients of {found['gradient_bytes'] / MB:.0f} MB in float32, "
+            f"{found['rounds']} calls.",
         ]
     )
 

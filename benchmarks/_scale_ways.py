@@ -10,10 +10,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
+import gradacc
 from benchmarks._synced import ddp, ours
 from benchmarks._variants import Grads, Variant, microbatches, twin
 from benchmarks._workloads import Workload
@@ -62,6 +64,32 @@ def fsdp(how: Sharding) -> Callable[[Workload, int], Variant]:
     return build
 
 
+def sharded_step(**how: Any) -> Callable[[Workload, int], Variant]:
+    """`gradacc.reduce_scatter`, and the step of a sharded SGD, which gathers parameters; gradients are told from those."""
+
+    def build(work: Workload, steps: int) -> Variant:
+        apply, params, _ = gradacc.functional(twin(work.module))
+
+        def loss(params: Grads, batch: tuple[Tensor, Tensor]) -> Tensor:
+            return work.loss(apply(params, batch[0]), batch[1])
+
+        group = dist.new_group()
+        grad_fn = gradacc.accumulate(loss, steps=steps, sync=gradacc.reduce_scatter(group, **how))
+        # Of a rate at which gradients are not lost beside the parameters' own digits.
+        rate = 1e3
+        optimizer = gradacc.optim.sharded(gradacc.optim.sgd(rate), group)
+        state = optimizer.init(params)
+
+        def compute() -> Grads:
+            grads = grad_fn(params, (work.inputs, work.targets))
+            stepped: Any = optimizer.step(params, grads, state)[0]
+            return {name: (leaf - stepped[name]) / rate for name, leaf in params.items()}
+
+        return Variant(compute, lambda: None)
+
+    return build
+
+
 def whole(grads: Grads) -> Grads:
     """Gradients of which a rank has a part, put together: to check them, outside of what is counted."""
     return {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in grads.items()}
@@ -72,6 +100,9 @@ OURS = "gradacc, `all_reduce()`"
 WAYS: dict[str, Way] = {
     OURS: Way(ours(), WHOLE),
     "gradacc, `all_reduce(overlap=True)`": Way(ours(overlap=True), WHOLE),
+    "gradacc, `all_reduce(ordered=True)`": Way(ours(ordered=True), WHOLE),
+    "gradacc, `reduce_scatter()`, `optim.sharded`": Way(sharded_step(), PART),
+    "gradacc, `reduce_scatter(overlap=True)`, `optim.sharded`": Way(sharded_step(overlap=True), PART),
     "DDP, `no_sync`": Way(ddp(skip=True), WHOLE),
     "DDP, every micro-batch": Way(ddp(skip=False), WHOLE),
     "FSDP2, every micro-batch": Way(fsdp(Sharding()), PART),

@@ -1,4 +1,4 @@
-"""`docs/speed.md`, `docs/scale.md` and figures of `docs/microbatch.md`, from `benchmarks/results`: as printed, and what they mean.
+"""`docs/speed.md`, `docs/scale.md` and figures of `docs/microbatch.md`, from `benchmarks/results`, and what they mean.
 
     python -m benchmarks.pages
 

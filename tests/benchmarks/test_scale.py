@@ -14,7 +14,10 @@ KNOWN = Fit(software=0.001, delays=2.0, overhead=1.05)
 
 
 def test_cost_and_what_was_measured_before_is_kept(tmp_path, capsys):
-    kept = {"load": 0.0, "ranks": {"64": {"error": 1e-15, "alike": True, "empty": 1, "examples": 9, "told": 64, "seconds": 1}}}
+    kept = {
+        "load": 0.0,
+        "ranks": {"64": {"error": 1e-15, "alike": True, "empty": 1, "examples": 9, "told": 64, "seconds": 1}},
+    }
     (tmp_path / "scale.json").write_text(json.dumps({"parts": {"exactness": kept}}))
     assert scale.main(["--part", "cost", "--quick", "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "scale.json").read_text())["parts"]
@@ -64,6 +67,8 @@ def test_collectives_and_bytes():
     ways, size = found["ways"], found["parameter_bytes"]
     assert ways[OURS]["counts"] == {"allreduce": 1}
     assert ways[OURS]["transport"] == {"gloo:all_reduce": 1}
+    assert ways["gradacc, `all_reduce(ordered=True)`"]["counts"] == {"alltoall_base": 1, "allgather_base": 1}
+    assert ways["gradacc, `reduce_scatter()`, `optim.sharded`"]["counts"] == {"alltoall_base": 1, "allgather_base": 1}
     assert ways["DDP, `no_sync`"]["counts"] == {"allreduce": 1}
     assert ways["DDP, every micro-batch"]["counts"] == {"allreduce": 8}
     modules = 7  # six blocks, and the rest
