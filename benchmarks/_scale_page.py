@@ -9,8 +9,9 @@ from benchmarks._scale_report import tables
 _PAGE = """\
 # Many ranks
 
-This page is generated from `benchmarks/results` by `python -m benchmarks.pages`; `python -m benchmarks.scale` measures anew, in
-some minutes on two cores. Nothing here ran on a cluster. Each claim is put to the cheapest method that could refute it:
+This page is generated from `benchmarks/results` by `python -m benchmarks.pages`; `python -m benchmarks.scale` measures
+anew, in some minutes on two cores. Nothing here ran on a cluster. Each claim is put to the cheapest method that could
+refute it:
 
 | claim | method | would be refuted by |
 |---|---|---|
@@ -25,42 +26,43 @@ and kernel | one more collective or byte |
 ## Exactness
 
 Threads of one process, with torch's process group for them: what crosses is really added. Shares are uneven (none to four
-examples in two micro-batches), a fifth of the ranks have none; float64, against autograd over one large batch. Of three calls the
-second fails on one rank: that rank raises its own error, all others one that names it, and the third call goes on.
+examples in two micro-batches), a fifth of the ranks have none; float64, against autograd over one large batch. Of three
+calls the second fails on one rank: that rank raises its own error, all others one that names it, and the third call goes
+on.
 
 {exactness}
 
-Each rank reads the records of all, so in one process the time grows at least with the square of the ranks; 1024 threads fit into
-two cores and 2 GB.
+Each rank reads the records of all, so in one process the time grows at least with the square of the ranks; 1024 threads fit
+into two cores and 2 GB.
 
 ## What a rank does itself
 
-From the last micro-batch to the result: packing, records, reading them, unpacking; what the all-reduce takes is not in it. A fake
-process group, whose ranks have all sent the same record.
+From the last micro-batch to the result: packing, records, reading them, unpacking; what the all-reduce takes is not in it.
+A fake process group, whose ranks have all sent the same record.
 
 {cost}
 
-The bytes a rank are its record, which every rank gets from every other in the same all-reduce; beside the gradients they are
-nothing before there are tens of thousands. [First use](speed.md#first-use) has its own table.
+The bytes a rank are its record, which every rank gets from every other in the same all-reduce; beside the gradients they
+are nothing before there are tens of thousands. [First use](speed.md#first-use) has its own table.
 
 ## Collectives and bytes
 
-A step of a GPT with six layers, after which every rank has the gradient, or its part of it. FSDP2 shards each block and the rest,
-seven groups. It keeps parameters sharded, which is what it is for, and pays for it in bytes: *deferred* is
-`set_requires_gradient_sync(False)` until the last micro-batch, while the whole gradient accumulates on every rank; *parameters
-kept* adds `set_reshard_after_backward(False)`, with which each rank holds them whole too. `optim.sharded` is with the step of the
-optimizer, which gathers parameters as FSDP2's next forward pass does.
+A step of a GPT with six layers, after which every rank has the gradient, or its part of it. FSDP2 shards each block and the
+rest, seven groups. It keeps parameters sharded, which is what it is for, and pays for it in bytes: *deferred* is
+`set_requires_gradient_sync(False)` until the last micro-batch, while the whole gradient accumulates on every rank;
+*parameters kept* adds `set_reshard_after_backward(False)`, with which each rank holds them whole too. `optim.sharded` is
+with the step of the optimizer, which gathers parameters as FSDP2's next forward pass does.
 
 {bytes}
 
-A collective is counted where it is asked for, by torch's dispatcher (*of them*), and where it is carried out, by the profiler's
-records of gloo (which has no reduce-scatter of its own: it all-reduces, and keeps a part; NCCL has one, of half the bytes). Bytes
-are those of the kernel's counter of the interface, headers included.
+A collective is counted where it is asked for, by torch's dispatcher (*of them*), and where it is carried out, by the
+profiler's records of gloo (which has no reduce-scatter of its own: it all-reduces, and keeps a part; NCCL has one, of half
+the bytes). Bytes are those of the kernel's counter of the interface, headers included.
 
 ## Time
 
-All-reduces of 0.2 to 4 MB over links of 100 to 400 Mbit/s and 0 to 5 ms, which a relay between network namespaces keeps to. Links
-are slow on purpose: the ranks share two cores, and what is measured shall be the link. The model is that of a ring,
+All-reduces of 0.2 to 4 MB over links of 100 to 400 Mbit/s and 0 to 5 ms, which a relay between network namespaces keeps to.
+Links are slow on purpose: the ranks share two cores, and what is measured shall be the link. The model is that of a ring,
 
 ```text
 T(W, n) = 2 (W - 1) (software + delays * delay) + 2 (W - 1) / W * n * overhead / rate
@@ -70,13 +72,13 @@ with three numbers for all links, sizes and ranks.
 
 {model}
 
-The first table is what the model is worth. The ranges in the second one are the held-out errors; nothing vouches for them at 1024
-ranks but that they do not grow from 3 to 8. Most of the time there is messages, by the ring that gloo makes; NCCL has trees. What
-stays is the comparison, as both ways make the same all-reduces. *Once* includes [what a rank does itself](#what-a-rank-does-itself).
-*From k on* is the number of micro-batches from which one boundary at the end is faster than an all-reduce in each, where each of
-those hides behind all of a micro-batch's arithmetic (as none could better), and the one at the end behind none. Without arithmetic
-to hide behind it is 2, for any link and number of ranks; where a micro-batch computes for longer than the network takes, the
-all-reduces of all micro-batches cost no time, only bytes.
+The first table is what the model is worth. The ranges in the second one are the held-out errors; nothing vouches for them
+at 1024 ranks but that they do not grow from 3 to 8. Most of the time there is messages, by the ring that gloo makes; NCCL
+has trees. What stays is the comparison, as both ways make the same all-reduces. *Once* includes [what a rank does
+itself](#what-a-rank-does-itself). *From k on* is the number of micro-batches from which one boundary at the end is faster
+than an all-reduce in each, where each of those hides behind all of a micro-batch's arithmetic (as none could better), and
+the one at the end behind none. Without arithmetic to hide behind it is 2, for any link and number of ranks; where a
+micro-batch computes for longer than the network takes, the all-reduces of all micro-batches cost no time, only bytes.
 
 ![one rank's own time, the model, and what it says of more ranks](../benchmarks/results/scale.png)
 """
