@@ -13,6 +13,7 @@ import heapq
 import os
 import select
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -34,7 +35,7 @@ _TCP = {
     "tcp_slow_start_after_idle": "0",
 }
 """Windows that do not have to open first: of a model of links, TCP's own clock is no part."""
-_TUNSETIFF, _IFF_TUN, _IFF_NO_PI, _CLONE_NEWNET = 0x400454CA, 0x0001, 0x1000, 0x40000000
+_TUNSETIFF, _IFF_TUN, _IFF_NO_PI, _CLONE_NEWNET, _PR_SET_PDEATHSIG = 0x400454CA, 0x0001, 0x1000, 0x40000000, 1
 
 
 class Link(NamedTuple):
@@ -162,7 +163,13 @@ class _Relay:
         return 1.0
 
 
+def end_with_parent() -> None:
+    """This process is killed when the one that started it ends, however that is."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def _relay(control: str, names: Sequence[str]) -> None:
+    end_with_parent()
     relay = _Relay([_device(index, name) for index, name in enumerate(names)])
     senders = {end: index for index, end in enumerate(relay.ends)}
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:

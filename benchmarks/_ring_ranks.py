@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from benchmarks._links import Hosts, Link, address
+from benchmarks._links import Hosts, Link, address, end_with_parent
 
 AHEAD = 0.02
 """Seconds between rank 0's word of the beginning and the beginning, beside the links' own delay."""
@@ -55,6 +55,7 @@ def main() -> int:
 
 def _rank(made: Hosts, world: int, rank: int, plan: dict[str, Any]) -> None:
     try:
+        end_with_parent()
         made.enter(rank)
         start = f"tcp://{address(0)}:29500"
         dist.init_process_group("gloo", init_method=start, rank=rank, world_size=world, timeout=timedelta(seconds=60))

@@ -33,7 +33,7 @@ SETTINGS = [
     [200, 0.002, 2_000_000],
 ]
 """Mbit/s, seconds, bytes."""
-LIMIT = 150.0
+LIMIT = 300.0
 """Seconds after which ranks are ended."""
 
 

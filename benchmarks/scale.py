@@ -45,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parse(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended by SIGTERM"))  # an exception, so that all is cleaned up
     torch.set_num_threads(1)
+    options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "scale.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"parts": {}}
     results["machine"] = machine(torch.device("cpu"), ())
@@ -54,8 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             results["parts"][part] = {"load": round(load, 1), **PARTS[part](quick=options.quick)}
         except UnavailableError as reason:
             print(f"{part}: left out, {reason}", file=sys.stderr)
-    options.out.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
+        path.write_text(json.dumps(results, indent=1) + "\n")
     draw(results, options.out / "scale.png")
     print("\n\n".join(f"{part}\n\n{text}" for part, text in tables(results).items()))
     return 0

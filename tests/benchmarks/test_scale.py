@@ -1,6 +1,11 @@
 """The evidence of scale: each part runs in its smallest form, and finds what the pages say."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +15,7 @@ from benchmarks._network import UnavailableError
 from benchmarks._scale_model import Fit, Row, break_even, errors, fitted, predicted
 from benchmarks._scale_ways import OURS
 
+ROOT = Path(__file__).parents[2]
 KNOWN = Fit(software=0.001, delays=2.0, overhead=1.05)
 
 
@@ -102,6 +108,29 @@ def test_links_do_what_they_are_told(link):
     (row,) = _scale_model._measured(2, [[link.rate, link.delay, size]], 3)
     least = predicted(Fit(0.0, 1.0, 1.0), 2, size, link)
     assert least <= min(row.seconds) < 2 * least + 0.1
+
+
+@pytest.mark.slow
+def test_nothing_is_left_when_it_is_interrupted(tmp_path):
+    """No namespace, no relay, no rank."""
+    command = [sys.executable, "-m", "benchmarks.scale", "--quick", "--part", "model", "--out", str(tmp_path)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as run:
+        own, deadline = f"gradacc-{run.pid}-", time.monotonic() + 60
+        while len(processes(own)) < 4 and run.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if run.poll() == 0:
+            pytest.skip("no links can be made here")
+        assert len(processes(own)) >= 4, "the relay, who starts the ranks, and two of them"
+        run.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert not processes(own)
+    assert own not in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True, check=True).stdout
+
+
+def processes(own):
+    """Those in whose command this stands."""
+    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    return [line for line in listed.splitlines() if own in line]
 
 
 @pytest.mark.slow
