@@ -20,9 +20,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks._measure import Run
 from benchmarks._ranks import collectives, wire_bytes
-from benchmarks._scale_ways import WAYS, whole
+from benchmarks._scale_ways import WAYS, Way, whole
 from benchmarks._synced import EXACT, rank_share
-from benchmarks._variants import Variant, large_batch
+from benchmarks._variants import Grads, Variant, large_batch
 from benchmarks._workloads import WORKLOADS, Workload
 
 
@@ -37,10 +37,14 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=timedelta(seconds=120))
     work = WORKLOADS[options.workload](torch.device("cpu")).resized(2 * options.steps)
+    expected = large_batch(work)
     result = {
         "steps": options.steps,
         "parameter_bytes": work.parameter_bytes,
-        "ways": {name: {"gathered": way.gathered, **_counted(name, work, options.steps)} for name, way in WAYS.items()},
+        "ways": {
+            name: {"gathered": way.gathered, **_counted(way, work, options.steps, expected)}
+            for name, way in WAYS.items()
+        },
     }
     if dist.get_rank() == 0:
         options.result.write_text(json.dumps(result))
@@ -48,10 +52,10 @@ def main() -> None:
     dist.destroy_process_group()
 
 
-def _counted(name: str, work: Workload, steps: int) -> dict[str, Any]:
+def _counted(way: Way, work: Workload, steps: int, expected: Grads) -> dict[str, Any]:
     """Of calls after the second: by then DDP has regrouped its buckets, and ranks have agreed."""
-    variant = WAYS[name].build(rank_share(work, dist.get_rank(), dist.get_world_size()), steps)
-    error, interface = _error(work, variant), os.environ["GLOO_SOCKET_IFNAME"]
+    variant = way.build(rank_share(work, dist.get_rank(), dist.get_world_size()), steps)
+    error, interface = _error(expected, variant), os.environ["GLOO_SOCKET_IFNAME"]
     variant()
     return {
         "error": error,
@@ -61,9 +65,9 @@ def _counted(name: str, work: Workload, steps: int) -> dict[str, Any]:
     }
 
 
-def _error(work: Workload, variant: Variant) -> float:
+def _error(expected: Grads, variant: Variant) -> float:
     """Largest relative error (2-norm, leaf by leaf) from the large batch's gradient. What is wrong is not counted."""
-    expected, found = large_batch(work), whole(variant.compute())
+    found = whole(variant.compute())
     variant.release()
     assert found.keys() == expected.keys(), "other parameters than the large batch's"
     norm = torch.linalg.vector_norm
