@@ -38,7 +38,8 @@ into two cores and 2 GB.
 ## What a rank does itself
 
 From the last micro-batch to the result: packing, records, reading them, unpacking; what the all-reduce takes is not in it.
-A fake process group, whose ranks have all sent the same record.
+A fake process group, whose ranks have all sent the same record. Memory is over the gradients, which are let go as they are
+packed.
 
 {cost}
 
@@ -72,13 +73,14 @@ with three numbers for all links, sizes and ranks.
 
 {model}
 
-The first table is what the model is worth. The ranges in the second one are the held-out errors; nothing vouches for them
-at 1024 ranks but that they do not grow from 3 to 8. Most of the time there is messages, by the ring that gloo makes; NCCL
-has trees. What stays is the comparison, as both ways make the same all-reduces. *Once* includes [what a rank does
-itself](#what-a-rank-does-itself). *From k on* is the number of micro-batches from which one boundary at the end is faster
-than an all-reduce in each, where each of those hides behind all of a micro-batch's arithmetic (as none could better), and
-the one at the end behind none. Without arithmetic to hide behind it is 2, for any link and number of ranks; where a
-micro-batch computes for longer than the network takes, the all-reduces of all micro-batches cost no time, only bytes.
+The first table is what the model is worth: whether its errors grow with the ranks that it has not seen is all that can be
+told of 1024 from here. The ranges in the second one are those errors. Most of the time at 1024 is messages, by the ring
+that gloo makes; NCCL has trees. What stays is the comparison, as both ways make the same all-reduces. *Once* includes [what
+a rank does itself](#what-a-rank-does-itself). *From k on* is the number of micro-batches from which one boundary at the end
+is faster than an all-reduce in each, where each of those hides behind all of a micro-batch's arithmetic (as none could
+better), and the one at the end behind none. Without arithmetic to hide behind it is 2, for any link and number of ranks;
+where a micro-batch computes for longer than the network takes, the all-reduces of all micro-batches cost no time, only
+bytes.
 
 ![one rank's own time, the model, and what it says of more ranks](../benchmarks/results/scale.png)
 """
