@@ -114,7 +114,7 @@ def test_links_do_what_they_are_told(link):
 def test_nothing_is_left_when_it_is_interrupted(tmp_path):
     """No namespace, no relay, no rank."""
     command = [sys.executable, "-m", "benchmarks.scale", "--quick", "--part", "model", "--out", str(tmp_path)]
-    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL) as run:
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
         own, deadline = f"gradacc-{run.pid}-", time.monotonic() + 60
         while len(processes(own)) < 4 and run.poll() is None and time.monotonic() < deadline:
             time.sleep(0.1)
@@ -129,7 +129,7 @@ def test_nothing_is_left_when_it_is_interrupted(tmp_path):
 
 def processes(own):
     """Those in whose command this stands."""
-    listed = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    listed = subprocess.run(["ps", "-wweo", "args"], capture_output=True, text=True, check=True).stdout
     return [line for line in listed.splitlines() if own in line]
 
 
