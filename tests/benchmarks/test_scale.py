@@ -68,6 +68,7 @@ def test_break_even_is_the_first_number_that_is_faster(compute):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(700)
 def test_collectives_and_bytes():
     found = _scale_bytes.measure(quick=True)
     ways, size = found["ways"], found["parameter_bytes"]
@@ -134,6 +135,7 @@ def processes(own):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_all_of_it(tmp_path, capsys):
     assert scale.main(["--quick", "--out", str(tmp_path)]) == 0
     parts = json.loads((tmp_path / "scale.json").read_text())["parts"]
