@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from gradacc.checkpoint._parts import Part
+
 if TYPE_CHECKING:  # importing it takes a second
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
     from torch.distributed.checkpoint.metadata import Metadata
@@ -48,24 +50,32 @@ class Planned(NamedTuple):
     plan: SavePlan
 
 
-class Written(NamedTuple):
-    """What one rank has written: ``results`` for DCP, and every tensor's place by key."""
+class Chunk(NamedTuple):
+    """Elements of a tensor that is divided, and where they are."""
 
-    metadata: Metadata
+    offset: int
+    length: int
+    place: Place
+
+
+class Written(NamedTuple):
+    """What one rank has written: ``results`` for DCP, tensors' places by key, and of tensors that are divided, its chunks."""
+
     results: list[WriteResult]
     places: dict[str, Place]
+    chunks: dict[str, Chunk]
 
 
-def plan(tensors: dict[str, Tensor], rank: int) -> Planned:
+def plan(tensors: dict[str, Tensor | Part], rank: int) -> Planned:
     """The first step, on each rank."""
-    from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+    from gradacc.checkpoint._planner import SavePlanner
 
-    planner = DefaultSavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    planner = SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner(dict(tensors), is_coordinator=rank == 0)
     return Planned(planner, planner.create_local_plan())
 
 
-def write(folder: Path, planned: Planned, plans: Sequence[SavePlan], rank: int) -> Written:
+def write(folder: Path, planned: Planned, plans: Sequence[SavePlan], rank: int) -> tuple[Metadata, Written]:
     """The second step, on each rank: its share of what all have planned. One rank writes what several have.
 
     Raises:
@@ -86,7 +96,15 @@ def write(folder: Path, planned: Planned, plans: Sequence[SavePlan], rank: int) 
         if not isinstance(reason, OSError):
             raise
         raise OSError(reason.errno, reason.strerror, str(folder)) from error
-    return Written(metadata, results, {result.index.fqn: _place(folder, result.storage_data) for result in results})
+    written = Written(results, {}, {})
+    for result in results:
+        key, place = result.index.fqn, _place(folder, result.storage_data)
+        part = planner.state_dict[key]
+        if isinstance(part, Part):
+            written.chunks[key] = Chunk(part.facts.offset, part.facts.length, place)
+        else:
+            written.places[key] = place
+    return metadata, written
 
 
 def finish(folder: Path, metadata: Metadata, results: list[list[WriteResult]]) -> Place:
@@ -104,26 +122,22 @@ def finish(folder: Path, metadata: Metadata, results: list[list[WriteResult]]) -
     return Place(METADATA, 0, length, sha256(folder / METADATA, 0, length))
 
 
-def read(folder: Path, place: Place, out: Tensor) -> None:
-    """Read one tensor into ``out``, which is on the CPU and has its shape and dtype."""
+def read(folder: Path, place: Place, out: Tensor, at: Sequence[int] | None = None) -> None:
+    """Read one tensor into ``out``, which is on the CPU and has its dtype, and its shape; or, from ``at`` on, a part of it."""
     from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
     from torch.distributed.checkpoint.filesystem import FileSystemReader
-    from torch.distributed.checkpoint.metadata import (
-        ChunkStorageMetadata,
-        Metadata,
-        MetadataIndex,
-        TensorProperties,
-        TensorStorageMetadata,
-    )
+    from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex
+    from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
     start = torch.Size([0] * out.dim())
-    described = TensorStorageMetadata(TensorProperties(out.dtype), out.shape, [ChunkStorageMetadata(start, out.shape)])
-    metadata = Metadata({"": described}, storage_data={MetadataIndex("", start): place})
+    index = MetadataIndex("", start)
+    metadata = Metadata({}, storage_data={index: place})
     planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     planner.set_up_planner({"": out}, metadata, is_coordinator=True)
     reader = FileSystemReader(folder)
     reader.set_up_storage_reader(metadata, True)
-    reader.read_data(planner.create_local_plan(), planner).wait()
+    wanted = ReadItem(LoadItemType.TENSOR, index, start, index, start if at is None else torch.Size(at), out.shape)
+    reader.read_data(LoadPlan([wanted]), planner).wait()
 
 
 def sha256(file: Path, offset: int, length: int) -> str:

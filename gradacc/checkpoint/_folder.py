@@ -27,7 +27,8 @@ from gradacc.checkpoint import _lock
 
 MANIFEST = "checkpoint.json"
 LOCK = "checkpoint.lock"
-VERSION = 1
+VERSION = 2
+"""The latest format: 2 has tensors that are divided over ranks. What has none is written as 1, as it was before."""
 
 _FORMAT = "gradacc.checkpoint"
 _UNFINISHED = MANIFEST + ".tmp"
@@ -70,7 +71,11 @@ def publish(folder: Path, body: dict[str, Any]) -> None:
         OSError: it is not known to be on the disk: `read` may find it, or the one before.
     """
     text = json.dumps(body, separators=(",", ":")).encode()
-    header = {"format": _FORMAT, "version": VERSION, "sha256": hashlib.sha256(text).hexdigest()}
+    header = {
+        "format": _FORMAT,
+        "version": VERSION if body["chunks"] else 1,
+        "sha256": hashlib.sha256(text).hexdigest(),
+    }
     with (folder / _UNFINISHED).open("wb") as stream:
         stream.write(json.dumps(header).encode() + b"\n" + text)
         stream.flush()
@@ -113,9 +118,10 @@ def read(name: str, folder: Path) -> dict[str, Any]:
         written_by = None
     if written_by != _FORMAT:
         raise ValueError(f"{name}: {folder / MANIFEST} is damaged, or not of a checkpoint of gradacc. {fix}")
-    if version != VERSION:
+    if version not in range(1, VERSION + 1):
         raise ValueError(
-            f"{name}: {folder} is a checkpoint of format {version}, and this version of gradacc knows format {VERSION}. {fix}"
+            f"{name}: {folder} is a checkpoint of format {version}, and this version of gradacc knows formats 1 to {VERSION}. "
+            f"{fix}"
         )
     if hashlib.sha256(text).hexdigest() != digest:
         raise ValueError(f"{name}: {folder / MANIFEST} is damaged (truncated or changed). {fix}")
@@ -159,17 +165,33 @@ def _is_body(body: Any) -> bool:
     if not isinstance(body, dict):
         return False
     leaves, values, places = (body.get(name) for name in ("leaves", "values", "places"))
+    chunks = body.setdefault("chunks", {})  # there are none in what was written before there could be
     return (
         isinstance(body.get("data"), str)
         and _DATA.fullmatch(body["data"]) is not None
         and isinstance(leaves, dict)
         and isinstance(values, dict)
         and isinstance(places, dict)
-        and leaves.keys() == values.keys() | places.keys()
+        and isinstance(chunks, dict)
+        and leaves.keys() == values.keys() | places.keys() | chunks.keys()
         and all(isinstance(title, str) for title in leaves.values())
         and all(type(value).__name__ == leaves[key] for key, value in values.items())
         and all(_is_place(place) for place in (body.get("metadata"), *places.values()))
+        and all(_are_chunks(found) for found in chunks.values())
     )
+
+
+def _are_chunks(chunks: Any) -> bool:
+    """Whether these are the chunks of a tensor, without a hole between them."""
+    end = 0
+    for chunk in chunks if isinstance(chunks, list) else [None]:
+        if not isinstance(chunk, list) or len(chunk) != 3 or [type(item) for item in chunk[:2]] != [int, int]:
+            return False
+        offset, length, place = chunk
+        if offset != end or length < 0 or not _is_place(place):
+            return False
+        end += length
+    return True
 
 
 def _is_place(place: Any) -> bool:

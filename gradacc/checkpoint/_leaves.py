@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from gradacc import _keys, _tree
 from gradacc._describe import describe
+from gradacc.checkpoint import _parts
+from gradacc.checkpoint._parts import Part
 
 Value: TypeAlias = bool | int | float | str
-Leaf: TypeAlias = Tensor | Value
+Leaf: TypeAlias = Tensor | Part | Value
 
 FACTS = ".facts"
 """Behind the path of a node with facts: their key. No child of such a node is called that."""
@@ -27,13 +29,14 @@ _TENSORS = (Tensor, nn.Parameter)
 
 
 def flatten(name: str, tree: Any, root: str) -> tuple[list[str], list[Any], _tree.TreeDef]:
-    """Keys, leaves and structure; a key is the leaf's path below the root: ``['w']``, ``.params[0]``.
+    """Keys, leaves and structure; a key is the leaf's path below the root: ``['w']``, ``.params[0]``. NOTE [parts]
 
     Raises:
         ValueError: two leaves have the same path.
     """
-    leaves, treedef = _tree.flatten(tree)
-    keys = [path[len(root) :] for path in _tree.paths(treedef, root)]
+    treedef = _tree.flatten(tree)[1]
+    paths, leaves = _parts.flatten(tree, root)
+    keys = [path[len(root) :] for path in paths]
     if len(set(keys)) < len(keys):
         twice = next(key for index, key in enumerate(keys) if key in keys[:index])
         raise ValueError(f"{name}: two leaves are called {root}{twice}; give dict keys different reprs")
@@ -94,8 +97,11 @@ def check(name: str, path: str, leaf: Any) -> Leaf:
 
     Raises:
         TypeError: it cannot.
-        ValueError: it is an int of more digits than Python reads.
+        ValueError: it is an int of more digits than Python reads, or a part without its elements.
     """
+    if isinstance(leaf, Part):
+        check(name, path, leaf.values)
+        return _parts.check(name, path, leaf)
     if type(leaf) is int:
         try:
             long = len(str(abs(leaf))) > sys.int_info.default_max_str_digits
@@ -138,10 +144,26 @@ def check(name: str, path: str, leaf: Any) -> Leaf:
 
 def title(leaf: Leaf) -> str:
     """What must be the same in a checkpoint and in ``like``: ``float32 (2, 3)``, ``int``."""
+    if isinstance(leaf, Part):
+        return f"{str(leaf.values.dtype)[6:]} {leaf.facts.shape}"
     return f"{str(leaf.dtype)[6:]} {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else type(leaf).__name__
 
 
-def fingerprint(leaf: Leaf) -> tuple[str, str]:
+def fingerprints(found: dict[str, Leaf]) -> dict[str, tuple[str, str]]:
+    """What must be the same on two ranks, by key: of a part, what it is of; and the elements, where both have these."""
+    told = {}
+    for key, leaf in found.items():
+        if isinstance(leaf, Part):
+            told[key] = title(leaf), ""
+            told[f"{key} from {leaf.facts.offset} to {leaf.facts.offset + leaf.facts.length}"] = fingerprint(
+                leaf.values
+            )
+        else:
+            told[key] = fingerprint(leaf)
+    return told
+
+
+def fingerprint(leaf: Tensor | Value) -> tuple[str, str]:
     """Equal for equal bits: the title; and a tensor's SHA-256, or the value."""
     if not isinstance(leaf, Tensor):
         return title(leaf), json.dumps(leaf)

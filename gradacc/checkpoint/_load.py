@@ -7,14 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from gradacc import _tree
-from gradacc.checkpoint import _dcp, _folder, _leaves
+from gradacc.checkpoint import _folder, _leaves, _parts, _read
+from gradacc.checkpoint._parts import Part
 
 _NAME = "load"
-_BY_KEY = ("leaves", "values", "places")
+_BY_KEY = ("leaves", "values", "places", "chunks")
 
 
 def load(path: str | os.PathLike[str], like: Any) -> Any:
@@ -60,19 +60,23 @@ def load(path: str | os.PathLike[str], like: Any) -> Any:
     for key, leaf in zip(keys, leaves, strict=True):
         if leaf is not ...:
             _leaves.check(_NAME, f"like{key}", leaf)
+        if isinstance(leaf, Part):
+            _parts.check_here(_NAME, f"like{key}", leaf.facts)
     while True:
         body = _folder.read(_NAME, folder)
         try:
-            return _read(folder, body, like)
+            return _tree_of(folder, body, like)
         except (OSError, ValueError):
             if body["data"] == _folder.read(_NAME, folder)["data"]:
                 raise
         # Another process has saved the next one, and removed this one, in the meantime.
 
 
-def _read(folder: Path, body: dict[str, Any], like: Any) -> Any:
+def _tree_of(folder: Path, body: dict[str, Any], like: Any) -> Any:
     """What was saved, as a tree like ``like``."""
-    titles, values, places = ({_leaves.escaped(key): value for key, value in body[of].items()} for of in _BY_KEY)
+    titles, values, places, chunks = (
+        {_leaves.escaped(key): value for key, value in body[of].items()} for of in _BY_KEY
+    )
     try:
         like, facts = _leaves.with_saved_facts(like, values)
     except ValueError as error:
@@ -80,16 +84,12 @@ def _read(folder: Path, body: dict[str, Any], like: Any) -> Any:
     keys, leaves, treedef = _leaves.flatten(_NAME, like, "like")
     named = list(map(_leaves.escaped, keys))
     _fit(folder, {key: title for key, title in titles.items() if key not in facts}, named, leaves)
-    data = folder / body["data"]
-    _verify(data, _dcp.Place(*body["metadata"]), "its description for torch.distributed.checkpoint")
+    source = _read.Source(_NAME, folder / body["data"], places, chunks)
+    source.verify(body["metadata"], "its description for torch.distributed.checkpoint")
     return _tree.unflatten(
         treedef,
         [
-            leaf
-            if leaf is ...
-            else _tensor(data, _dcp.Place(*places[key]), key, leaf)
-            if isinstance(leaf, Tensor)
-            else values[key]
+            source.tensor(key, leaf) if isinstance(leaf, (Tensor, Part)) else leaf if leaf is ... else values[key]
             for key, leaf in zip(named, leaves, strict=True)
         ],
     )
@@ -114,38 +114,3 @@ def _fit(folder: Path, saved: dict[str, str], keys: Sequence[str], leaves: Seque
         raise ValueError(
             f"{_NAME}: the checkpoint {folder} does not fit: {problems[0]}{more}. Pass a tree like the one that was saved"
         )
-
-
-def _tensor(data: Path, place: _dcp.Place, key: str, like: Tensor) -> Tensor:
-    """One tensor, verified before it is parsed."""
-    what = f"like{key}"
-    _verify(data, place, what)
-    out = torch.empty_like(like, device="cpu", requires_grad=False)
-    if 0 in out.stride():
-        # A placeholder of one element, expanded: autograd warns of gradients with such strides.
-        out = torch.empty(like.shape, dtype=like.dtype, device="cpu")
-    try:
-        _dcp.read(data, place, out)
-    except Exception as error:
-        raise ValueError(
-            f"{_NAME}: {what} in {data / place.relative_path} is not {_leaves.title(like)}, nor anything else that is safe to "
-            "read. Use another checkpoint"
-        ) from error
-    return out.to(like.device)
-
-
-def _verify(data: Path, place: _dcp.Place, what: str) -> None:
-    """A ValueError where bytes are not those that were written."""
-    file = data / place.relative_path
-    end = place.offset + place.length
-    if not file.is_file():
-        problem = "is missing"
-    elif file.stat().st_size < end:
-        problem = f"is truncated: {file.stat().st_size} bytes of {end}"
-    elif _dcp.sha256(file, place.offset, place.length) != place.sha256:
-        problem = "has been changed: its SHA-256 is another"
-    else:
-        return
-    raise ValueError(
-        f"{_NAME}: the checkpoint {data.parent} is damaged at {what}: {file} {problem}. Use another checkpoint"
-    )

@@ -11,24 +11,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from gradacc._sync import group as groups
-from gradacc.checkpoint import _dcp, _folder, _leaves, _ranks
+from gradacc.checkpoint import _dcp, _folder, _leaves, _parts, _ranks
+from gradacc.checkpoint._parts import Part
 
 if TYPE_CHECKING:
     import torch.distributed as dist
     from torch.distributed.checkpoint.metadata import Metadata
     from torch.distributed.checkpoint.planner import SavePlan
-    from torch.distributed.checkpoint.storage import WriteResult
 
 _NAME = "save"
 
 
 class _Part(NamedTuple):
-    """What one rank brings: its tree's nodes, its leaves' titles and values, their fingerprints, DCP's plan."""
+    """What one rank brings: its tree's nodes, its leaves' titles, values and fingerprints, its parts of tensors, DCP's plan."""
 
     kinds: dict[str, str]
     titles: dict[str, str]
     values: dict[str, _leaves.Value]
     fingerprints: dict[str, tuple[str, str]]
+    spans: dict[str, _parts.Span]
     plan: SavePlan
 
 
@@ -99,6 +100,7 @@ def _save_alike(path: str | os.PathLike[str], tree: Any) -> None:
     (folder, planned), parts = _ranks.on_all_ranks(_NAME, group, lambda: _prepare(path, tree, rank, group is not None))
     _ranks.check_one_tree(_NAME, [part.kinds for part in parts])
     _ranks.check_alike(_NAME, [part.fingerprints for part in parts])
+    _parts.check_tiled(_NAME, [part.spans for part in parts])
     with contextlib.ExitStack() as held:  # on rank 0, the lock
         _save(folder, group, rank, planned, parts, held)
 
@@ -140,42 +142,42 @@ def _prepare(
     found = {key: _leaves.check(_NAME, f"tree{key}", leaf) for key, leaf in zip(keys, leaves, strict=True)}
     kinds = _leaves.check_keys(_NAME, treedef, "tree")
     found |= _leaves.facts(tree)
-    planned = _dcp.plan({key: leaf for key, leaf in found.items() if isinstance(leaf, Tensor)}, rank)
+    planned = _dcp.plan({key: leaf for key, leaf in found.items() if isinstance(leaf, (Tensor, Part))}, rank)
     return (folder, planned), _Part(
         kinds=kinds if several else {},
         titles={key: _leaves.title(leaf) for key, leaf in found.items()},
-        values={key: leaf for key, leaf in found.items() if not isinstance(leaf, Tensor)},
-        fingerprints={key: _leaves.fingerprint(leaf) for key, leaf in found.items()} if several else {},
+        values={key: leaf for key, leaf in found.items() if not isinstance(leaf, (Tensor, Part))},
+        fingerprints=_leaves.fingerprints(found) if several else {},
+        spans={key: leaf.span for key, leaf in found.items() if isinstance(leaf, Part)},
         plan=planned.plan,
     )
 
 
-def _write(
-    data: Path, planned: _dcp.Planned, plans: list[SavePlan], rank: int
-) -> tuple[Metadata, tuple[list[WriteResult], dict[str, _dcp.Place]]]:
+def _write(data: Path, planned: _dcp.Planned, plans: list[SavePlan], rank: int) -> tuple[Metadata, _dcp.Written]:
     """On each rank: its share."""
     if not data.exists():
         raise ValueError(
             f"{_NAME}: rank {rank} does not see the folder {data}, which rank 0 has made; "
             "give all ranks the same path, on a file system that they share"
         )
-    written = _dcp.write(data, planned, plans, rank)
-    return written.metadata, (written.results, written.places)
+    return _dcp.write(data, planned, plans, rank)
 
 
 def _publish(
     folder: Path,
     body: dict[str, Any],
     metadata: Metadata,
-    written: list[tuple[list[WriteResult], dict[str, _dcp.Place]]],
+    written: list[_dcp.Written],
     rank: int,
 ) -> tuple[None, None]:
     """On rank 0, when all have written: make it the checkpoint."""
     if rank != 0:
         return None, None
     data = folder / body["data"]
-    body["metadata"] = _dcp.finish(data, metadata, [results for results, _ in written])
-    body["places"] = {key: place for _, places in written for key, place in places.items()}
+    divided = {key: None for each in written for key in each.chunks}
+    body["metadata"] = _dcp.finish(data, metadata, [each.results for each in written])
+    body["places"] = {key: place for each in written for key, place in each.places.items()}
+    body["chunks"] = {key: sorted(each.chunks[key] for each in written if key in each.chunks) for key in divided}
     _folder.publish(folder, body)
     with contextlib.suppress(OSError):  # it is saved; the next call tries again
         _folder.remove_unused(folder)

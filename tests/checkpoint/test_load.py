@@ -80,9 +80,11 @@ def test_something_else_is_there(tmp_path):
 def test_a_later_format(tmp_path):
     save(tmp_path, 1)
     manifest = tmp_path / "checkpoint.json"
-    manifest.write_bytes(manifest.read_bytes().replace(b'"version": 1', b'"version": 2'))
+    manifest.write_bytes(manifest.read_bytes().replace(b'"version": 1', b'"version": 3'))
     for call in (load, save):
-        with pytest.raises(ValueError, match="is a checkpoint of format 2, and this version of gradacc knows format 1"):
+        with pytest.raises(
+            ValueError, match="is a checkpoint of format 3, and this version of gradacc knows formats 1 to 2"
+        ):
             call(tmp_path, 1)
 
 
