@@ -142,15 +142,16 @@ def check_here(name: str, path: str, facts: ShardFacts) -> None:
     """A ValueError where this process is not the rank of the process group that the part is made for."""
     if not facts.group:
         return
-    problem = f"there is no process group {facts.group!r}"
     try:
         group = distributed_c10d._resolve_process_group(facts.group)  # type: ignore[attr-defined,arg-type]
+        found = group.rank(), group.size()
+        del group  # the error would hold it: NOTE [the end of a process] in `_sync/group.py`
     except (RuntimeError, ValueError, KeyError):
-        group = None
-    if group is not None:
-        if (group.rank(), group.size()) == (facts.rank, facts.world):
+        problem = f"there is no process group {facts.group!r}"
+    else:
+        if found == (facts.rank, facts.world):
             return
-        problem = f"this process is rank {group.rank()} of {group.size()} of process group {facts.group!r}"
+        problem = f"this process is rank {found[0]} of {found[1]} of process group {facts.group!r}"
     raise ValueError(
         f"{name}: {path} is for rank {facts.rank} of {facts.world}, but {problem}. Pass what the optimizer's init(params) "
         "returns now, which divides the state over the ranks that there are"

@@ -2,7 +2,10 @@
 
 import hashlib
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -17,6 +20,7 @@ from gradacc._shard import ShardFacts
 from gradacc.checkpoint import _folder, _ranks, load, save
 from gradacc.optim._sharded import ShardedState
 from tests.checkpoint.cases import blank, same
+from tests.helpers import some_slow
 from tests.workers import SIZE
 
 PARAMS = {
@@ -343,3 +347,23 @@ def test_gradients_are_saved_too(tmp_path):
     assert same(load(tmp_path, {"grads": torch.zeros(3)})["grads"], grads.values)
     assert load(tmp_path, {"grads": ...}) == {"grads": ...}
     assert load(tmp_path, {"grads": Shard(..., grads.facts)})["grads"].values is ...
+
+
+# Death
+
+
+@pytest.mark.parametrize("lives", some_slow((5, 12), 5))
+def test_ranks_are_killed_and_others_go_on(tmp_path, lives):
+    """On 3, 2 and 1 ranks in turn, from whichever checkpoint is whole, to the end of the run that was left alone."""
+    found = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "tests.checkpoint.killed_shards", str(tmp_path / "c"), str(lives)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert found.returncode == 0, found.stderr
+    told = [line.split(maxsplit=2) for line in found.stdout.splitlines()]
+    assert {int(world) for world, *_ in told} == {1, 2, 3}
+    assert len({began for _, began, _ in told}) > lives // 2
+    assert [how for *_, how in told].index("ended") == lives
