@@ -36,6 +36,8 @@ def load(path: str | os.PathLike[str], like: Any) -> Any:
             was saved there, and stays in its place: ``load(path, gradacc.TrainState(params, ..., ...))`` for the parameters
             alone. In the place of an accumulator's state, any state of that accumulator is like it, whatever either has seen:
             ``init(params)`` is enough.
+            Whether a tensor was divided over ranks, and how, is nothing to it: a `gradacc.Shard` in ``like``, as in
+            ``gradacc.optim.sharded(...).init(params)``, takes its elements of what was saved, and a tensor takes all.
 
     Returns:
         A new tree of ``like``'s structure.
@@ -43,7 +45,8 @@ def load(path: str | os.PathLike[str], like: Any) -> Any:
     Raises:
         FileNotFoundError: there is no (complete) checkpoint.
         ValueError: what is there is not a checkpoint of gradacc, or is damaged; or does not fit ``like``: a leaf is missing,
-            or is of another shape, dtype or type, or was saved but is not in ``like``. The leaf is named.
+            or is of another shape, dtype or type, or was saved but is not in ``like``. The leaf is named. Or ``like`` has parts
+            for another rank, or for a process group that is not there.
         TypeError: a leaf of ``like`` cannot be saved, or the path is none.
 
     Example:

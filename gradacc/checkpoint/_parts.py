@@ -42,7 +42,7 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Part:
-    """A leaf that is a part: NOTE [parts]."""
+    """A leaf that is a part: NOTE [parts]. Its values are a tensor."""
 
     values: Any
     facts: ShardFacts
@@ -59,8 +59,8 @@ class Part:
         from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
         numel = self.span.numel
-        if numel > 0 == self.facts.length:
-            return []
+        if numel and not self.facts.length:
+            return []  # of two chunks that begin at one place DCP writes one
         offset = torch.Size([self.facts.offset])
         chunk = ChunkStorageMetadata(offset, torch.Size([self.facts.length]))
         data = TensorWriteData(chunk, TensorProperties(self.values.dtype), torch.Size([numel]))

@@ -56,6 +56,9 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
         save(path, {"train": train_state, "ranks": {rank: mine}})
         tree = load(path, {"train": train_state, "ranks": {r: mine if r == rank else ... for r in range(world)}})
 
+    What is divided over ranks (a `gradacc.Shard`, of which the states of `gradacc.optim.sharded` consist) is saved as whole
+    tensors, under the paths of a state that is not divided. Each rank writes its parts.
+
     The format is the same for any number of ranks: one rank reads what two have saved, and the other way round.
 
     Arguments:
@@ -68,7 +71,8 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
     Raises:
         TypeError: another leaf or key, or a path that is none. This error and ``ValueError`` come before anything is written.
         ValueError: ``path`` holds other things, or is not the same folder for all ranks; ranks differ in what they have
-            under one path, or in what that is; two leaves have one path; an int has more digits than Python reads.
+            under one path, or in what that is; they have not all elements of a divided tensor, or parts that overlap; two
+            leaves have one path; an int has more digits than Python reads.
         RuntimeError: another rank has raised, or has ended; or ``WORLD_SIZE`` says that there are other ranks, but no
             process group has been initialised.
         OSError: the disk is full, for instance; a ``BlockingIOError`` where another job saves there at this moment. After it,

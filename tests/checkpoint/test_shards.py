@@ -193,6 +193,43 @@ def test_each_rank_writes_its_own_parts(pool, tmp_path):
         assert [chunk[2][0] for chunk in chunks] == [f"__{rank}_0.distcp" for rank in range(SIZE)], key
 
 
+def save_on_one(group: Any, path: str, owner: int) -> None:
+    """One rank has all elements, and the others none, wherever that nothing begins."""
+
+    def own(numel: int, nothing: int) -> Shard:
+        offset, length = (0, numel) if group.rank() == owner else (nothing, 0)
+        place = facts((numel,), offset, length, group.rank(), group.size(), group.group_name)
+        return Shard(torch.arange(1.0, numel + 1)[:length], place)
+
+    with among(group):
+        save(path, {"more": own(1000, 0), "first": own(2, 0), "last": own(2, 2)})
+
+
+@pytest.mark.parametrize("owner", range(3))
+def test_ranks_without_elements(pool, owner, tmp_path):
+    """They write no chunk: it would take the place of the one that begins there, too."""
+    pool.run(3, save_on_one, str(tmp_path), owner)
+    for name, leaf in load(
+        tmp_path, {"more": torch.zeros(1000), "first": torch.zeros(2), "last": torch.zeros(2)}
+    ).items():
+        assert leaf.tolist() == list(range(1, len(leaf) + 1)), name
+    assert {len(chunks) for chunks in _folder.read("load", tmp_path)["chunks"].values()} == {1}
+
+
+def save_replicas(group: Any, path: str) -> None:
+    """Two pairs of ranks, each of which has all; as views of something larger."""
+    half = group.rank() % 2
+    place = facts((40, 1000), 20_000 * half, 20_000, half, 2, f"pair {group.rank() // 2}")
+    with among(group):
+        save(path, {"w": Shard(torch.arange(40_000.0)[place.offset :][:20_000], place)})
+
+
+def test_groups_that_have_the_same_parts_write_them_once(pool, tmp_path):
+    pool.run(SIZE, save_replicas, str(tmp_path))
+    assert same(load(tmp_path, {"w": torch.zeros(40, 1000)})["w"], torch.arange(40_000.0).view(40, 1000))
+    assert 160_000 <= sum(path.stat().st_size for path in tmp_path.glob("data-*/*.distcp")) < 165_000
+
+
 # What does not fit
 
 
