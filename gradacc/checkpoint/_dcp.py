@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc.checkpoint._parts import Part
+from gradacc.checkpoint._shards import Part
 
 if TYPE_CHECKING:  # importing it takes a second
     from torch.distributed.checkpoint.default_planner import DefaultSavePlanner

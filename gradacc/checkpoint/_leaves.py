@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from gradacc import _keys, _tree
 from gradacc._describe import describe
-from gradacc.checkpoint import _parts
-from gradacc.checkpoint._parts import Part
+from gradacc.checkpoint import _shards
+from gradacc.checkpoint._shards import Part
 
 Value: TypeAlias = bool | int | float | str
 Leaf: TypeAlias = Tensor | Part | Value
@@ -35,7 +35,7 @@ def flatten(name: str, tree: Any, root: str) -> tuple[list[str], list[Any], _tre
         ValueError: two leaves have the same path.
     """
     treedef = _tree.flatten(tree)[1]
-    paths, leaves = _parts.flatten(tree, root)
+    paths, leaves = _shards.flatten(tree, root)
     keys = [path[len(root) :] for path in paths]
     if len(set(keys)) < len(keys):
         twice = next(key for index, key in enumerate(keys) if key in keys[:index])
@@ -101,7 +101,7 @@ def check(name: str, path: str, leaf: Any) -> Leaf:
     """
     if isinstance(leaf, Part):
         check(name, path, leaf.values)
-        return _parts.check(name, path, leaf)
+        return _shards.check(name, path, leaf)
     if type(leaf) is int:
         try:
             long = len(str(abs(leaf))) > sys.int_info.default_max_str_digits

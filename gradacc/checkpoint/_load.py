@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from gradacc import _tree
-from gradacc.checkpoint import _folder, _leaves, _parts, _read
-from gradacc.checkpoint._parts import Part
+from gradacc.checkpoint import _folder, _leaves, _read, _shards
+from gradacc.checkpoint._shards import Part
 
 _NAME = "load"
 _BY_KEY = ("leaves", "values", "places", "chunks")
@@ -64,7 +64,7 @@ def load(path: str | os.PathLike[str], like: Any) -> Any:
         if leaf is not ...:
             _leaves.check(_NAME, f"like{key}", leaf)
         if isinstance(leaf, Part):
-            _parts.check_here(_NAME, f"like{key}", leaf.facts)
+            _shards.check_here(_NAME, f"like{key}", leaf.facts)
     while True:
         body = _folder.read(_NAME, folder)
         try:

@@ -7,7 +7,7 @@ from typing import Any
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from gradacc.checkpoint._parts import Part
+from gradacc.checkpoint._shards import Part
 
 
 class SavePlanner(DefaultSavePlanner):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gradacc.checkpoint import _dcp, _leaves
-from gradacc.checkpoint._parts import Part
+from gradacc.checkpoint._shards import Part
 
 
 class Source(NamedTuple):

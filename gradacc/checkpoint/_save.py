@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor
 
 from gradacc._sync import group as groups
-from gradacc.checkpoint import _dcp, _folder, _leaves, _parts, _ranks
-from gradacc.checkpoint._parts import Part
+from gradacc.checkpoint import _dcp, _folder, _leaves, _ranks, _shards
+from gradacc.checkpoint._shards import Part
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -29,7 +29,7 @@ class _Part(NamedTuple):
     titles: dict[str, str]
     values: dict[str, _leaves.Value]
     fingerprints: dict[str, tuple[str, str]]
-    spans: dict[str, _parts.Span]
+    spans: dict[str, _shards.Span]
     plan: SavePlan
 
 
@@ -104,7 +104,7 @@ def _save_alike(path: str | os.PathLike[str], tree: Any) -> None:
     (folder, planned), parts = _ranks.on_all_ranks(_NAME, group, lambda: _prepare(path, tree, rank, group is not None))
     _ranks.check_one_tree(_NAME, [part.kinds for part in parts])
     _ranks.check_alike(_NAME, [part.fingerprints for part in parts])
-    _parts.check_tiled(_NAME, [part.spans for part in parts])
+    _shards.check_tiled(_NAME, [part.spans for part in parts])
     with contextlib.ExitStack() as held:  # on rank 0, the lock
         _save(folder, group, rank, planned, parts, held)
 
