@@ -118,7 +118,7 @@ def load_divided(group: Any, path: str) -> bool:
     return same(load(path, blank(divided(group))), divided(group))
 
 
-@pytest.mark.parametrize("world", [None, *WORLDS])
+@pytest.mark.parametrize("world", some_slow([None, *WORLDS], None, 3))
 def test_any_number_of_ranks_loads_what_any_other_has_saved(pool, world, tmp_path):
     """Bit for bit, whichever optimizer; with and without `sharded`, with and without a process group."""
     path = str(tmp_path)
