@@ -457,7 +457,7 @@ def test_a_divided_run_that_is_killed_goes_on_with_other_processes(data: Path, t
     (reached,) = map(int, re.findall(r"^Resumed after (\d+) of 12", output, re.M))
     assert 3 <= reached < 12, errors
     alone = settings._replace(out=tmp_path / "alone", model=Settings().model)
-    assert run(alone, never()) == 0
+    assert run(alone, never) == 0
     ours, theirs = (read(each)[1] for each in (settings, alone))
     assert [line["iteration"] for line in ours] == list(range(1, 13))
     for line, other in zip(ours, theirs, strict=True):
