@@ -166,8 +166,8 @@ def accumulate_and_value(
         They are detached, unless an argument requires grad and grad mode is enabled: ``docs/transforms.md``.
 
     Raises:
-        TypeError: parameters that are not floating or complex tensors (an ``nn.Module``, integers, a ``DTensor``); batch
-            leaves that cannot be split (NumPy arrays, strings, lists with an item for each example, sparse and nested
+        TypeError: parameters that are not floating or complex tensors (an ``nn.Module``, integers, a ``DTensor``: docs/fsdp.md);
+            batch leaves that cannot be split (NumPy arrays, strings, lists with an item for each example, sparse and nested
             tensors); a loss that is not a floating tensor or a `Mean` of one.
         ValueError: options that contradict each other; split dimensions that differ; a loss that is not 0-dim or does not
             depend on the parameters; a negative, infinite or NaN weight, where it is a number or on the CPU (on an accelerator
@@ -252,8 +252,9 @@ def _run(
     kwargs: dict[str, Any],
 ) -> Any:
     """One call of ``grad_fn``: ``finalize . sync . fold . init``."""
+    args, homes = _sync.whole(options, args)
     divisors = None if options.weights is None else _weights.divisors(options, options.weights, lasting.counting, args)
-    boundary = _sync.connect(options, lasting.agreed)
+    boundary = _sync.connect(options, lasting.agreed, homes)
     try:
         differentiated, batch = _call.positions(options, args)
         params, treedef = _call.parameters(options, args, differentiated)
@@ -277,7 +278,9 @@ def _run(
     if call is None:
         return (results, carried) if options.has_carry else results
     alone = _Lasting(None, None, lasting.note, lasting.first)
-    again = _why_not_again(boundary.crosses, args[batch]) or functools.partial(_run, options, alone, loss_fn)
+    again = _why_not_again(boundary.crosses or bool(homes), args[batch]) or functools.partial(
+        _run, options, alone, loss_fn
+    )
     results = _connect.connect(options.name, call, results, buffer.closed_over(), again)
     # The carry has no graph: what it was computed from ends with the call.
     return (results, carried) if options.has_carry else results

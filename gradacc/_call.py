@@ -10,14 +10,13 @@ NOTE [what is passed whole]
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gradacc import _batch, _tree
+from gradacc import _batch, _rows, _tree, _where
 from gradacc._describe import describe
 from gradacc._dtypes import is_inexact
 from gradacc._options import Options
@@ -67,11 +66,8 @@ def check_parameters(name: str, leaves: Sequence[Any], treedef: _tree.TreeDef, r
                 f"{name}: {path} is an nn.Module ({type(leaf).__name__}); pass its parameters: "
                 "apply, params, buffers = gradacc.functional(module), and call apply(params, ...) in the loss"
             )
-        if is_sharded(leaf):
-            raise TypeError(
-                f"{name}: {path} is a DTensor of shape {tuple(leaf.shape)}; sharded parameters are not supported yet. "
-                "Pass local tensors (DTensor.to_local()), or full ones (DTensor.full_tensor())"
-            )
+        if _rows.holds_dtensor(leaf):
+            raise TypeError(f"{name}: {path} is a DTensor {_rows.told(leaf)}. {_why_not_divided(name)}")
         if isinstance(leaf, Tensor) and _is_odd(leaf):
             raise TypeError(
                 f"{name}: {path} is a sparse or nested tensor; parameters must be dense. Pass it as to_dense()"
@@ -99,7 +95,7 @@ def _paths_if_wrong(leaves: Sequence[Any], treedef: _tree.TreeDef, root: str) ->
 
 
 def _is_parameter(leaf: Any) -> bool:
-    if not isinstance(leaf, Tensor) or is_sharded(leaf) or _is_odd(leaf):
+    if not isinstance(leaf, Tensor) or _rows.holds_dtensor(leaf) or _is_odd(leaf):
         return False
     return is_inexact(leaf)
 
@@ -108,11 +104,22 @@ def _is_odd(leaf: Tensor) -> bool:
     return not _batch.is_dense(leaf)
 
 
-def is_sharded(leaf: Any) -> bool:
-    """Whether it is a DTensor."""
-    # A DTensor can only exist where its module was imported; importing it here would slow every start.
-    module = sys.modules.get("torch.distributed.tensor")
-    return module is not None and isinstance(leaf, module.DTensor)
+def _why_not_divided(name: str) -> str:
+    """What would take a DTensor."""
+    if _where.transforming():
+        return (
+            "Under torch.func's transforms, in torch.compile and in the loss of another grad_fn there are none (pytorch issue "
+            "134462): call grad_fn outside, or pass DTensor.full_tensor()"
+        )
+    if name == "accumulator":
+        return (
+            "A state is of whole parameters, which every update would have to gather. Pass the micro-batches as an iterable "
+            "to gradacc.accumulate_and_value(loss_fn, sync=gradacc.reduce_scatter(mesh)), or DTensor.full_tensor()"
+        )
+    return (
+        "Parameters that are divided over ranks take sync=gradacc.reduce_scatter(mesh), with the mesh of the DTensor; or pass "
+        "DTensor.full_tensor()"
+    )
 
 
 def in_dims(options: Options, args: Sequence[Any], differentiated: Sequence[int], batch: int) -> tuple[Any, ...]:

@@ -9,6 +9,7 @@ NOTE [equal shares]
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -52,6 +53,15 @@ def of(pairs: Sequence[tuple[int, int]]) -> Cut:
             runs.append(Run(rank, count, length, offset))
             rank, offset = rank + count, offset + count * length
     return Cut(tuple(runs))
+
+
+def of_rows(shape: Sequence[int], world: int) -> Cut:
+    """Of whole rows, as ``torch.chunk`` divides them: as many for each rank, fewer or none for the last ones."""
+    rows, width = shape[0], math.prod(shape[1:])
+    each = -(-rows // world)
+    full, rest = divmod(rows, each) if each else (0, 0)
+    ranks = min(1, rest)
+    return of([(full, each * width), (ranks, rest * width), (world - full - ranks, 0)])
 
 
 def cuts(numels: Sequence[int], kinds: Sequence[Hashable], world: int) -> list[Cut]:

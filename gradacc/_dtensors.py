@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradacc import _call, _dtypes, _tree
+from gradacc import _dtypes, _rows, _tree
 from gradacc._options import Sync
 from gradacc._reduce_scatter import ReduceScatter
 from gradacc._sums import Sums
@@ -19,7 +19,7 @@ from gradacc._sync import group as groups
 
 def found(name: str, leaves: Sequence[Tensor], treedef: _tree.TreeDef, sync: Sync | None) -> dict[int, Any]:
     """Which of a tree's leaves are DTensors, checked: they are sums over the ranks whose weights are counted."""
-    shards: dict[int, Any] = {i: leaf for i, leaf in enumerate(leaves) if _call.is_sharded(leaf)}
+    shards: dict[int, Any] = {i: leaf for i, leaf in enumerate(leaves) if _rows.is_dtensor(leaf)}
     for i, leaf in shards.items():
         if torch.compiler.is_compiling():
             raise NotImplementedError(
@@ -64,7 +64,7 @@ def _problem(name: str, leaf: Any, sync: Sync | None) -> str | None:
 
 def nothing(leaf: Any, leaves: Sequence[Tensor]) -> Tensor:
     """What crosses of a DTensor: no number, in a shape that says its own, and in a dtype in which something crosses anyway."""
-    plain = next((other.dtype for other in leaves if not _call.is_sharded(other)), torch.float32)
+    plain = next((other.dtype for other in leaves if not _rows.is_dtensor(other)), torch.float32)
     dtype = _dtypes.real_dtype(_dtypes.sum_dtype(plain))
     return torch.empty((0, *leaf.shape), dtype=dtype, device=leaf.to_local().device)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from gradacc import _closed, _left, _own_tensors, _replicas, _reuse, _traced, _where
+from gradacc import _closed, _fsdp, _left, _own_tensors, _replicas, _reuse, _traced, _where
 from gradacc._describe import describe
 
 
@@ -43,6 +43,8 @@ def functional(module: nn.Module, *, method: str = "forward") -> tuple[Apply, di
     ``AccumulateGrad`` nodes cannot be seen from here, and do not run.) Do to the gradients what the
     hook did: ``grads["weight"] *= mask``; or write ``weight * mask`` into the forward pass (`torch.nn.utils.parametrize`).
     Hooks of modules, also backward hooks, run as in that loop.
+
+    What ``fully_shard`` has divided runs without FSDP's hooks, with the whole parameters that a loss gets: ``docs/fsdp.md``.
 
     ``method="training_step"`` runs another method than ``forward``: ``apply(params, *inputs)`` is then
     ``module.training_step(*inputs)``. Hooks of the whole module run around ``forward`` only; those of its parts always do.
@@ -89,6 +91,7 @@ def functional(module: nn.Module, *, method: str = "forward") -> tuple[Apply, di
     looks = _traced.looks(plan)
     trainable = {name: param for name, param in module.named_parameters() if param.requires_grad}
     _own_tensors.refuse_hooks("functional", trainable)
+    _fsdp.check(plan.modules)
     params = {name: param.detach() for name, param in trainable.items()}
     buffers = {name: buffer.detach() for name, buffer in module.named_buffers()}
 
@@ -119,12 +122,15 @@ def _applied(
     held = [name for name in plan.buffers if name in tensors]
     tensors |= {name: tensors[name].clone() for name in held}
     if torch.compiler.is_dynamo_compiling():
+        if plan.divided:
+            raise NotImplementedError(_fsdp.COMPILED)
         from torch._dynamo.comptime import comptime
 
         comptime(looks.before)
         output = looks.call(tensors, inputs, kwargs)
         comptime(looks.after)
         return output if buffers is None else (output, {name: tensors[name].detach() for name in held})
+    _fsdp.check_whole(plan.modules, tensors)
     replaced = {name: own[name] for name in (*params, *given) if tensors[name] is not own.get(name) and name in own}
     _own_tensors.refuse_hooks("apply", replaced)
     _closed.note_replaced(replaced, tensors)

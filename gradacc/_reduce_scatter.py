@@ -45,6 +45,9 @@ def reduce_scatter(
     the accumulators' dtype: the bits of ``all_reduce(ordered=True)``. (gloo has no reduce-scatter of its own: torch's sends
     what an all-reduce does.) NCCL reduces and scatters by itself, in an order of its own.
 
+    Parameters may be DTensors of placement ``Shard(0)``, as ``fully_shard`` leaves them: they are gathered before the call
+    differentiates anything, in one more collective, and their gradients are DTensors like them. See ``docs/fsdp.md``.
+
     Arguments:
         group: as of `gradacc.all_reduce`. Without ranks to talk to, a part is the whole.
         compress: `torch.bfloat16`: gradients cross in it, rounded once, and are summed in float32. (float16, whose sums may
@@ -53,7 +56,8 @@ def reduce_scatter(
             is given back meanwhile, so that beside the gradients there is never more than some buckets.
 
     Raises:
-        TypeError: an option of another type. Further errors are those of `gradacc.all_reduce`.
+        TypeError: an option of another type; when called, a DTensor of other placements. Further errors are those of
+            `gradacc.all_reduce`.
 
     Example:
         >>> import torch, gradacc

@@ -42,7 +42,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from gradacc import _left, _own_tensors, _where
+from gradacc import _fsdp, _left, _own_tensors, _where
 
 New = dict[int, Any]
 """What stands in a replica for an object of the module's, by the object's id; and, under `_COPY`, how a tensor is copied, and,
@@ -64,6 +64,8 @@ class ModuleTree(NamedTuple):
     method: str
     """What is run of the whole one."""
     key: _left.Key
+    divided: bool
+    """Whether ``fully_shard`` has divided any of them."""
     """What a call of `grad_fn` knows it by."""
 
     def tensors(self) -> dict[str, Tensor]:
@@ -86,6 +88,7 @@ def module_tree(module: nn.Module, method: str = "forward") -> ModuleTree:
         [len(_EVERY) if (*part.__dict__,)[: len(_EVERY)] == _EVERY else 0 for part in modules],
         method,
         _left.Key(),
+        any(map(_fsdp.is_divided, modules)),
     )
 
 
@@ -103,7 +106,7 @@ def replicate(
     marked = []
     for name, tensor in own.items():
         other = given[name]
-        if tensor.__dict__ and any(not key.startswith("_dynamo_") for key in tensor.__dict__):  # Dynamo's marks
+        if any(map(is_mark, tensor.__dict__)):
             other = _markable(other)
             marked.append((other, tensor))
         new[id(tensor)] = other
@@ -138,18 +141,23 @@ def replicate(
         attributes[key] = _led(value, new, frozenset())
     for hooks in hooked:
         for key, value in hooks.items():
-            new[id(hooks)][key] = _led(value, new, frozenset())
+            hooks[key] = _led(value, new, frozenset())
     for other, tensor in marked:
         for key, value in tensor.__dict__.items():
-            if not key.startswith("_dynamo_"):
+            if is_mark(key):
                 setattr(other, key, _state(value, new))
     return new
+
+
+def is_mark(key: str) -> bool:
+    """Whether a library has set this attribute of a tensor: torch marks what Dynamo knows, and parameters of a subclass."""
+    return not key.startswith("_dynamo_") and key != "_is_param"
 
 
 def _register(
     module: nn.Module, attributes: dict[str, Any], unused: dict[str, Any], new: New
 ) -> Sequence[dict[Any, Any]]:
-    """Registries of a replica's own, of what is new, and dicts of hooks; those of the module's that hold some."""
+    """Registries of a replica's own, of what is new, and dicts of hooks; returns those that hold some."""
     try:
         for registry in _REGISTRIES:
             held = module.__dict__[registry]
@@ -169,7 +177,8 @@ def _register(
         return ()
     for key, hooks in zip(_HOOKS, before, strict=True):
         attributes[key] = new[id(hooks)] = hooks.copy()
-    return [hooks for hooks in before if hooks]
+    _fsdp.drop_hooks(module, [attributes[key] for key in _RUN_HOOKS])
+    return [copied for hooks in before if (copied := new[id(hooks)])]
 
 
 def left(plan: ModuleTree, new: New) -> _left.Found:

@@ -114,7 +114,7 @@ def done(plan: ModuleTree, run: Pass) -> None:
 
 def _keep(plan: ModuleTree, own: Mapping[str, Tensor], given: list[Any], new: New) -> Kept | None:
     """Replicas as they were made, before the pass; None where a state may hide what is written into it."""
-    if new[_replicas.LED] or any(tensor.__dict__ for tensor in own.values()):
+    if new[_replicas.LED] or any(any(map(_replicas.is_mark, tensor.__dict__)) for tensor in own.values()):
         return None
     frozen = [name for name in plan.params if name in own and name not in given]
     names = {id(own[name]): name for name in (*plan.buffers, *frozen) if name in own}

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from gradacc import _donated, _dtypes, _mean, _overlap, _scalars, _tree, _values, _where
+from gradacc import _donated, _dtypes, _mean, _overlap, _rows, _scalars, _tree, _values, _where
 from gradacc._describe import describe
 from gradacc._kept import Kept
 from gradacc._mean import Mean
@@ -259,6 +259,7 @@ def _in_separate_memory(metrics: Any, given: Sequence[Any]) -> Any:
 
 def _norm(grads: Any, scale: Tensor | None) -> Tensor:
     """Of all gradients, at least in float32; ``scale`` is taken off first, as squares of scaled ones may overflow."""
+    grads = _rows.as_shards("train_step", grads, "grads")
     leaves = (leaf for leaf in _tree.flatten(grads)[0] if isinstance(leaf, Tensor))
     if scale is not None:
         leaves = (_dtypes.widened(leaf) / _scalars.beside(scale, leaf) for leaf in leaves)

@@ -450,7 +450,8 @@ def test_sharded_parameters_are_refused(tmp_path):
         mesh = init_device_mesh("cpu", (1,))
         params = {"w": distribute_tensor(torch.ones(2), mesh, [Replicate()])}
         with pytest.raises(
-            TypeError, match=r"params\['w'\] is a DTensor of shape \(2,\).*not supported yet.*full_tensor"
+            TypeError,
+            match=r"params\['w'\] is a DTensor of shape \(2,\).*sync=gradacc.reduce_scatter\(mesh\).*full_tensor",
         ):
             gradacc.accumulate(lambda p, b: (p["w"] * b).mean(), steps=2)(params, torch.ones(4, 2))
     finally:

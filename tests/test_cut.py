@@ -1,5 +1,6 @@
 """Tensors that are divided over ranks: every element is one rank's, and all have as many."""
 
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -38,3 +39,13 @@ def test_each_dtype_by_itself(tensors, world):
         chosen = [cut for cut, own in zip(cuts, kinds, strict=True) if own == kind]
         held = [sum(cut.part(rank)[1] for cut in chosen) for rank in range(world)]
         assert max(held) - min(held) <= 1
+
+
+@given(st.integers(0, 40), st.lists(st.integers(0, 3), max_size=2), st.integers(1, 12))
+def test_rows_are_those_of_chunk(rows, row, world):
+    """As DTensors divide them: where there are fewer chunks, the last ranks have none."""
+    whole = torch.arange(rows * torch.Size(row).numel()).view(rows, *row)
+    cut, chunks = _cut.of_rows(whole.shape, world), [*whole.chunk(world), *[whole[:0]] * world]
+    for rank in range(world):
+        offset, length = cut.part(rank)
+        assert torch.equal(whole.reshape(-1)[offset : offset + length], chunks[rank].reshape(-1))

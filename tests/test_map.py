@@ -101,7 +101,7 @@ OF_SEVERAL_ROOMS = {
 }
 """Tests of promises that no single room keeps, or that a page makes, by folder."""
 
-OF_NO_PACKAGE = {"benchmarks", "gpu", "laws", "on_device"}
+OF_NO_PACKAGE = {"benchmarks", "gpu", "laws", "on_device", "fsdp"}
 """Folders of tests that are named after another thing than a package of gradacc."""
 
 

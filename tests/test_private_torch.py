@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.distributed import distributed_c10d
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.utils import checkpoint
 
 PACKAGE = Path(__file__).parent.parent / "gradacc"
@@ -44,6 +46,14 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 import torch.utils._pytree
 """.strip().splitlines()
 
+
+def _divided():
+    """What FSDP knows of a module."""
+    state = FSDPState()
+    state.init((nn.Linear(1, 1),), torch.device("cpu"), MixedPrecisionPolicy(), True)
+    return state
+
+
 ATTRIBUTES = {
     "_C": lambda: torch._C,
     "_are_functorch_transforms_active": lambda: torch._C._are_functorch_transforms_active(),
@@ -72,6 +82,7 @@ ATTRIBUTES = {
     "_foreach_mul": lambda: torch._foreach_mul,
     "_foreach_mul_": lambda: torch._foreach_mul_,
     "_foreach_sqrt": lambda: torch._foreach_sqrt,
+    "_fsdp_param_groups": lambda: _divided()._fsdp_param_groups,
     "_functions": lambda: torch._C._functions.AccumulateGrad,
     "_functorch": lambda: (
         torch._C._functorch.is_functorch_wrapped_tensor,
@@ -82,11 +93,15 @@ ATTRIBUTES = {
     "_FrameExecStrategy": lambda: torch._C._dynamo.eval_frame._FrameExecStrategy,
     "_fused_sdp_choice": lambda: torch.ops.aten._fused_sdp_choice.default,
     "_get_current_graph_task_keep_graph": lambda: torch._C._autograd._get_current_graph_task_keep_graph(),
+    "_get_fsdp_state": lambda: FSDPModule._get_fsdp_state,
     "_get_object_coll_device": lambda: torch.distributed.distributed_c10d._get_object_coll_device,
     "_is_view": lambda: _WEIGHT._is_view(),
     "_is_zerotensor": lambda: _WEIGHT._is_zerotensor(),
+    "_mp_policy": lambda: _divided()._mp_policy,
     "_modules": lambda: nn.Linear(1, 1)._modules,
     "_parameters": lambda: nn.Linear(1, 1)._parameters,
+    "_post_forward_hook_handle": lambda: _divided()._post_forward_hook_handle,
+    "_pre_forward_hook_handle": lambda: _divided()._pre_forward_hook_handle,
     "_philox_key_split": lambda: torch.ops.aten._philox_key_split,
     "_philox_uniform_": lambda: torch.ops.aten._philox_uniform_,
     "_pop_saved_tensors_default_hooks": lambda: torch._C._autograd._pop_saved_tensors_default_hooks,

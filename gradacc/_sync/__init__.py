@@ -43,6 +43,7 @@ from gradacc import _shard as shards
 from gradacc import _tree, _where
 from gradacc._options import Options
 from gradacc._reduce_scatter import ReduceScatter
+from gradacc._rows import Homes
 from gradacc._sums import Sums
 from gradacc._sync import channel as channels
 from gradacc._sync import group as groups
@@ -50,6 +51,7 @@ from gradacc._sync.agreement import Agreed as Agreed
 from gradacc._sync.gather import Gather as Gather
 from gradacc._sync.link import Link
 from gradacc._sync.traced import Traced
+from gradacc._sync.whole import whole as whole
 
 
 class Boundary(Protocol):
@@ -100,9 +102,10 @@ class Alone:
     crosses = overlaps = False
     gather = None
 
-    def __init__(self, parts: bool) -> None:
+    def __init__(self, parts: bool, homes: Homes) -> None:
         self._parts = parts
         """Whether this rank is to have its part of every gradient: the whole."""
+        self._homes = homes
 
     def bind(self, params: Sequence[Tensor], treedef: _tree.TreeDef, dtypes: Sequence[torch.dtype], batch: Any) -> None:
         """Nobody asks."""
@@ -121,7 +124,13 @@ class Alone:
 
     def returned(self, results: list[Tensor]) -> list[Any]:
         """All of them."""
-        return [shards.of_whole(result) for result in results] if self._parts else results
+        if not self._parts:
+            return results
+        homes = self._homes or [None] * len(results)
+        return [
+            shards.of_whole(result) if home is None else home.dtensor(result.reshape(-1))
+            for result, home in zip(results, homes, strict=True)
+        ]
 
     def fail(self, error: BaseException) -> None:
         """Nobody waits."""
@@ -130,14 +139,14 @@ class Alone:
         """Nobody waits."""
 
 
-def connect(options: Options, agreed: Agreed | None) -> Boundary:
-    """The boundary of one call."""
+def connect(options: Options, agreed: Agreed | None, homes: Homes = ()) -> Boundary:
+    """The boundary of one call; ``homes``: how its parameters were divided before it."""
     parts = isinstance(options.sync, ReduceScatter)
     if options.sync is None or agreed is None:
-        return Alone(parts)
+        return Alone(parts, homes)
     group = groups.resolve(options.name, options.sync.group)
     if group is None:
-        return Alone(parts)
+        return Alone(parts, homes)
     if _where.loops():
         if options.through is not None:
             raise NotImplementedError(
@@ -147,7 +156,7 @@ def connect(options: Options, agreed: Agreed | None) -> Boundary:
         return Traced(options, group)
     if _where.transforming():
         raise NotImplementedError(
-            f"{options.name}: sync=all_reduce() inside a functorch transform or another grad_fn's loss is not available in "
+            f"{options.name}: sync= inside a functorch transform or another grad_fn's loss is not available in "
             "this version; call it outside, or leave sync out"
         )
     if agreed.begun.apart:
@@ -155,6 +164,6 @@ def connect(options: Options, agreed: Agreed | None) -> Boundary:
             f"{options.name}: an earlier finalize has found that ranks of {groups.named(group)} are in different windows. Make "
             "another accumulator on every rank, and go on from the same place"
         )
-    link = Link(options, group, agreed, channels.of(group))
+    link = Link(options, group, agreed, channels.of(group), homes)
     link.begin()
     return link

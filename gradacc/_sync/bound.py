@@ -9,11 +9,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradacc import _cut, _tree
+from gradacc import _rows, _tree
 from gradacc._all_reduce import AllReduce
 from gradacc._cut import Cut
 from gradacc._options import Options, Sync
 from gradacc._reduce_scatter import ReduceScatter
+from gradacc._rows import Homes
 from gradacc._shard import Shard, ShardFacts
 from gradacc._sync import crossing, wire
 from gradacc._sync import layout as layouts
@@ -32,6 +33,8 @@ class Bound(NamedTuple):
     """What each gradient is summed in."""
     cuts: list[Cut] | None
     """In which parts each gradient comes back; None where every rank gets the whole."""
+    homes: Homes
+    """Of each parameter that was divided before the call, how: what comes back is a DTensor again."""
     way: int
     """In which gradients cross: NOTE [ways] in ``crossing.py``."""
 
@@ -56,7 +59,9 @@ class Bound(NamedTuple):
         rank, world, name = group.rank(), group.size(), group.group_name
         return [
             Shard(result, ShardFacts(tuple(param.shape), *cut.part(rank), rank, world, name))
-            for result, param, cut in zip(results, self.params, self.cuts, strict=True)
+            if home is None
+            else home.dtensor(result)
+            for result, param, cut, home in zip(results, self.params, self.cuts, self.homes, strict=True)
         ]
 
     def zeros(self, rank: int) -> list[Tensor | None]:
@@ -73,14 +78,16 @@ def bound(
     params: Sequence[Tensor],
     treedef: _tree.TreeDef,
     dtypes: Sequence[torch.dtype],
+    homes: Homes = (),
 ) -> Bound:
-    """What a call differentiates."""
+    """What a call differentiates; ``homes``: how parameters were divided before it."""
     sync = options.sync
     assert sync is not None
-    cuts = None
+    cuts, homes = None, homes or [None] * len(params)
     if isinstance(sync, ReduceScatter):
-        cuts = _cut.cuts([param.numel() for param in params], [param.dtype for param in params], group.size())
-    return Bound([*params], treedef, [*dtypes], cuts, _way(sync, group, params[0].device))
+        shapes = [(param.shape, param.dtype) for param in params]
+        cuts = _rows.cuts(shapes, [home is not None for home in homes], group.size())
+    return Bound([*params], treedef, [*dtypes], cuts, homes, _way(sync, group, params[0].device))
 
 
 def _way(sync: Sync, group: dist.ProcessGroup, device: torch.device) -> int:

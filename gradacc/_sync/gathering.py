@@ -5,6 +5,7 @@ It is a call like that of a ``grad_fn``: ranks agree at first use, fail together
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
@@ -13,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gradacc import _dtypes
+from gradacc._cut import Cut
 from gradacc._sync import agreement as agreements
 from gradacc._sync import channel as channels
 from gradacc._sync import crossing, wire
@@ -22,7 +25,7 @@ from gradacc._sync.agreement import Description
 from gradacc._sync.channel import COLUMNS, FINE, SWITCHING
 from gradacc._sync.crossing import Flat
 from gradacc._sync.sending import Sending
-from gradacc._sync.turn import DESCRIPTIONS, GREETING, SUMS, Next, Turn
+from gradacc._sync.turn import DESCRIPTIONS, GREETING, NAMES, SUMS, Next, Turn
 
 
 class Known(NamedTuple):
@@ -52,6 +55,14 @@ class Gathering(Turn):
             self.leave_for_next_call()
             groups.release(error)
             raise
+
+    def raise_problem(self) -> None:
+        """Calls that differ are told with what each gathers."""
+        params = self._described.params
+        if self.next.kind == NAMES and params:
+            elements = sum(math.prod(shape) for _, shape, _ in params)
+            self.call_name += f" ({len(params)} tensors, {elements} elements, {params[0][0]} first)"
+        super().raise_problem()
 
     def done(self) -> None:
         """The call returns what it is to return."""
@@ -112,6 +123,45 @@ def _shape(tensors: Sequence[Tensor]) -> wire.Shape:
         for at, tensor in enumerate(tensors)
     ]
     return wire.Shape(tuple(flats), last, COLUMNS)
+
+
+def gather_parts(turn: Gathering, parts: Sequence[Tensor], into: Sequence[Tensor], cuts: Sequence[Cut]) -> None:
+    """All ranks' parts, flat, into whole tensors: a collective for each dtype and device, or one with nothing but records."""
+    members: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for index, leaf in enumerate(into):
+        members.setdefault((_dtypes.real_dtype(leaf.dtype), leaf.device), []).append(index)
+    with turn.failing_together():
+        messages = []
+        for indices in members.values():
+            pads = [_padded(parts[i], cuts[i].width) for i in indices]
+            messages.append(torch.cat(pads))
+        messages = messages or [torch.empty(0, device=turn.device)]
+    rows = turn.cross(messages)
+    for row, indices in zip(rows, members.values(), strict=bool(members)):
+        column = 0
+        for i in indices:
+            column += _assemble(into[i], row[:, column:], cuts[i])
+    turn.done()
+
+
+def _padded(part: Tensor, width: int) -> Tensor:
+    numbers = _dtypes.as_real(part)
+    padded = numbers.new_zeros(width, *numbers.shape[1:])
+    padded[: len(numbers)] = numbers
+    return padded.view(-1)
+
+
+def _assemble(leaf: Tensor, rows: Tensor, cut: Cut) -> int:
+    """A tensor of the parts that are the first columns of ``rows``; how many columns these are."""
+    whole = leaf if leaf.is_contiguous() else torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
+    numbers, width = _dtypes.as_real(whole).view(-1), 2 if leaf.is_complex() else 1
+    for run in cut.runs:
+        length, begin = run.length * width, run.offset * width
+        own = numbers.narrow(0, begin, run.ranks * length).view(run.ranks, length)
+        own.copy_(rows.narrow(0, run.first, run.ranks)[:, :length])
+    if whole is not leaf:
+        leaf.copy_(whole)
+    return cut.width * width
 
 
 def describe(params: Sequence[tuple[str, tuple[int, ...], torch.dtype]], *options: tuple[str, object]) -> Description:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gradacc import _sums, _tree
 from gradacc._options import Options
+from gradacc._rows import Homes
 from gradacc._sums import Sums
 from gradacc._sync import agreement as agreements
 from gradacc._sync import bound as bounds
@@ -44,9 +45,11 @@ from gradacc._window import Window
 class Link(Turn):
     """One call's connection to the other ranks: what it gives, and what it gets."""
 
-    def __init__(self, options: Options, group: dist.ProcessGroup, agreed: Agreed, channel: Channel) -> None:
+    def __init__(
+        self, options: Options, group: dist.ProcessGroup, agreed: Agreed, channel: Channel, homes: Homes = ()
+    ) -> None:
         super().__init__(options.name, agreed.call_name, group, channel)
-        self.options, self.agreed = options, agreed
+        self.options, self.agreed, self._homes = options, agreed, homes
         self.begun = agreed.begun
         self.states, self.dropped = agreed.begun.take()
         self.gather = None if options.through is None else Gather(self, options.rows)
@@ -72,8 +75,13 @@ class Link(Turn):
         self.window = batch.number if isinstance(batch, Window) else 0
         self.params, self.dtypes = params, dtypes
         self.device = params[0].device
-        self.bound = bounds.bound(self.options, self.group, params, treedef, dtypes)
-        self.signature = (treedef, tuple((p.shape, p.dtype, p.device) for p in params), tuple(dtypes))
+        self.bound = bounds.bound(self.options, self.group, params, treedef, dtypes, self._homes)
+        self.signature = (
+            treedef,
+            tuple((p.shape, p.dtype, p.device) for p in params),
+            tuple(dtypes),
+            tuple(home is not None for home in self._homes),
+        )
         self.agreement = self._known().get(self.signature)
 
     crosses = True

@@ -10,18 +10,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gradacc import _shard, _tree, _where
+from gradacc import _rows, _shard, _tree, _where
 from gradacc._describe import describe
 from gradacc.optim._optimizer import Optimizer
 
 
-def params(name: str, tree: Any) -> tuple[list[Tensor], _tree.TreeDef]:
-    """The leaves of the parameters, dense floating or complex tensors, and their structure."""
+def params(name: str, tree: Any, *, divided: bool = False) -> tuple[list[Tensor], _tree.TreeDef]:
+    """The leaves of the parameters, dense floating or complex tensors, and their structure; ``divided``: DTensors may be."""
     leaves, treedef = _tree.flatten(tree)
     if not leaves:
         raise ValueError(f"{name}: params holds no tensor: there is nothing to update")
     for leaf in leaves:
         if not isinstance(leaf, Tensor) or leaf.dtype not in _UPDATED or leaf.layout != torch.strided:
+            break
+        if type(leaf) is not Tensor and not divided and _rows.is_dtensor(leaf):
             break
     else:
         return leaves, treedef
@@ -33,6 +35,11 @@ def params(name: str, tree: Any) -> tuple[list[Tensor], _tree.TreeDef]:
             )
         if not isinstance(leaf, Tensor):
             raise TypeError(f"{name}: {path} is {describe(leaf)}; parameters are a pytree of floating tensors")
+        if _rows.is_dtensor(leaf) and not divided:
+            raise TypeError(
+                f"{name}: {path} is a DTensor {_rows.told(leaf)}, of which every rank updates its rows: "
+                "gradacc.optim.sharded(optimizer, mesh) makes an optimizer that does"
+            )
         if leaf.layout != torch.strided:
             raise TypeError(f"{name}: {path} is a tensor of layout {leaf.layout}; pass it as to_dense()")
         if leaf.dtype not in _UPDATED:
@@ -129,8 +136,9 @@ class Given(NamedTuple):
 
 
 def given(name: str, params_tree: Any, grads_tree: Any) -> Given:
-    """As `inputs`; where gradients are `Shard`s of whole parameters, the optimizer inside looks at them more closely."""
-    leaves, treedef = params(name, params_tree)
+    """As `inputs`; gradients that are `Shard`s of whole parameters, or DTensors, the optimizer inside looks at more closely."""
+    leaves, treedef = params(name, params_tree, divided=True)
+    grads_tree = _rows.as_shards(name, grads_tree, "grads")
     found, structure = _tree.flatten(grads_tree)
     if structure != treedef and _shard.shards(grads_tree):
         parts, outer = _tree.flatten(grads_tree, _shard.is_shard)

@@ -109,7 +109,7 @@ def dynamic_loss_scale(
     interval = _values.positive_int(_NAME, "growth_interval", growth_interval)
 
     def init(params: TensorTree) -> TensorTree:
-        _wide_enough(*_check.params(_NAME, params))
+        _wide_enough(*_check.params(_NAME, params, divided=True))
         scale = torch.full((), init_scale, dtype=torch.float32, device="cpu")
         return LossScaleState(scale, _check.zero(), _check.zero(), optimizer.init(params))
 

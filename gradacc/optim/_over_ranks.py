@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup, distributed_c10d
 
-from gradacc import _shard, _where
+from gradacc import _rows, _shard, _where
 from gradacc._sync import gathering
 from gradacc._sync import group as groups
 
@@ -18,7 +18,7 @@ _NORM = "the norm of gradients that are divided over ranks"
 
 def group_of(tree: Any) -> str:
     """The name of the process group that the parts in a tree are divided over; empty where there is none."""
-    names = {shard.facts.group for shard in _shard.shards(tree)} - {""}
+    names = {shard.facts.group for shard in _shard.shards(_rows.as_shards(_NORM, tree, "grads"))} - {""}
     if len(names) > 1:
         raise ValueError(f"gradients are divided over several process groups: {sorted(names)}; use one for all of them")
     return names.pop() if names else ""

@@ -16,9 +16,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradacc import _cut, _donated, _dtypes, _shard, _tree, _where
+from gradacc import _donated, _rows, _shard, _tree, _where
 from gradacc._cut import Cut
 from gradacc._describe import describe
+from gradacc._rows import Home, Homes
 from gradacc._shard import Shard, ShardFacts
 from gradacc._sync import gathering
 from gradacc._sync import group as groups
@@ -51,6 +52,8 @@ def sharded(optimizer: Optimizer, group: Any = None, *, master_dtype: torch.dtyp
     Parameters are whole on every rank before and after. Their bits are those of ``optimizer`` with the gradients of
     ``all_reduce(ordered=True)``, and a step sends as many bytes as one all-reduce (ZeRO-1; with
     ``reduce_scatter(overlap=True)`` ZeRO-2).
+
+    Of a parameter that is a DTensor (``fully_shard``) a rank updates its own rows, and gathers nothing: ``docs/fsdp.md``.
 
     ``optimizer`` is given trees like the parameters, with a `gradacc.Shard` in the place of each tensor; its rule must treat
     every element by itself. Wrappers may be inside or outside (`skip_spikes` and `dynamic_loss_scale` outside):
@@ -93,18 +96,17 @@ def sharded(optimizer: Optimizer, group: Any = None, *, master_dtype: torch.dtyp
     lasting = gathering.Lasting()
 
     def init(params: TensorTree) -> TensorTree:
-        leaves, treedef = _check.params(_NAME, params)
-        facts = _placed(leaves, group)[0]
-        own = _own(leaves, treedef, facts, copy=True)
+        leaves, treedef = _check.params(_NAME, params, divided=True)
+        own = _own(leaves, treedef, _placed(leaves, treedef, _ranks(group)), copy=True)
         if master_dtype is None:
             return optimizer.init(own)
         masters = _tree.map_tensors(lambda part: part.to(master_dtype), own)
         return ShardedState(masters, optimizer.init(masters))
 
-    def checked(leaves: list[Tensor], treedef: _tree.TreeDef, facts: Sequence[ShardFacts], state: Any) -> Any:
+    def checked(leaves: list[Tensor], treedef: _tree.TreeDef, placed: _Placed, state: Any) -> Any:
         """What is updated, and the state of the optimizer inside."""
-        _check_state(state, facts, master_dtype)
-        own = _own(leaves, treedef, facts, copy=False)
+        _check_state(state, placed.facts, master_dtype)
+        own = _own(leaves, treedef, placed, copy=False)
         if master_dtype is None:
             return own, state
         like = _tree.map_tensors(lambda part: part.new_empty(part.shape, dtype=master_dtype), own)
@@ -115,15 +117,17 @@ def sharded(optimizer: Optimizer, group: Any = None, *, master_dtype: torch.dtyp
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
-        leaves, treedef = _check.params(_NAME, params)
-        facts, cuts, ranks = _placed(leaves, group)
+        leaves, treedef = _check.params(_NAME, params, divided=True)
+        ranks = _ranks(group)
         turn = None if ranks is None else _turn(lasting, ranks, leaves, treedef)
         try:
-            _check_gradients(grads, leaves, treedef, facts)
-            own, inner = checked(leaves, treedef, facts, state)
+            placed = _placed(leaves, treedef, ranks)
+            given = [*leaves, *_tree.flatten(grads)[0], *_tree.flatten(state)[0]] if donate else []
+            grads = _rows.as_shards(_NAME, grads, "grads")
+            _check_gradients(grads, leaves, treedef, placed.facts)
+            own, inner = checked(leaves, treedef, placed, state)
             if master_dtype is not None:
                 grads = _tree.map_tensors(lambda grad: grad.to(master_dtype), grads)
-            given = [*leaves, *_tree.flatten(grads)[0], *_tree.flatten(state)[0]] if donate else []
             moved, inner = optimizer.step(own, grads, inner, donate=donate)
             parts = _tree.flatten(moved)[0]
             if master_dtype is not None:
@@ -132,19 +136,14 @@ def sharded(optimizer: Optimizer, group: Any = None, *, master_dtype: torch.dtyp
             if turn is not None:
                 turn.fail(error)
             raise
-        into = [leaf.detach() if donate else torch.empty_like(leaf, requires_grad=False) for leaf in leaves]
         with torch.no_grad():
-            if turn is None:
-                for leaf, part in zip(into, parts, strict=True):
-                    leaf.copy_(part.view(leaf.shape))
-            else:
-                _gather(turn, parts, into, cuts)
+            into = _new(leaves, parts, placed, turn, donate)
         after = _tree.unflatten(treedef, into), inner if master_dtype is None else ShardedState(moved, inner)
         return _donated.hand_over(f"{_NAME}.step", given, after)
 
     def check(params: TensorTree, state: TensorTree) -> None:
-        leaves, treedef = _check.params(_NAME, params)
-        own, inner = checked(leaves, treedef, _placed(leaves, group)[0], state)
+        leaves, treedef = _check.params(_NAME, params, divided=True)
+        own, inner = checked(leaves, treedef, _placed(leaves, treedef, _ranks(group)), state)
         if optimizer.check is not None:
             optimizer.check(own, inner)
 
@@ -159,32 +158,81 @@ def _check_master(dtype: Any) -> None:
         raise TypeError(f"{_NAME}: master_dtype must be torch.float32 or torch.float64, got {dtype!r}")
 
 
-def _placed(
-    leaves: Sequence[Tensor], group: Any
-) -> tuple[tuple[ShardFacts, ...], tuple[Cut, ...], dist.ProcessGroup | None]:
-    """Which parts are this rank's, which are whose, and the group; None where there is nobody else."""
-    ranks = groups.resolve(_NAME, group, _ALONE)
+class _Placed(NamedTuple):
+    """Of each parameter:"""
+
+    facts: tuple[ShardFacts, ...]
+    """which part is this rank's,"""
+    cuts: tuple[Cut, ...]
+    """which are whose,"""
+    homes: tuple[Home | None, ...]
+    """and how it is divided already, if it is."""
+
+
+def _ranks(group: Any) -> dist.ProcessGroup | None:
+    """None where there is nobody else."""
+    return groups.resolve(_NAME, group, _ALONE)
+
+
+def _placed(leaves: Sequence[Tensor], treedef: _tree.TreeDef, ranks: dist.ProcessGroup | None) -> _Placed:
+    homes: Homes = [None] * len(leaves)
+    if any(map(_rows.is_dtensor, leaves)):
+        homes = _rows.homes(_NAME, leaves, _tree.paths(treedef, "params"), ranks)
     place = (0, 1, "") if ranks is None else (ranks.rank(), ranks.size(), ranks.group_name)
-    return *_facts(tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves), *place), ranks
+    rows = tuple(home is not None for home in homes)
+    facts, cuts = _divided(tuple((leaf.shape, leaf.dtype) for leaf in leaves), rows, *place)
+    return _Placed(facts, cuts, tuple(homes))
 
 
 @functools.lru_cache(maxsize=32)
-def _facts(
-    leaves: tuple[tuple[tuple[int, ...], torch.dtype], ...], rank: int, world: int, group: str
+def _divided(
+    leaves: tuple[tuple[torch.Size, torch.dtype], ...],
+    rows: tuple[bool, ...],
+    rank: int,
+    world: int,
+    group: str,
 ) -> tuple[tuple[ShardFacts, ...], tuple[Cut, ...]]:
-    cuts = _cut.cuts([torch.Size(shape).numel() for shape, _ in leaves], [dtype for _, dtype in leaves], world)
+    cuts = _rows.cuts(leaves, rows, world)
     facts = [
-        ShardFacts(shape, *cut.part(rank), rank, world, group) for (shape, _), cut in zip(leaves, cuts, strict=True)
+        ShardFacts(tuple(shape), *cut.part(rank), rank, world, group)
+        for (shape, _), cut in zip(leaves, cuts, strict=True)
     ]
     return tuple(facts), tuple(cuts)
 
 
-def _own(leaves: Sequence[Tensor], treedef: _tree.TreeDef, facts: Sequence[ShardFacts], *, copy: bool) -> TensorTree:
+def _own(leaves: Sequence[Tensor], treedef: _tree.TreeDef, placed: _Placed, *, copy: bool) -> TensorTree:
     """This rank's parts."""
-    parts = [_shard.part_of(leaf.detach(), each) for leaf, each in zip(leaves, facts, strict=True)]
-    return _tree.unflatten(
-        treedef, [Shard(part.clone() if copy else part, each) for part, each in zip(parts, facts, strict=True)]
-    )
+    parts = [
+        _shard.part_of(leaf.detach(), each) if home is None else _rows.local(leaf)
+        for leaf, each, home in zip(leaves, placed.facts, placed.homes, strict=True)
+    ]
+    shards = [Shard(part.clone() if copy else part, each) for part, each in zip(parts, placed.facts, strict=True)]
+    return _tree.unflatten(treedef, shards)
+
+
+def _new(
+    leaves: Sequence[Tensor],
+    parts: Sequence[Tensor],
+    placed: _Placed,
+    turn: gathering.Gathering | None,
+    donate: bool,
+) -> list[Tensor]:
+    """Parameters of parts: DTensors of their own rows, and whole tensors of those of all ranks. NOTE [what is gathered]"""
+    new: list[Tensor | None] = [None] * len(leaves)
+    whole = [n for n, home in enumerate(placed.homes) if home is None]
+    for n in whole:
+        new[n] = leaves[n].detach() if donate else torch.empty_like(leaves[n], requires_grad=False)
+    into = [leaf for leaf in new if leaf is not None]
+    if turn is not None:
+        gathering.gather_parts(turn, [parts[n] for n in whole], into, [placed.cuts[n] for n in whole])
+    else:
+        for n, leaf in zip(whole, into, strict=True):
+            leaf.copy_(parts[n].view(leaf.shape))
+    for n, (leaf, home) in enumerate(zip(leaves, placed.homes, strict=True)):
+        if home is not None:
+            own = _rows.local(leaf)
+            new[n] = home.dtensor(own.copy_(parts[n]) if donate else parts[n])
+    return [leaf for leaf in new if leaf is not None]
 
 
 def _turn(
@@ -197,48 +245,11 @@ def _turn(
         )
     paths = _tree.paths(treedef, "params")
     params = [(path, tuple(leaf.shape), leaf.dtype) for path, leaf in zip(paths, leaves, strict=True)]
-    turn = gathering.Gathering(f"optim.{_NAME}", ranks, lasting, gathering.describe(params))
+    divided = ("DTensors", tuple(map(_rows.is_dtensor, leaves)))
+    turn = gathering.Gathering(f"optim.{_NAME}", ranks, lasting, gathering.describe(params, divided))
     turn.device = leaves[0].device
     turn.begin()
     return turn
-
-
-def _gather(turn: gathering.Gathering, parts: Sequence[Tensor], into: Sequence[Tensor], cuts: Sequence[Cut]) -> None:
-    """All ranks' parts, as whole tensors."""
-    members: dict[tuple[torch.dtype, torch.device], list[int]] = {}
-    for index, leaf in enumerate(into):
-        members.setdefault((_dtypes.real_dtype(leaf.dtype), leaf.device), []).append(index)
-    with turn.failing_together():
-        messages = []
-        for indices in members.values():
-            pads = [_padded(parts[i], cuts[i].width) for i in indices]
-            messages.append(torch.cat(pads))
-    rows = turn.cross(messages)
-    for row, indices in zip(rows, members.values(), strict=True):
-        column = 0
-        for i in indices:
-            column += _assemble(into[i], row[:, column:], cuts[i])
-    turn.done()
-
-
-def _padded(part: Tensor, width: int) -> Tensor:
-    numbers = _dtypes.as_real(part)
-    padded = numbers.new_zeros(width, *numbers.shape[1:])
-    padded[: len(numbers)] = numbers
-    return padded.view(-1)
-
-
-def _assemble(leaf: Tensor, rows: Tensor, cut: Cut) -> int:
-    """A tensor of the parts that are the first columns of ``rows``; how many columns these are."""
-    whole = leaf if leaf.is_contiguous() else torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
-    numbers, width = _dtypes.as_real(whole).view(-1), 2 if leaf.is_complex() else 1
-    for run in cut.runs:
-        length, begin = run.length * width, run.offset * width
-        own = numbers.narrow(0, begin, run.ranks * length).view(run.ranks, length)
-        own.copy_(rows.narrow(0, run.first, run.ranks)[:, :length])
-    if whole is not leaf:
-        leaf.copy_(whole)
-    return cut.width * width
 
 
 def _check_gradients(grads: Any, leaves: Sequence[Tensor], treedef: _tree.TreeDef, facts: Sequence[ShardFacts]) -> None:
