@@ -166,7 +166,7 @@ def accumulate_and_value(
         They are detached, unless an argument requires grad and grad mode is enabled: ``docs/transforms.md``.
 
     Raises:
-        TypeError: parameters that are not floating or complex tensors (an ``nn.Module``, integers, a ``DTensor``: docs/fsdp.md);
+        TypeError: parameters that are not floating or complex tensors (an ``nn.Module``, integers; DTensors: docs/fsdp.md);
             batch leaves that cannot be split (NumPy arrays, strings, lists with an item for each example, sparse and nested
             tensors); a loss that is not a floating tensor or a `Mean` of one.
         ValueError: options that contradict each other; split dimensions that differ; a loss that is not 0-dim or does not

@@ -152,6 +152,12 @@ def cuts(leaves: Sequence[tuple[torch.Size, torch.dtype]], rows: Sequence[bool],
     return [_cut.of_rows(shape, world) if by_rows else next(even) for (shape, _), by_rows in pairs]
 
 
+def group_of(leaf: Any) -> dist.ProcessGroup | None:
+    """Over which a DTensor is divided; None where there is nobody else, or several of them."""
+    mesh = leaf.device_mesh
+    return mesh.get_group() if mesh.ndim == 1 and mesh.size() > 1 else None
+
+
 def as_shards(name: str, tree: Any, root: str) -> Any:
     """``tree`` with a `Shard` in the place of every DTensor: this rank's rows of it."""
     leaves, treedef = _tree.flatten(tree)
@@ -160,8 +166,7 @@ def as_shards(name: str, tree: Any, root: str) -> Any:
     shards = []
     for leaf, path in zip(leaves, _tree.paths(treedef, root), strict=True):
         if is_dtensor(leaf):
-            mesh = leaf.device_mesh
-            found = home(name, path, leaf, mesh.get_group() if mesh.ndim == 1 and mesh.size() > 1 else None)
+            found = home(name, path, leaf, group_of(leaf))
             leaf = Shard(local(leaf), found.facts())
         shards.append(leaf)
     return _tree.unflatten(treedef, shards)

@@ -35,7 +35,7 @@ def flatten(name: str, tree: Any, root: str) -> tuple[list[str], list[Any], _tre
         ValueError: two leaves have the same path.
     """
     treedef = _tree.flatten(tree)[1]
-    paths, leaves = _shards.flatten(tree, root)
+    paths, leaves = _shards.flatten(name, tree, root)
     keys = [path[len(root) :] for path in paths]
     if len(set(keys)) < len(keys):
         twice = next(key for index, key in enumerate(keys) if key in keys[:index])

@@ -92,10 +92,15 @@ def _tree_of(folder: Path, body: dict[str, Any], like: Any) -> Any:
     return _tree.unflatten(
         treedef,
         [
-            source.tensor(key, leaf) if isinstance(leaf, (Tensor, Part)) else leaf if leaf is ... else values[key]
+            _loaded(source, key, leaf) if isinstance(leaf, (Tensor, Part)) else leaf if leaf is ... else values[key]
             for key, leaf in zip(named, leaves, strict=True)
         ],
     )
+
+
+def _loaded(source: _read.Source, key: str, leaf: Tensor | Part) -> Tensor:
+    found = source.tensor(key, leaf)
+    return leaf.of(found) if isinstance(leaf, Part) else found
 
 
 def _fit(folder: Path, saved: dict[str, str], keys: Sequence[str], leaves: Sequence[Any]) -> None:

@@ -1,8 +1,8 @@
 """Tensors that are divided over ranks: what a `gradacc.Shard` in a tree is in a checkpoint.
 
 NOTE [parts]
-    A leaf of a `Shard` is a rank's part of a tensor. Its key is that of the whole tensor in a tree without `Shard`s (no
-    ``.values`` in it), and so is its title. In the files it is one tensor of one dimension, in a chunk for each rank that
+    A leaf of a `Shard`, or a DTensor (NOTE [rows]), is a rank's part of a tensor. Its key is that of the whole tensor in a tree
+    without `Shard`s (no ``.values`` in it), and so is its title. In the files it is one tensor of one dimension, in a chunk for each rank that
     has elements of it. A leaf without dimensions (a step count) is one that all ranks have. Whoever loads takes the elements
     that it asks for, out of whichever chunks have them, or out of the whole tensor; so how many ranks have saved is
     nothing to it.
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.distributed import distributed_c10d
 
-from gradacc import _shard, _tree
+from gradacc import _rows, _shard, _tree
+from gradacc._rows import Home
 from gradacc._shard import Shard, ShardFacts
 
 if TYPE_CHECKING:
@@ -46,6 +47,12 @@ class Part:
 
     values: Any
     facts: ShardFacts
+    home: Home | None = None
+    """Of a DTensor, whose rows they are."""
+
+    def of(self, values: Tensor) -> Tensor:
+        """What stands in a tree for these values."""
+        return values if self.home is None else self.home.dtensor(values)
 
     @property
     def span(self) -> Span:
@@ -67,7 +74,12 @@ class Part:
         return [WriteItem(MetadataIndex(fqn, offset), WriteItemType.SHARD, tensor_data=data)]
 
 
-def flatten(tree: Any, root: str) -> tuple[list[str], list[Any]]:
+def _of_dtensor(name: str, path: str, leaf: Any) -> Part:
+    home = _rows.home(name, path, leaf, _rows.group_of(leaf))
+    return Part(_rows.local(leaf), home.facts(), home)
+
+
+def flatten(name: str, tree: Any, root: str) -> tuple[list[str], list[Any]]:
     """Leaves, and their paths: what is inside of a `Shard` is at its path, and a `Part` where it is one."""
     nodes, outer = _tree.flatten(tree, _shard.is_shard)
     paths: list[str] = []
@@ -79,7 +91,7 @@ def flatten(tree: Any, root: str) -> tuple[list[str], list[Any]]:
             leaves += [Part(leaf, node.facts) if isinstance(leaf, Tensor) and leaf.dim() else leaf for leaf in own]
         else:
             paths.append(path)
-            leaves.append(node)
+            leaves.append(_of_dtensor(name, path, node) if _rows.is_dtensor(node) else node)
     return paths, leaves
 
 
