@@ -56,8 +56,8 @@ def save(path: str | os.PathLike[str], tree: Any) -> None:
         save(path, {"train": train_state, "ranks": {rank: mine}})
         tree = load(path, {"train": train_state, "ranks": {r: mine if r == rank else ... for r in range(world)}})
 
-    What is divided over ranks (a DTensor; a `gradacc.Shard`, of which the states of `gradacc.optim.sharded` consist) is saved as whole
-    tensors, under the paths of a state that is not divided. Each rank writes its parts.
+    What is divided over ranks (a DTensor; a `gradacc.Shard`, of which the states of `gradacc.optim.sharded` consist) is
+    saved as whole tensors, under the paths of a state that is not divided. Each rank writes its parts.
 
     The format is the same for any number of ranks: one rank reads what two have saved, and the other way round.
 

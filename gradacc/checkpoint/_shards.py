@@ -1,11 +1,11 @@
 """Tensors that are divided over ranks: what a `gradacc.Shard` in a tree is in a checkpoint.
 
 NOTE [parts]
-    A leaf of a `Shard`, or a DTensor (NOTE [rows]), is a rank's part of a tensor. Its key is that of the whole tensor in a tree
-    without `Shard`s (no ``.values`` in it), and so is its title. In the files it is one tensor of one dimension, in a chunk for each rank that
-    has elements of it. A leaf without dimensions (a step count) is one that all ranks have. Whoever loads takes the elements
-    that it asks for, out of whichever chunks have them, or out of the whole tensor; so how many ranks have saved is
-    nothing to it.
+    A leaf of a `Shard`, or a DTensor (NOTE [rows]), is a rank's part of a tensor. Its key is that of the whole tensor in a
+    tree without `Shard`s (no ``.values`` in it), and so is its title. In the files it is one tensor of one dimension, in a
+    chunk for each rank that has elements of it. A leaf without dimensions (a step count) is one that all ranks have.
+    Whoever loads takes the elements that it asks for, out of whichever chunks have them, or out of the whole tensor; so how
+    many ranks have saved is nothing to it.
 """
 
 from __future__ import annotations
