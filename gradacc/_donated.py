@@ -76,6 +76,8 @@ def written_by(call: str, given: Any, func: Callable[[], T]) -> T:
 
 
 def _version(leaf: Any) -> int | None:
+    if isinstance(leaf, Donated):
+        return -1  # by a call inside
     return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else None
 
 

@@ -133,6 +133,11 @@ def options(name: str, loss_fn: Any, given: Given) -> Options:
     _check_weights(name, given)
     _check_through(name, given)
     check_sync(name, given.sync)
+    if isinstance(given.sync, ReduceScatter) and given.dtype == torch.float16:
+        raise ValueError(
+            f"{name}: got dtype=torch.float16 and reduce_scatter: where sums do not fit into float16, no rank sees it in its "
+            "part alone. Use dtype=torch.float32 (half precision is summed in it anyway), or all_reduce"
+        )
     return Options(
         name=name,
         steps=steps,

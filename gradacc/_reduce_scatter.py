@@ -22,9 +22,6 @@ class ReduceScatter:
     compress: torch.dtype | None
     overlap: bool
 
-    ordered = True
-    """Sums are in rank order, whatever way they take."""
-
 
 def reduce_scatter(
     group: ProcessGroup | DeviceMesh | None = None, *, compress: torch.dtype | None = None, overlap: bool = False

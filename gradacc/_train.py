@@ -119,7 +119,7 @@ def train_step(
     known = optimizer if isinstance(optimizer, Optimizer) else Optimizer(optimizer.init, optimizer.step)
     if known.loss_scale is not None and not takes:
         raise TypeError(_UNSCALED)
-    report = known.report
+    how = _How(known, _over_ranks.Asker("train_step"), donate)
 
     def step(state: TrainState, batch: Any, *args: Any, **kwargs: Any) -> tuple[TrainState, dict[str, Any]]:
         if not isinstance(state, TrainState):
@@ -140,31 +140,49 @@ def train_step(
         results = grad_fn(start, batch, *args, **named, **kwargs)
         if has_carry:
             results, carry = _split_carry(results)
-        grads, value, aux, dropped = _split_result(results)
-        loss, told = _of_value(value, scale)
-        metrics = {"loss": loss, "grad_norm": _norm(grads, scale), **told}
-        judged = {"loss": _of_value(value, None)[0]} if known.takes_loss else {}
-        if aux is not None:
-            metrics["aux"] = aux
-        if dropped is not None:
-            metrics["dropped"] = dropped
-        if report.rate is not None:
-            metrics["lr"] = _numbers(report.rate(state.opt_state), torch.float64)
-        if scale is not None:
-            metrics["loss_scale"] = scale.clone()
-        number = state.step + 1  # here, where an error loses nothing
-        donated = donate and not _where.transforming()
-        given = _tree.flatten((state.params, grads, state.opt_state))[0] if donated else []
-        metrics = _in_separate_memory(_tree.map_tensors(Tensor.detach, metrics), given)
-        moved = optimizer.step(start, grads, state.opt_state, donate=donate, **judged)
-        params, opt_state = _donated.hand_over("train_step", given, moved)  # of an optimizer of the caller's own
-        if report.skipped is not None:
-            metrics["skipped"] = _numbers(report.skipped(opt_state), torch.int64)
-            if report.updates is not None:
-                metrics["updates"] = _numbers(report.updates(opt_state), torch.int64)
-        return TrainState(params, opt_state, number, carry), metrics
+        with _over_ranks.telling("train_step", results):
+            number = state.step + 1  # here, where an error loses nothing
+            params, opt_state, metrics = _update(how, state, start, results, scale)
+            return TrainState(params, opt_state, number, carry), metrics
 
     return step
+
+
+class _How(NamedTuple):
+    """What a step was made of."""
+
+    optimizer: Optimizer
+    who: _over_ranks.Asker
+    donate: bool
+
+
+def _update(
+    how: _How, state: TrainState, start: Any, results: Any, scale: Tensor | None
+) -> tuple[Any, Any, dict[str, Any]]:
+    """Parameters, the optimizer's state and metrics of one step, from what ``grad_fn`` returned for ``start``."""
+    optimizer, report = how.optimizer, how.optimizer.report
+    grads, value, aux, dropped = _split_result(results)
+    loss, told = _of_value(value, scale)
+    metrics = {"loss": loss, "grad_norm": _norm(how.who, grads, scale), **told}
+    judged = {"loss": _of_value(value, None)[0]} if optimizer.takes_loss else {}
+    if aux is not None:
+        metrics["aux"] = aux
+    if dropped is not None:
+        metrics["dropped"] = dropped
+    if report.rate is not None:
+        metrics["lr"] = _numbers(report.rate(state.opt_state), torch.float64)
+    if scale is not None:
+        metrics["loss_scale"] = scale.clone()
+    donated = how.donate and not _where.transforming()
+    given = _tree.flatten((state.params, grads, state.opt_state))[0] if donated else []
+    metrics = _in_separate_memory(_tree.map_tensors(Tensor.detach, metrics), given)
+    moved = optimizer.step(start, grads, state.opt_state, donate=how.donate, **judged)
+    params, opt_state = _donated.hand_over("train_step", given, moved)  # of an optimizer of the caller's own
+    if report.skipped is not None:
+        metrics["skipped"] = _numbers(report.skipped(opt_state), torch.int64)
+        if report.updates is not None:
+            metrics["updates"] = _numbers(report.updates(opt_state), torch.int64)
+    return params, opt_state, metrics
 
 
 def _without_graph(leaf: Tensor) -> Tensor:
@@ -257,13 +275,13 @@ def _in_separate_memory(metrics: Any, given: Sequence[Any]) -> Any:
     return _tree.unflatten(treedef, [leaf.clone() if late else leaf for leaf, late in zip(leaves, shared, strict=True)])
 
 
-def _norm(grads: Any, scale: Tensor | None) -> Tensor:
+def _norm(who: _over_ranks.Asker, grads: Any, scale: Tensor | None) -> Tensor:
     """Of all gradients, at least in float32; ``scale`` is taken off first, as squares of scaled ones may overflow."""
     grads = _rows.as_shards("train_step", grads, "grads")
     leaves = (leaf for leaf in _tree.flatten(grads)[0] if isinstance(leaf, Tensor))
     if scale is not None:
         leaves = (_dtypes.widened(leaf) / _scalars.beside(scale, leaf) for leaf in leaves)
-    return _over_ranks.total_norm(grads, _dtypes.global_norm(leaves, wide=True))
+    return _over_ranks.total_norm(who, grads, _dtypes.global_norm(leaves, wide=True))
 
 
 def _of_value(value: Any, scale: Tensor | None) -> tuple[Tensor, dict[str, Any]]:

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from gradacc import _tree
 from gradacc._all_reduce import AllReduce
 from gradacc._options import Options
+from gradacc._shard import Shard
 from gradacc._sync import channel as channels
 from gradacc._sync import group as groups
 from gradacc._sync import layout as layouts
@@ -53,7 +54,7 @@ class Agreed:
     """What one ``grad_fn`` has agreed on: by process group and by the parameters' structure."""
 
     def __init__(self, name: str, loss_fn: Callable[..., Any], group: Any) -> None:
-        self.call_name = _count_place(f"{name}({_code_of(loss_fn)})", group)
+        self.call_name = count_place(f"{name}({_code_of(loss_fn)})", group)
         """What ranks call it among themselves."""
         self.begun = Begun()
         self.groups: WeakKeyDictionary[Any, dict[Any, Agreement]] = WeakKeyDictionary()
@@ -64,7 +65,7 @@ _made_for_all: Counter[str] = Counter()
 """How many were made, for a group or for the default one: of a loss that is written in this place."""
 
 
-def _count_place(place: str, group: Any) -> str:
+def count_place(place: str, group: Any) -> str:
     """A place, and which one this is of those that were made there: closures differ in nothing else that can be compared."""
     if group is None:
         made = _made_for_all
@@ -102,6 +103,11 @@ def describe(options: Options, bound: Bound, layout: Layout | None, weight: floa
             f"{options.name}: with sync, ranks tell each other the structure of aux, which cannot be pickled: {error}. "
             "Return it in containers of module-level classes"
         ) from error
+    if any(issubclass(kind, Shard) for kind in _tree.kinds(bound.treedef)):
+        raise TypeError(
+            f"{options.name}: a gradacc.Shard is this rank's part of a tensor, and ranks add up whole ones: parts of different "
+            "elements would be added. Pass whole tensors"
+        )
     paths = _tree.paths(bound.treedef, "params")
     return Description(
         tuple((path, tuple(p.shape), p.dtype) for path, p in zip(paths, bound.params, strict=True)),
@@ -112,7 +118,7 @@ def describe(options: Options, bound: Bound, layout: Layout | None, weight: floa
             ("sync", "all_reduce" if isinstance(sync, AllReduce) else "reduce_scatter"),
             ("compress", sync.compress),
             ("overlap", sync.overlap),
-            ("ordered", sync.ordered),
+            ("ordered", isinstance(sync, AllReduce) and sync.ordered),
             ("weights", options.weights is not None),
             ("nonfinite", options.nonfinite),
             ("has_carry", options.has_carry),

@@ -87,17 +87,18 @@ def bound(
     if isinstance(sync, ReduceScatter):
         shapes = [(param.shape, param.dtype) for param in params]
         cuts = _rows.cuts(shapes, [home is not None for home in homes], group.size())
-    return Bound([*params], treedef, [*dtypes], cuts, homes, _way(sync, group, params[0].device))
+    return Bound([*params], treedef, [*dtypes], cuts, homes, _way(sync, group, {param.device for param in params}))
 
 
-def _way(sync: Sync, group: dist.ProcessGroup, device: torch.device) -> int:
-    """For gradients on this device."""
+def _way(sync: Sync, group: dist.ProcessGroup, devices: set[torch.device]) -> int:
+    """For gradients on these devices."""
     if isinstance(sync, AllReduce):
         return crossing.ORDERED if sync.ordered or sync.compress is not None else crossing.SUMMED
-    return crossing.REDUCED if sync.compress is None and reduces_and_scatters(group, device) else crossing.SCATTERED
+    native = sync.compress is None and all(_reduces_and_scatters(group, device) for device in devices)
+    return crossing.REDUCED if native else crossing.SCATTERED
 
 
-def reduces_and_scatters(group: dist.ProcessGroup, device: torch.device) -> bool:
+def _reduces_and_scatters(group: dist.ProcessGroup, device: torch.device) -> bool:
     """Whether the backend has a reduce-scatter that sends no more than it must."""
     backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
     return backends.get(device.type) in _REDUCE_AND_SCATTER

@@ -100,19 +100,19 @@ class Crossing:
         elif flat.way == GATHERED:
             self._gather(group, self._whole)
         else:
-            self._whole[:, flat.numel :] = self.behind
-            came = self._came = torch.empty_like(self._whole)
+            whole = self._whole
+            whole[:, flat.numel :] = self.behind
+            came = self._came = torch.empty_like(whole) if flat.way == SCATTERED else whole.new_empty(whole.shape[1])
             if flat.way == SCATTERED:
-                self._work = dist.all_to_all_single(came, self._whole, group=group, async_op=True)
+                self._work = dist.all_to_all_single(came, whole, group=group, async_op=True)
             else:
-                self._came = came = came[0]
-                self._work = dist.reduce_scatter_single(came, self._whole.view(-1), group=group, async_op=True)
+                self._work = dist.reduce_scatter_single(came, whole.view(-1), group=group, async_op=True)
         self.started = True
 
     def go_on(self, group: dist.ProcessGroup) -> None:
         """Add up what came, and give back the memory of what was sent; send the sums, where all ranks need them."""
         flat = self.flat
-        if flat.way not in (ORDERED, SCATTERED) or self._moved:
+        if flat.way not in (ORDERED, SCATTERED, REDUCED) or self._moved:
             return
         if self._work is not None:
             self._work.wait()
@@ -122,6 +122,8 @@ class Crossing:
             behind = rows[:, flat.numel :].clone()
             self._summed = parted(flat, self.world, sum_of(rows[:, : flat.numel], flat.dtype), behind)
             self._came = self._work = None
+        elif flat.way == REDUCED:
+            self._work = None
         else:
             rows = self.behind.new_empty(self.world, 0) if self._came is None else self._came.view(self.world, -1)
             self._gather(group, torch.cat([sum_of(rows, flat.dtype).to(flat.wire), self.behind]))
@@ -133,8 +135,8 @@ class Crossing:
         """Wait for what comes."""
         flat = self.flat
         if self._summed is None:
-            assert self._work is not None
-            self._work.wait()
+            if self._work is not None:
+                self._work.wait()
             came = self._came
             assert came is not None
             if is_summed_by_backend(flat.way):

@@ -5,8 +5,9 @@ It is a call like that of a ``grad_fn``: ranks agree at first use, fail together
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -35,6 +36,15 @@ class Known(NamedTuple):
     shape: wire.Shape
 
 
+class Message(NamedTuple):
+    """What a rank brings: so many numbers, and how they are put where they leave from."""
+
+    numel: int
+    dtype: torch.dtype
+    device: torch.device
+    write: Callable[[Tensor], object]
+
+
 Lasting = WeakKeyDictionary[dist.ProcessGroup, dict[Description, Known]]
 """What ranks have agreed on, by group and by what they said of themselves."""
 
@@ -47,10 +57,10 @@ class Gathering(Turn):
         self._lasting, self._described = lasting.setdefault(group, {}), described
         self._known: Known | None = self._lasting.get(described)
 
-    def cross(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Of each, which has one dimension and is as long on every rank: a row for each rank."""
+    def cross(self, messages: Sequence[Message]) -> list[Tensor]:
+        """Of each, which is as long on every rank: a row for each rank."""
         try:
-            return self._cross(tensors)
+            return self._cross(messages)
         except BaseException as error:
             self.leave_for_next_call()
             groups.release(error)
@@ -78,9 +88,9 @@ class Gathering(Turn):
         self.channel.agreements = max(self.channel.agreements, self._known.identity + 1)
         self._lasting[self._described] = self._known
 
-    def _cross(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+    def _cross(self, messages: Sequence[Message]) -> list[Tensor]:
         with self.failing_together():
-            shape = _shape(tensors)
+            shape = _shape(messages)
         if self.next.kind == GREETING and (self._known is None or self.next.shape != shape):
             with self.failing_together():
                 sending = self.open()
@@ -94,34 +104,26 @@ class Gathering(Turn):
                 self._known = Known(self.channel.agreements, shape)
                 self.set_next(SUMS, shape)
         with self.failing_together():
-            sending = self._send(tensors)
+            sending = self._send(messages)
         self.conclude()
         self.raise_problem()
-        return [sending.wait(at).numbers for at in range(len(tensors))]
+        return [sending.wait(at).numbers for at in range(len(messages))]
 
-    def _send(self, tensors: Sequence[Tensor]) -> Sending:
+    def _send(self, messages: Sequence[Message]) -> Sending:
         assert self._known is not None
         sending = self.open()
-        for at, tensor in enumerate(tensors):
-            sending.flat(at).numbers.copy_(tensor)
+        for at, message in enumerate(messages):
+            message.write(sending.flat(at).numbers)
             sending.launch(self.record(COLUMNS, FINE, self._known.identity))
         return sending
 
 
-def _shape(tensors: Sequence[Tensor]) -> wire.Shape:
-    last = len(tensors) - 1
-    flats = [
-        Flat(
-            crossing.GATHERED,
-            len(tensor),
-            0,
-            records.digits(COLUMNS, tensor.dtype) if at == last else 0,
-            tensor.dtype,
-            tensor.dtype,
-            tensor.device,
-        )
-        for at, tensor in enumerate(tensors)
-    ]
+def _shape(messages: Sequence[Message]) -> wire.Shape:
+    last = len(messages) - 1
+    flats = []
+    for at, (numel, dtype, device, _) in enumerate(messages):
+        digits = records.digits(COLUMNS, dtype) if at == last else 0
+        flats.append(Flat(crossing.GATHERED, numel, 0, digits, dtype, dtype, device))
     return wire.Shape(tuple(flats), last, COLUMNS)
 
 
@@ -130,13 +132,12 @@ def gather_parts(turn: Gathering, parts: Sequence[Tensor], into: Sequence[Tensor
     members: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for index, leaf in enumerate(into):
         members.setdefault((_dtypes.real_dtype(leaf.dtype), leaf.device), []).append(index)
-    with turn.failing_together():
-        messages = []
-        for indices in members.values():
-            pads = [_padded(parts[i], cuts[i].width) for i in indices]
-            messages.append(torch.cat(pads))
-        messages = messages or [torch.empty(0, device=turn.device)]
-    rows = turn.cross(messages)
+    messages = []
+    for (dtype, device), indices in members.items():
+        widths = [cuts[i].width * (2 if into[i].is_complex() else 1) for i in indices]
+        write = functools.partial(_write, [parts[i] for i in indices], widths)
+        messages.append(Message(sum(widths), dtype, device, write))
+    rows = turn.cross(messages or [Message(0, torch.float32, turn.device, _write_nothing)])
     for row, indices in zip(rows, members.values(), strict=bool(members)):
         column = 0
         for i in indices:
@@ -144,11 +145,16 @@ def gather_parts(turn: Gathering, parts: Sequence[Tensor], into: Sequence[Tensor
     turn.done()
 
 
-def _padded(part: Tensor, width: int) -> Tensor:
-    numbers = _dtypes.as_real(part)
-    padded = numbers.new_zeros(width, *numbers.shape[1:])
-    padded[: len(numbers)] = numbers
-    return padded.view(-1)
+def _write(parts: Sequence[Tensor], widths: Sequence[int], numbers: Tensor) -> None:
+    """Parts one behind the other, each as wide as the widest rank's."""
+    for room, part in zip(torch.split(numbers, list(widths)), parts, strict=True):
+        own = _dtypes.as_real(part).reshape(-1)
+        room[: len(own)].copy_(own)
+        room[len(own) :].zero_()
+
+
+def _write_nothing(numbers: Tensor) -> None:
+    """Records alone cross."""
 
 
 def _assemble(leaf: Tensor, rows: Tensor, cut: Cut) -> int:

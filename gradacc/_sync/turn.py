@@ -86,6 +86,7 @@ class Turn:
     def fail(self, error: BaseException) -> None:
         """This rank's call raises: the others are told; where they cannot be waited for, in this rank's next call."""
         groups.release(error)
+        note_told(error)
         if not isinstance(error, Exception):
             self.leave_for_next_call()
             return
@@ -170,8 +171,9 @@ class Turn:
         step = self.next
         try:
             yield
-        except Exception:
+        except Exception as error:
             self.set_next(NOTHING)
+            note_told(error)
             raise
         except BaseException:
             self.set_next(NOTHING)
@@ -239,6 +241,7 @@ class Turn:
             with self.exchanging():
                 self.caller().raise_for_calls()
         if self._problem is not None:
+            note_told(self._problem)
             raise self._problem
 
     def wait_for_sums(self, sending: Sending, keep: bool) -> Tensor | None:
@@ -253,6 +256,29 @@ class Turn:
 
     def note_success(self, table: Tensor, largest: float) -> None:
         """What later calls rely on, after one that went through on all ranks; and whether something crosses once more."""
+
+
+def note_told(error: BaseException) -> None:
+    """All ranks know of this error: those around what raised it tell nobody."""
+    with contextlib.suppress(AttributeError):
+        error._is_told = True  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def telling(name: str, group: dist.ProcessGroup | None) -> Iterator[None]:
+    """Around what makes calls in a group: an error of this rank alone takes the place of the next one. Nobody waits."""
+    try:
+        yield
+    except BaseException as error:
+        cause: BaseException | None = error
+        while cause is not None and not getattr(cause, "_is_told", False):
+            cause = cause.__cause__
+        if cause is None and group is not None:
+            with contextlib.suppress(Exception):  # this rank's own error is the one to see
+                turn = Turn(name, name, group, channels.of(group))
+                turn.begin()
+                turn.fail(error)
+        raise
 
 
 def _number(bits: int) -> float:

@@ -135,7 +135,12 @@ def by_path(default: Optimizer, *rules: tuple[Predicate, Optimizer]) -> Optimize
 
     report = _report.of_groups(_NAME, ByPathState, [optimizer.report for optimizer in optimizers])
     wholes = [optimizer.elementwise for optimizer in optimizers if optimizer.elementwise is not True]
-    return Optimizer(init, step, None if None in checks else check, report, elementwise=wholes[0] if wholes else True)
+
+    def elementwise() -> bool | str:
+        said = [whole() if callable(whole) else whole for whole in wholes]
+        return next((each for each in said if each is not True), True)
+
+    return Optimizer(init, step, None if None in checks else check, report, elementwise=elementwise)
 
 
 Node: TypeAlias = Tensor | _shard.Shard

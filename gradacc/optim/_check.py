@@ -151,8 +151,9 @@ def given(name: str, params_tree: Any, grads_tree: Any) -> Given:
 
 def elementwise(name: str, given: Optimizer) -> None:
     """An optimizer can be given parts of parameters."""
-    if given.elementwise is not True:
-        why = given.elementwise or (
+    said = given.elementwise() if callable(given.elementwise) else given.elementwise
+    if said is not True:
+        why = said or (
             "it is not known to treat every element by itself. If it does, say so: optimizer._replace(elementwise=True)"
         )
         raise ValueError(f"{name}: the optimizer needs whole parameters, of which a rank has parts: {why}")

@@ -55,10 +55,11 @@ def clip_by_global_norm(optimizer: Optimizer, max_norm: float | Tensor) -> Optim
     else:
         _check.number(name, "max_norm", max_norm, finite=False)
     check = optimizer.check
+    who = _over_ranks.Asker(name)
 
     def clipped(grads: TensorTree, grad_leaves: list[Tensor], used: list[Any] | None) -> list[Tensor]:
         """In new memory, or in their own, except what is in that of ``used``."""
-        factor = _factor(_over_ranks.total_norm(grads, torch.nn.utils.get_total_norm(grad_leaves)), max_norm)
+        factor = _factor(_over_ranks.total_norm(who, grads, torch.nn.utils.get_total_norm(grad_leaves)), max_norm)
         if factor.is_cpu and factor.item() == 1:
             return grad_leaves
         if used is None:
@@ -73,7 +74,7 @@ def clip_by_global_norm(optimizer: Optimizer, max_norm: float | Tensor) -> Optim
         given: list[Any] = []
         if _memory.differentiable(max_norm, grad_leaves):
             # Of which torch's has no derivative.
-            norm = _over_ranks.total_norm(grads, _dtypes.global_norm(grad_leaves, wide=False))
+            norm = _over_ranks.total_norm(who, grads, _dtypes.global_norm(grad_leaves, wide=False))
             factor = _factor(norm, max_norm)
             grad_leaves = [(grad_leaf * factor.to(grad_leaf.device)).to(grad_leaf.dtype) for grad_leaf in grad_leaves]
         else:
@@ -89,7 +90,9 @@ def clip_by_global_norm(optimizer: Optimizer, max_norm: float | Tensor) -> Optim
         after = optimizer.step(params, _tree.unflatten(structure, grad_leaves), state, donate=donate)
         return _donated.hand_over(f"{name}.step", given, after)
 
-    return Optimizer(optimizer.init, step, check, optimizer.report, elementwise=optimizer.elementwise)
+    return Optimizer(
+        optimizer.init, _over_ranks.together(name, step), check, optimizer.report, elementwise=optimizer.elementwise
+    )
 
 
 def _factor(norm: Tensor, max_norm: float | Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from gradacc import _donated, _overlap, _shard, _tree, _where
 from gradacc._describe import describe
 from gradacc._tree import TensorTree
-from gradacc.optim import _check, _memory, _parts
+from gradacc.optim import _check, _memory, _torchopt_shards
 from gradacc.optim._optimizer import Optimizer
 
 
@@ -79,8 +79,10 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
         except (RuntimeError, TypeError, ValueError):  # which values of meta tensors raise: item(), numpy()
             return _UNKNOWN
 
+    owners = functools.lru_cache(maxsize=8)(functools.partial(_torchopt_shards.owners, transformation))
+
     def check(params: TensorTree, state: TensorTree) -> None:
-        (params, _), (state, _) = _parts.without_facts(params), _parts.without_facts(state)
+        (params, _), (state, _) = _torchopt_shards.without_facts(params), _torchopt_shards.without_facts(state)
         leaves, treedef = _check.params(name, params)
         expected = model(treedef, tuple([(leaf.shape, leaf.dtype) for leaf in leaves]))
         if expected is not _UNKNOWN:
@@ -88,16 +90,16 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
 
     def init(params: TensorTree) -> TensorTree:
         leaves, _ = _check.params(name, params)
-        plain, facts = _parts.without_facts(params)
+        plain, facts = _torchopt_shards.without_facts(params)
         made = _in_separate_memory(transformation.init(_tree.map_tensors(lambda leaf: leaf, plain)), leaves)
-        return made if facts is None else _parts.with_facts(transformation, made, plain, facts)
+        return made if facts is None else _torchopt_shards.with_facts(owners, made, plain, facts)
 
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
         _check.inputs(name, params, grads)
         outer = _tree.flatten(params, _shard.is_shard)[1]
-        (params, facts), (grads, _), (state, _) = map(_parts.without_facts, (params, grads, state))
+        (params, facts), (grads, _), (state, _) = map(_torchopt_shards.without_facts, (params, grads, state))
         leaves, grad_leaves, treedef = _check.inputs(name, params, grads)
         pure = _memory.differentiable(None, grad_leaves)
         in_place = donate and not pure
@@ -116,12 +118,12 @@ def from_torchopt(transformation: GradientTransformation) -> Optimizer:
             new = _in_separate_memory(new, leaves if in_place else (*leaves, *grad_leaves, *_tree.flatten(state)[0]))
             moved = _moved_in_place(leaves, changes) if in_place else _moved(leaves, changes)
         if facts is not None:
-            new = _parts.with_facts(transformation, new, params, facts)
+            new = _torchopt_shards.with_facts(owners, new, params, facts)
         nodes = moved if facts is None else [_shard.Shard(*each) for each in zip(moved, facts, strict=True)]
         return _donated.hand_over(f"{name}.step", given, (_tree.unflatten(outer, nodes), new))
 
     whole = f"{name}: this transformation gave parts of parameters other updates than whole ones (a norm, say)"
-    return Optimizer(init, step, check, elementwise=_parts.is_elementwise(transformation) or whole)
+    return Optimizer(init, step, check, elementwise=lambda: _torchopt_shards.is_elementwise(transformation) or whole)
 
 
 def _moved(leaves: list[Tensor], changes: list[Tensor | None]) -> list[Tensor]:

@@ -113,7 +113,7 @@ def dynamic_loss_scale(
         scale = torch.full((), init_scale, dtype=torch.float32, device="cpu")
         return LossScaleState(scale, _check.zero(), _check.zero(), optimizer.init(params))
 
-    inner_check = optimizer.check
+    inner_check, who = optimizer.check, _over_ranks.Asker(_NAME)
 
     def checked(state: Any) -> tuple[Tensor, Tensor, Tensor]:
         """The scale and the two counts of a state."""
@@ -144,7 +144,7 @@ def dynamic_loss_scale(
             unscaled = _unscaled(grad_leaves, scale, used)
             return optimizer.step(params, _tree.unflatten(structure, unscaled), state.inner, donate=donate, **named)
 
-        finite = _over_ranks.everywhere(grads, all_finite(grad_leaves, traced))
+        finite = _over_ranks.everywhere(who, grads, all_finite(grad_leaves, traced))
         new, inner = take_if(finite, take, look, (params, state.inner), donate=donate, traced=traced)
         scale, tracker = _moved(scale, tracker, finite.to(scale.device), growth_factor, backoff_factor, interval)
         after = new, LossScaleState(scale, tracker, count_skipped(skipped, finite), inner)
@@ -152,7 +152,9 @@ def dynamic_loss_scale(
 
     report = _report.of_wrapper(_NAME, LossScaleState, optimizer.report)
     scale_of = lambda state: checked(state)[0]  # noqa: E731
-    return Optimizer(init, step, report=report, loss_scale=scale_of, takes_loss=optimizer.takes_loss)
+    return Optimizer(
+        init, _over_ranks.together(_NAME, step), report=report, loss_scale=scale_of, takes_loss=optimizer.takes_loss
+    )
 
 
 def scaled_loss(loss_fn: Callable[..., Any], *, has_aux: bool = False, has_carry: bool = False) -> Callable[..., Any]:

@@ -97,7 +97,8 @@ class Optimizer(NamedTuple):
             `gradacc.train_step` passes it. Wrappers refuse such a one, as it would not reach it, but for
             `dynamic_loss_scale`. See `skip_spikes`.
         elementwise: True where the update of an element depends on that element's own gradient and state alone, whatever tensor
-            it is in, so that `gradacc.optim.sharded` may give it parts of tensors; or a text that says why it does not.
+            it is in, so that `gradacc.optim.sharded` may give it parts of tensors; a text that says why it does not; or a
+            function without arguments that returns either, and is called when `sharded` asks.
 
     ``Optimizer(other.init, step)`` has none of the last five; ``other._replace(step=step)`` has those of ``other``, which must
     then be true of ``step``.
@@ -125,4 +126,4 @@ class Optimizer(NamedTuple):
     report: OptimizerReport = OptimizerReport()
     loss_scale: Callable[[Any], Tensor] | None = None
     takes_loss: bool = False
-    elementwise: bool | str = False
+    elementwise: bool | str | Callable[[], bool | str] = False

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -12,8 +17,36 @@ from torch.distributed import ProcessGroup, distributed_c10d
 from gradacc import _rows, _shard, _where
 from gradacc._sync import gathering
 from gradacc._sync import group as groups
+from gradacc._sync import turn as turns
+from gradacc._tree import TensorTree
+from gradacc.optim._optimizer import StepFunction
 
 _NORM = "the norm of gradients that are divided over ranks"
+_VERDICT = "whether gradients that are divided over ranks are finite"
+
+
+def telling(name: str, tree: Any) -> AbstractContextManager[None]:
+    """Around a step of parts of gradients: an error of one rank is one of all, and nobody waits for it."""
+    if _where.transforming():
+        return contextlib.nullcontext()
+    try:
+        group = group_of(tree)
+    except (TypeError, ValueError):  # which the step says
+        group = ""
+    if not group:
+        return contextlib.nullcontext()
+    return turns.telling(name, _resolved(group))
+
+
+def together(name: str, step: StepFunction) -> StepFunction:
+    """`telling` around the step of a wrapper."""
+
+    @functools.wraps(step)
+    def told(params: TensorTree, grads: TensorTree, state: TensorTree, *args: Any, **kwargs: Any) -> Any:
+        with telling(name, grads):
+            return step(params, grads, state, *args, **kwargs)
+
+    return told
 
 
 def group_of(tree: Any) -> str:
@@ -24,37 +57,67 @@ def group_of(tree: Any) -> str:
     return names.pop() if names else ""
 
 
-def total_norm(tree: Any, norm: Tensor) -> Tensor:
+class Asker:
+    """One that asks for norms or verdicts, as ranks call it among themselves: by its name, and which one it is.
+
+    That is counted in each group at first use: a rank may have made others before that never ask.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._numbers: WeakKeyDictionary[ProcessGroup, int] = WeakKeyDictionary()
+
+    def called(self, group: ProcessGroup) -> str:
+        """In this group."""
+        if group not in self._numbers:
+            counts = _asked.setdefault(group, Counter())
+            counts[self._name] += 1
+            self._numbers[group] = counts[self._name]
+        number = self._numbers[group]
+        return self._name if number == 1 else f"{self._name}, number {number}"
+
+
+_asked: WeakKeyDictionary[ProcessGroup, Counter[str]] = WeakKeyDictionary()
+
+
+def total_norm(who: Asker, tree: Any, norm: Tensor) -> Tensor:
     """Of the norm of this rank's gradients: that of all ranks', where ``tree`` has parts of them."""
     name = group_of(tree)
     if not name:
         return norm
-    (rows,) = _gathered(name, norm.detach().double().reshape(1))
+    (rows,) = _gathered((who, _NORM), name, norm.detach().double().reshape(1))
     total: Tensor = torch.linalg.vector_norm(rows)
     return total.to(norm)
 
 
-def everywhere(tree: Any, fine: Tensor) -> Tensor:
+def everywhere(who: Asker, tree: Any, fine: Tensor) -> Tensor:
     """Whether something holds on all ranks, where ``tree`` has parts of gradients: 0-dim, bool."""
     name = group_of(tree)
     if not name:
         return fine
-    (rows,) = _gathered(name, fine.double().reshape(1))
+    (rows,) = _gathered((who, _VERDICT), name, fine.double().reshape(1))
     return (rows != 0).all().to(fine.device)
 
 
 _agreed: gathering.Lasting = gathering.Lasting()
-_DESCRIBED = gathering.describe([])
 
 
-def _gathered(name: str, number: Tensor) -> Sequence[Tensor]:
+def _gathered(asked: tuple[Asker, str], name: str, number: Tensor) -> Sequence[Tensor]:
+    who, what = asked
     if _where.transforming():
         raise NotImplementedError(
-            f"{_NORM} cannot be taken inside a functorch transform or a compiled function; call the step outside"
+            f"{what} cannot be said inside a functorch transform or a compiled function; call the step outside"
         )
-    group: ProcessGroup = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
-    turn = gathering.Gathering(_NORM, group, _agreed, _DESCRIBED)
+    group = _resolved(name)
+    what = f"{who.called(group)}, {what}"
+    turn = gathering.Gathering(what, group, _agreed, gathering.describe([], ("gathers", what)))
     turn.begin()
-    rows = turn.cross([number.to(groups.device(group))])
+    device = groups.device(group)
+    rows = turn.cross([gathering.Message(1, torch.float64, device, lambda room: room.copy_(number))])
     turn.done()
     return rows
+
+
+def _resolved(name: str) -> ProcessGroup:
+    group: ProcessGroup = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
+    return group

@@ -2,8 +2,8 @@
 
 NOTE [what is gathered]
     Each rank updates its parts of the parameters, and all get all parts in one all-gather for each dtype and device. It is a
-    call of the process group like that of a ``grad_fn``: if the update raises on one rank, every rank raises, and has its
-    parameters as they were (with ``donate=True`` what was given away is).
+    call of the process group like that of a ``grad_fn``: if the step raises on one rank, every rank raises, and has its
+    parameters as they were (with ``donate=True`` what has been written to is given away all the same).
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gradacc import _donated, _rows, _shard, _tree, _where
+from gradacc import _donated, _overlap, _rows, _shard, _tree, _where
 from gradacc._cut import Cut
 from gradacc._describe import describe
 from gradacc._rows import Home, Homes
 from gradacc._shard import Shard, ShardFacts
+from gradacc._sync import agreement as agreements
 from gradacc._sync import gathering
 from gradacc._sync import group as groups
+from gradacc._sync import turn as turns
 from gradacc._tree import TensorTree
-from gradacc.optim import _check, _report
+from gradacc.optim import _check, _memory, _report
 from gradacc.optim._optimizer import Optimizer
 
 _NAME = "sharded"
@@ -93,57 +95,30 @@ def sharded(optimizer: Optimizer, group: Any = None, *, master_dtype: torch.dtyp
     _check.optimizer(_NAME, optimizer)
     _check.elementwise(_NAME, optimizer)
     _check_master(master_dtype)
-    lasting = gathering.Lasting()
+    place = agreements.count_place(f"optim.{_NAME}", group)
+    how = _How(optimizer, group, master_dtype, place, gathering.Lasting())
 
     def init(params: TensorTree) -> TensorTree:
         leaves, treedef = _check.params(_NAME, params, divided=True)
+        _check_width(leaves, treedef, master_dtype)
         own = _own(leaves, treedef, _placed(leaves, treedef, _ranks(group)), copy=True)
         if master_dtype is None:
             return optimizer.init(own)
         masters = _tree.map_tensors(lambda part: part.to(master_dtype), own)
         return ShardedState(masters, optimizer.init(masters))
 
-    def checked(leaves: list[Tensor], treedef: _tree.TreeDef, placed: _Placed, state: Any) -> Any:
-        """What is updated, and the state of the optimizer inside."""
-        _check_state(state, placed.facts, master_dtype)
-        own = _own(leaves, treedef, placed, copy=False)
-        if master_dtype is None:
-            return own, state
-        like = _tree.map_tensors(lambda part: part.new_empty(part.shape, dtype=master_dtype), own)
-        found, structure = _tree.flatten(like)
-        _check.slot(_NAME, "state.masters", state.masters, found, structure)
-        return state.masters, state.inner
-
     def step(
         params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool = False
     ) -> tuple[TensorTree, TensorTree]:
-        leaves, treedef = _check.params(_NAME, params, divided=True)
-        ranks = _ranks(group)
-        turn = None if ranks is None else _turn(lasting, ranks, leaves, treedef)
-        try:
-            placed = _placed(leaves, treedef, ranks)
-            given = [*leaves, *_tree.flatten(grads)[0], *_tree.flatten(state)[0]] if donate else []
-            grads = _rows.as_shards(_NAME, grads, "grads")
-            _check_gradients(grads, leaves, treedef, placed.facts)
-            own, inner = checked(leaves, treedef, placed, state)
-            if master_dtype is not None:
-                grads = _tree.map_tensors(lambda grad: grad.to(master_dtype), grads)
-            moved, inner = optimizer.step(own, grads, inner, donate=donate)
-            parts = _tree.flatten(moved)[0]
-            if master_dtype is not None:
-                parts = [part.to(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
-        except BaseException as error:
-            if turn is not None:
-                turn.fail(error)
-            raise
-        with torch.no_grad():
-            into = _new(leaves, parts, placed, turn, donate)
-        after = _tree.unflatten(treedef, into), inner if master_dtype is None else ShardedState(moved, inner)
-        return _donated.hand_over(f"{_NAME}.step", given, after)
+        call = functools.partial(_step, how, params, grads, state, donate=donate)
+        after: tuple[TensorTree, TensorTree] = (
+            _donated.written_by(f"{_NAME}.step", (params, grads, state), call) if donate else call()
+        )
+        return after
 
     def check(params: TensorTree, state: TensorTree) -> None:
         leaves, treedef = _check.params(_NAME, params, divided=True)
-        own, inner = checked(leaves, treedef, _placed(leaves, treedef, _ranks(group)), state)
+        own, inner = _checked(how, leaves, treedef, _placed(leaves, treedef, _ranks(group)), state)
         if optimizer.check is not None:
             optimizer.check(own, inner)
 
@@ -153,9 +128,78 @@ def sharded(optimizer: Optimizer, group: Any = None, *, master_dtype: torch.dtyp
     return Optimizer(init, step, None if optimizer.check is None else check, report)
 
 
+class _How(NamedTuple):
+    """What an optimizer was made of."""
+
+    optimizer: Optimizer
+    group: Any
+    master_dtype: torch.dtype | None
+    place: str
+    """What ranks call it among themselves."""
+    lasting: gathering.Lasting
+
+
+def _step(
+    how: _How, params: TensorTree, grads: TensorTree, state: TensorTree, *, donate: bool
+) -> tuple[TensorTree, TensorTree]:
+    leaves, treedef = _check.params(_NAME, params, divided=True)
+    ranks, master_dtype = _ranks(how.group), how.master_dtype
+    with turns.telling(how.place, ranks):
+        placed = _placed(leaves, treedef, ranks)
+        grads = _rows.as_shards(_NAME, grads, "grads")
+        _check_gradients(grads, leaves, treedef, placed.facts)
+        _check_where(ranks, grads)
+        own, inner = _checked(how, leaves, treedef, placed, state)
+        if master_dtype is not None:
+            grads = _tree.map_tensors(lambda grad: grad.to(master_dtype), grads)
+        before, structure = _tree.flatten(own)
+        kinds = list(map(_kind, before))
+        after, following = how.optimizer.step(own, grads, inner, donate=donate)
+        parts = _parts_of(after, kinds, structure, ranks)
+        if master_dtype is not None:
+            parts = [part.to(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)]
+        turn = None if ranks is None else _turn(how, _said(following), ranks, leaves, treedef)
+        into = _new(leaves, parts, placed, turn, donate)
+    return _tree.unflatten(treedef, into), following if master_dtype is None else ShardedState(after, following)
+
+
+def _checked(how: _How, leaves: list[Tensor], treedef: _tree.TreeDef, placed: _Placed, state: Any) -> Any:
+    """What is updated, and the state of the optimizer inside."""
+    master_dtype = how.master_dtype
+    _check_state(state, placed.facts, master_dtype)
+    own = _own(leaves, treedef, placed, copy=False)
+    if master_dtype is None:
+        return own, state
+    like = _tree.map_tensors(lambda part: part.new_empty(part.shape, dtype=master_dtype), own)
+    found, structure = _tree.flatten(like)
+    _check.slot(_NAME, "state.masters", state.masters, found, structure)
+    return state.masters, state.inner
+
+
 def _check_master(dtype: Any) -> None:
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point and dtype.itemsize >= 4):
         raise TypeError(f"{_NAME}: master_dtype must be torch.float32 or torch.float64, got {dtype!r}")
+
+
+def _check_width(leaves: Sequence[Tensor], treedef: _tree.TreeDef, dtype: torch.dtype | None) -> None:
+    """Masters hold every number of a parameter."""
+    for leaf, path in zip(leaves, _tree.paths(treedef, "params"), strict=True):
+        if dtype is not None and torch.promote_types(leaf.dtype, dtype) != dtype:
+            raise TypeError(
+                f"{_NAME}: {path} is a tensor of dtype {leaf.dtype}, which master_dtype={dtype} does not hold; leave "
+                "master_dtype out, or keep such parameters in a tree of their own"
+            )
+
+
+def _check_where(ranks: dist.ProcessGroup | None, grads: TensorTree) -> None:
+    """Nothing differentiates, batches or traces what is gathered."""
+    if ranks is None or not _memory.differentiable(None, _tree.flatten(grads)[0]):
+        return
+    raise NotImplementedError(
+        f"{_NAME}: new parameters cannot be gathered inside a functorch transform or a compiled function, nor with a graph "
+        "(where gradients or a learning rate require grad, and grad mode is enabled); call the step outside, or under "
+        "torch.no_grad() (a compiled grad_fn goes with it)"
+    )
 
 
 class _Placed(NamedTuple):
@@ -203,7 +247,7 @@ def _divided(
 def _own(leaves: Sequence[Tensor], treedef: _tree.TreeDef, placed: _Placed, *, copy: bool) -> TensorTree:
     """This rank's parts."""
     parts = [
-        _shard.part_of(leaf.detach(), each) if home is None else _rows.local(leaf)
+        _shard.part_of(leaf if _where.transforming() else leaf.detach(), each) if home is None else _rows.local(leaf)
         for leaf, each, home in zip(leaves, placed.facts, placed.homes, strict=True)
     ]
     shards = [Shard(part.clone() if copy else part, each) for part, each in zip(parts, placed.facts, strict=True)]
@@ -218,35 +262,79 @@ def _new(
     donate: bool,
 ) -> list[Tensor]:
     """Parameters of parts: DTensors of their own rows, and whole tensors of those of all ranks. NOTE [what is gathered]"""
-    new: list[Tensor | None] = [None] * len(leaves)
     whole = [n for n, home in enumerate(placed.homes) if home is None]
-    for n in whole:
-        new[n] = leaves[n].detach() if donate else torch.empty_like(leaves[n], requires_grad=False)
-    into = [leaf for leaf in new if leaf is not None]
-    if turn is not None:
-        gathering.gather_parts(turn, [parts[n] for n in whole], into, [placed.cuts[n] for n in whole])
+    if turn is None and _memory.differentiable(None, parts):
+        into = [parts[n].view(leaves[n].shape) for n in whole]
     else:
-        for n, leaf in zip(whole, into, strict=True):
-            leaf.copy_(parts[n].view(leaf.shape))
-    for n, (leaf, home) in enumerate(zip(leaves, placed.homes, strict=True)):
-        if home is not None:
-            own = _rows.local(leaf)
-            new[n] = home.dtensor(own.copy_(parts[n]) if donate else parts[n])
-    return [leaf for leaf in new if leaf is not None]
+        with torch.no_grad():
+            into = _room([leaves[n] for n in whole], donate)
+            if turn is not None:
+                gathering.gather_parts(turn, [parts[n] for n in whole], into, [placed.cuts[n] for n in whole])
+            else:
+                for n, leaf in zip(whole, into, strict=True):
+                    leaf.copy_(parts[n].view(leaf.shape))
+    found = dict(zip(whole, into, strict=True))
+    with torch.no_grad():
+        for n, (leaf, home) in enumerate(zip(leaves, placed.homes, strict=True)):
+            if home is not None:
+                own = _rows.local(leaf)
+                found[n] = home.dtensor(own.copy_(parts[n]) if donate else parts[n])
+    return [found[n] for n in range(len(leaves))]
+
+
+def _room(leaves: list[Tensor], donate: bool) -> list[Tensor]:
+    """For new parameters: their own memory, where that is given, or new one."""
+    if not donate:
+        return [torch.empty_like(leaf, requires_grad=False) for leaf in leaves]
+    (own,) = _overlap.in_separate_memory([leaves])
+    return [leaf.detach() for leaf in own]
+
+
+class _Kind(NamedTuple):
+    """What a part is, and stays."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+def _kind(part: Tensor) -> _Kind:
+    return _Kind(part.shape, part.dtype, part.device)
+
+
+def _parts_of(
+    after: TensorTree, kinds: list[_Kind], expected: _tree.TreeDef, ranks: dist.ProcessGroup | None
+) -> list[Tensor]:
+    """The new parts, which are like those before."""
+    found, treedef = _tree.flatten(after)
+    if treedef != expected:
+        raise ValueError(
+            f"{_NAME}: the optimizer's step returned parameters of another structure: {treedef}, not {expected}"
+        )
+    for part, kind, path in zip(found, kinds, _tree.paths(expected, "params"), strict=True):
+        if not isinstance(part, Tensor) or _kind(part) != kind:
+            got = f"{part.dtype}, {describe(part)}" if isinstance(part, Tensor) else describe(part)
+            raise ValueError(
+                f"{_NAME}: the optimizer's step returned {got} as {path}, which was a {kind.dtype} tensor of shape "
+                f"{tuple(kind.shape)} on {kind.device}"
+            )
+    _check_where(ranks, after)
+    return found
+
+
+def _said(state: TensorTree) -> str:
+    """Of an optimizer's state what is the same on every rank: of which kind it is, and where its tensors are."""
+    return f"{type(state).__qualname__} {_tree.paths(_tree.flatten(state)[1])}"
 
 
 def _turn(
-    lasting: gathering.Lasting, ranks: dist.ProcessGroup, leaves: Sequence[Tensor], treedef: _tree.TreeDef
+    how: _How, said: str, ranks: dist.ProcessGroup, leaves: Sequence[Tensor], treedef: _tree.TreeDef
 ) -> gathering.Gathering:
-    if _where.transforming():
-        raise NotImplementedError(
-            f"{_NAME}: inside a functorch transform or a compiled function new parameters cannot be gathered; call the step "
-            "outside (a compiled grad_fn goes with it)"
-        )
     paths = _tree.paths(treedef, "params")
     params = [(path, tuple(leaf.shape), leaf.dtype) for path, leaf in zip(paths, leaves, strict=True)]
     divided = ("DTensors", tuple(map(_rows.is_dtensor, leaves)))
-    turn = gathering.Gathering(f"optim.{_NAME}", ranks, lasting, gathering.describe(params, divided))
+    options = ("optimizer", said), ("master_dtype", how.master_dtype)
+    turn = gathering.Gathering(how.place, ranks, how.lasting, gathering.describe(params, divided, *options))
     turn.device = leaves[0].device
     turn.begin()
     return turn

@@ -55,7 +55,7 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
     """
     name = "skip_nonfinite"
     _check.optimizer(name, optimizer)
-    inner_check = optimizer.check
+    inner_check, who = optimizer.check, _over_ranks.Asker(name)
 
     def init(params: TensorTree) -> TensorTree:
         return SkipState(_check.zero(), optimizer.init(params))
@@ -76,7 +76,7 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
 
         traced = _memory.differentiable(None, grad_leaves)
         given = [*leaves, *grad_leaves, *_tree.flatten(state)[0]] if donate and not traced else []
-        finite = _over_ranks.everywhere(grads, all_finite(grad_leaves, traced))
+        finite = _over_ranks.everywhere(who, grads, all_finite(grad_leaves, traced))
         new, inner = take_if(finite, take, look, (params, state.inner), donate=donate, traced=traced)
         after = new, SkipState(count_skipped(skipped, finite), inner)
         return _donated.hand_over(f"{name}.step", given, after)
@@ -87,7 +87,13 @@ def skip_nonfinite(optimizer: Optimizer) -> Optimizer:
             inner_check(params, state.inner)
 
     report = _report.of_wrapper(name, SkipState, optimizer.report)
-    return Optimizer(init, step, None if inner_check is None else check, report, elementwise=optimizer.elementwise)
+    return Optimizer(
+        init,
+        _over_ranks.together(name, step),
+        None if inner_check is None else check,
+        report,
+        elementwise=optimizer.elementwise,
+    )
 
 
 def take_if(

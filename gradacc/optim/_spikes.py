@@ -93,7 +93,7 @@ def skip_spikes(optimizer: Optimizer, window: int = 128, sigma: float = 6.0) -> 
     _check.optimizer(_NAME, optimizer)
     length = _at_least_two(window)
     _positive(sigma)
-    inner_check = optimizer.check
+    inner_check, who = optimizer.check, _over_ranks.Asker(_NAME)
 
     def init(params: TensorTree) -> TensorTree:
         recent = torch.full((2, length), math.inf, dtype=torch.float64, device="cpu")
@@ -119,7 +119,7 @@ def skip_spikes(optimizer: Optimizer, window: int = 128, sigma: float = 6.0) -> 
         traced = _memory.differentiable(None, grad_leaves)
         given = [*leaves, *grad_leaves, *_tree.flatten(state)[0]] if donate and not traced else []
         norm = _dtypes.global_norm([grad_leaf.detach() for grad_leaf in grad_leaves], wide=True)
-        fine, recent = _judged(recent, loss, _over_ranks.total_norm(grads, norm), sigma)
+        fine, recent = _judged(recent, loss, _over_ranks.total_norm(who, grads, norm), sigma)
         new, inner = take_if(fine, take, look, (params, state.inner), donate=donate, traced=traced)
         after = new, SpikesState(recent, count_skipped(skipped, fine), inner)
         return _donated.hand_over(f"{_NAME}.step", given, after)
@@ -130,7 +130,9 @@ def skip_spikes(optimizer: Optimizer, window: int = 128, sigma: float = 6.0) -> 
             inner_check(params, state.inner)
 
     report = _report.of_wrapper(_NAME, SpikesState, optimizer.report)
-    return Optimizer(init, step, None if inner_check is None else check, report, takes_loss=True)
+    return Optimizer(
+        init, _over_ranks.together(_NAME, step), None if inner_check is None else check, report, takes_loss=True
+    )
 
 
 def _judged(recent: Tensor, loss: Tensor | None, norm: Tensor, sigma: float) -> tuple[Tensor, Tensor]:

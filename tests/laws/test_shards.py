@@ -18,7 +18,7 @@ def loss_of_all(params, batch):
     """Over leaves of every kind: 0-dim, smaller than the ranks are many, complex, tied, narrow, and one without a gradient."""
     y = torch.tanh(batch["x"] @ params["w"] + params["few"].sum()) * params["scalar"]
     y = y + (batch["x"][:, :2].to(torch.complex64) @ params["complex"]).abs()[:, None]
-    y = y + (batch["x"] @ params["half"].float()) + (params["tied"][0] * params["tied"][1]).sum()
+    y = y + (batch["x"] @ params["half"].float()) + (0.2 * params["tied"][0] + 0.1 * params["tied"][1].square()).sum()
     real = batch["mask"]
     return gradacc.Mean((y.square().sum(-1) * real).sum(), real.sum()), {"mean": gradacc.Mean(y.detach().sum(0), 3)}
 
@@ -56,6 +56,7 @@ def makers():
             optim.adamw(1e-2, weight_decay=0.1),
             (lambda path, leaf: leaf.ndim < 2 or "complex" in path, optim.sgd(1e-3)),
         ),
+        "torchopt": lambda: optim.from_torchopt(pytest.importorskip("torchopt").adam(1e-2)),
         "schedule": lambda: optim.adam(lambda step: 1e-2 / (1 + step)),
     }
 
@@ -94,6 +95,7 @@ def both(group, name, overlap, donate):
         ("adamw", 3, False, True),
         ("groups", 4, True, False),
         ("torch's AdamW", 4, False, False),
+        ("torchopt", 3, False, False),
     ),
 )
 def test_shards_are_bit_for_bit_what_ordered_sums_are(pool, name, world, overlap, donate):
