@@ -139,15 +139,14 @@ def accumulate_and_value(
             each positional argument, ``(None, 0, 0)`` for ``loss_fn(params, x, y)``. By default the first argument that is not
             differentiated is split along dim 0. Tensors are split by views; Python numbers, bools, None and a lone string are
             passed whole; other leaves are an error. The micro-batches of an iterable are counted along these dims.
-        argnums: which arguments are differentiated: an int, or a tuple of ints for a tuple of gradients. Each is a pytree
-            of floating or complex tensors of any shapes.
+        argnums: what is differentiated, pytrees of floating or complex tensors: an int, or a tuple for a tuple of gradients.
         has_aux: ``loss_fn`` returns ``(loss, aux)``. In the pytree ``aux``, `Mean` leaves add up, tensors with a leading batch
             dimension are concatenated (from copies), 0-dim floating tensors are averaged with the loss's weights (with numbers
             of examples under ``reduction="sum"``), and anything else is an error.
         reduction: what a loss that is a plain tensor is over its examples, ``"mean"`` or ``"sum"``.
         dtype: accumulate in this floating dtype, and return gradients in it (complex ones in its complex counterpart). By
             default float16 and bfloat16 are accumulated in float32 and cast back; other dtypes accumulate in themselves.
-        sync: `gradacc.all_reduce`: the large batch is then the union of all ranks' batches, with one all-reduce a call.
+        sync: `gradacc.all_reduce` or `gradacc.reduce_scatter`: the large batch is then the union of all ranks' batches.
         nonfinite: ``"drop"``: a micro-batch with a NaN or inf in loss or gradient counts as weight 0; the value is a `Kept`.
         through: ``encode(params, batch)``, for a loss over the whole batch (contrastive, ranking): it is run for each
             micro-batch, twice, and ``loss_fn(params, outputs, batch)`` once, for all outputs (a row an example). The
@@ -161,9 +160,10 @@ def accumulate_and_value(
     Returns:
         ``grad_fn(params, batch, *args, **kwargs)``, which returns ``(grads, value)``, or ``(grads, (value, aux))`` with
         ``has_aux``. ``grads`` has the structure, shapes and (without ``dtype=``) dtypes of the differentiated arguments;
+        with `gradacc.reduce_scatter` its leaves are this rank's parts (`gradacc.Shard`), or DTensors where the arguments' are.
         ``value`` has the type that ``loss_fn`` returns (a 0-dim tensor where an empty iterable says nothing of it). All are
-        new tensors; nothing passed in is changed. Transforms batch and differentiate them as they do `torch.func.grad`'s.
-        They are detached, unless an argument requires grad and grad mode is enabled: ``docs/transforms.md``.
+        new; nothing passed in is changed. Transforms batch and differentiate them as they do `torch.func.grad`'s. They are
+        detached, unless an argument requires grad and grad mode is enabled: ``docs/transforms.md``.
 
     Raises:
         TypeError: parameters that are not floating or complex tensors (an ``nn.Module``, integers; DTensors: docs/fsdp.md);

@@ -104,12 +104,12 @@ def accumulator(
         loss_fn, in_dims, argnums, has_aux, reduction, dtype, nonfinite: as of `gradacc.accumulate_and_value`.
             ``in_dims`` says along which dimensions examples are counted, in any argument that is not differentiated; by
             default along dim 0 of the first one. Without ``loss_fn`` the result is a decorator: ``@accumulator(has_aux=True)``.
-        sync: `gradacc.all_reduce`: ``finalize`` is then of the union of all ranks' states, in one all-reduce a call (one more
-            exchange at first use), which empty states take part in; every rank gets the same bits. There is no backward
-            pass to overlap it with, so ``overlap`` is left out. An ``update`` that raises tells no other rank: a rank that
-            catches the error calls ``finalize`` all the same, with the state before it. If it begins another state by ``init``
-            instead, and not all ranks do so, the next ``finalize`` and all later ones of this accumulator are errors on all
-            of them; if it ends, the others wait for the group's timeout.
+        sync: `gradacc.all_reduce` or `gradacc.reduce_scatter`: ``finalize`` is then of the union of all ranks' states, which
+            cross once a call (with one more exchange at first use), empty ones too; every rank gets the same bits, or its
+            parts of them. There is no backward pass to overlap that with, so ``overlap`` is left out. An ``update`` that
+            raises tells no other rank: a rank that catches the error calls ``finalize`` all the same, with the state before
+            it. If it begins another state by ``init`` instead, and not all ranks do so, the next ``finalize`` and all later
+            ones of this accumulator are errors on all of them; if it ends, the others wait for the group's timeout.
         has_carry: ``init(params, carry=c)`` says what it begins with, each ``update`` threads it, and ``finalize`` returns
             ``(usual, carry)``. ``merge`` adds `Mean`s and `gradacc.Moments`, and goes on with what ``a`` began with; a tensor
             in the carry of two states that have both seen micro-batches is an error: ``docs/state.md``.
@@ -126,8 +126,9 @@ def accumulator(
           in its order. ``params`` may have changed in the meantime, but not their structure, shapes and dtypes.
         - ``merge(a, b) -> state``, of states of the same parameters and options.
         - ``finalize(state) -> (grads, value)``, or ``(grads, (value, aux))`` with ``has_aux``: as
-          `gradacc.accumulate_and_value` returns them, new tensors. (Weights of a `Mean` that were numbers are 0-dim tensors
-          under a functorch transform and compiled.)
+          `gradacc.accumulate_and_value` returns them, new tensors (with `gradacc.reduce_scatter` a `gradacc.Shard` in the
+          place of each gradient). (Weights of a `Mean` that were numbers are 0-dim tensors under a functorch transform and
+          compiled.)
 
     Raises:
         TypeError, ValueError: as `gradacc.accumulate_and_value`; and for what is not a state, for a state of an accumulator

@@ -41,12 +41,13 @@ def all_reduce(
     micro-batches). A mean on one rank stays a mean over all of them: gradacc divides once, after the sum. The results have the
     same bits on every rank.
 
-    Each call of ``grad_fn`` makes one all-reduce (a sum), after the last micro-batch (for `gradacc.accumulator`: each call of
-    ``finalize``), whatever the number of micro-batches, parameters and metrics. Parameters of several accumulator dtypes or
-    devices need one for each. At first use the ranks also exchange descriptions once: if their parameters differ in structure,
-    shape or dtype, all get the same error. Ranks must make the same calls in the same order; if a call raises on one rank,
-    every rank raises, and nobody hangs. ``docs/ranks.md`` says what crosses, what happens when a rank fails or makes another
-    call, how to end a script, and what is different when compiled.
+    Each call of ``grad_fn`` makes one all-reduce (a sum; with ``ordered`` or ``compress`` two collectives, an all-to-all and
+    an all-gather), after the last micro-batch (for `gradacc.accumulator`: each call of ``finalize``), whatever the number of
+    micro-batches, parameters and metrics. Parameters of several accumulator dtypes or devices need one, or two, for each. At
+    first use the ranks also exchange descriptions once: if their parameters differ in structure, shape or dtype, all get the
+    same error. Ranks must make the same calls in the same order; if a call raises on one rank, every rank raises, and nobody
+    hangs. ``docs/ranks.md`` says what crosses, what happens when a rank fails or makes another call, how to end a script, and
+    what is different when compiled.
 
     Arguments:
         group: a ProcessGroup, a one-dimensional DeviceMesh or one dimension of a mesh (``mesh["dp"]``); by default the
@@ -59,10 +60,10 @@ def all_reduce(
             ``docs/ranks.md`` has its range, and says when gradients cross once more, not compressed.
         overlap: send buckets of about 25 MB (of a fifth of all gradients, but at least 1 MB, where that is less; the first
             one of a dtype a sixteenth of that, the second a quarter) while the last micro-batch's backward pass still runs,
-            on every rank in the order in which gradients were final in the first call, which does not overlap. There are as
-            many all-reduces as buckets. For two ranks the bits are the same; for more, the sums are associated differently
-            (not with ``ordered``). An iterable of micro-batches is read one ahead. ``overlap`` pays where the network takes
-            longer than packing (``docs/speed.md``).
+            on every rank in the order in which gradients were final in the first call, which does not overlap. Each bucket
+            is an all-reduce (two collectives with ``ordered`` or ``compress``). For two ranks the bits are the same; for more,
+            the sums are associated differently (not with ``ordered``, nor with ``compress``). An iterable of micro-batches is
+            read one ahead. ``overlap`` pays where the network takes longer than packing (``docs/speed.md``).
         ordered: sums are in rank order, by an all-to-all and an all-gather in the place of an all-reduce (the bytes of a ring):
             then neither buckets nor the backend change a bit. With ``compress`` they always are.
 

@@ -31,7 +31,7 @@ def cross(sums: Any, mean: Mean, *, sync: Sync | None) -> tuple[Any, Mean]:
     ``.backward()`` on an ordinary module, a pipeline's schedule, FSDP2 with deferred synchronisation. Nothing is divided
     before it: losses are sums over tokens (or whatever the mean is over), so that ``.grad`` is a sum of gradients.
 
-    One all-reduce a call, with the guarantees of `gradacc.all_reduce`: ranks may hold any numbers of tokens, and none; the
+    Sums cross once a call, with the guarantees of `gradacc.all_reduce`: ranks may hold any numbers of tokens, and none; the
     results have the same bits on every rank; where it raises on one rank, all ranks raise; where sums differ in structure,
     shape or dtype, all get the same error. At first use (in a group, of sums of this structure) ranks compare descriptions,
     which later calls rely on. ``docs/cross.md`` has the loops around it.

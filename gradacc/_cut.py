@@ -4,6 +4,10 @@ NOTE [equal shares]
     Every tensor is divided, so that whatever is sent together is spread evenly. What does not divide evenly goes on where the
     tensor before it ended: of tensors of n elements together no rank has more than ``ceil(n / ranks)``, and none less than
     ``floor(n / ranks)``.
+
+    That is what ranks keep. On the wire all have as many: each tensor's parts are padded to its widest one, which is at most
+    ``ranks - 1`` elements a tensor (of 300 small ones on 1024 ranks about 1.2 MB in float32), and of whole rows (`of_rows`) as
+    many rows.
 """
 
 from __future__ import annotations

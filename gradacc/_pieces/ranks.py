@@ -1,4 +1,4 @@
-"""What is reduced of a call's output, over ranks too: in one all-reduce, as `accumulate`'s aux."""
+"""What is reduced of a call's output, over ranks too: once a call, as `accumulate`'s aux."""
 
 from __future__ import annotations
 

@@ -14,9 +14,11 @@ It is `Alone` where there is nobody to talk to, a `Link` to the other ranks, or 
 
 NOTE [one collective]
     Gradients, and beside them a *record* of everything that is not one (weight, value, scalar metrics, whether this rank
-    failed), are packed into one tensor per accumulator dtype and device, and summed by one all-reduce. A record is exact
-    although it rides in a sum of floats: it is cut into bytes, and each rank writes its own into a slot of its own, where
-    every other rank adds zeros. All ranks then do the same arithmetic with the same records, in float64.
+    failed), are packed into one tensor per accumulator dtype and device, and cross together, in one of the ways of
+    ``crossing.py``, NOTE [ways]. A record is cut into bytes, so that it is exact although it rides among floats. Where the
+    backend sums them (`SUMMED`, `REDUCED`), each rank writes its own into a slot of its own, where every other rank adds zeros;
+    elsewhere the records of all ranks arrive side by side. All ranks then do the same arithmetic with the same records, in
+    float64.
 
 NOTE [agreement]
     To pack alike, ranks must know alike what there is to pack; a rank without a micro-batch has not even seen what the loss

@@ -151,13 +151,13 @@ class Found(NamedTuple):
     """What all ranks' descriptions say together."""
 
     shape: wire.Shape | None
-    """Of the all-reduce that follows; None: there is nothing to sum yet. The same on every rank."""
+    """Of what crosses next; None: there is nothing to sum yet. The same on every rank."""
     agreement: Agreement | None = None
     """None where this rank has a problem."""
     lasting: bool = False
     """Whether later calls may rely on it: not where no rank had anything that counts."""
     problem: Exception | None = None
-    """What this rank has to say against it: it takes part in the all-reduce with a record that it has raised."""
+    """What this rank has to say against it: it takes part in what follows with a record that it has raised."""
 
 
 class Caller(NamedTuple):

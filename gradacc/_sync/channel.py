@@ -1,7 +1,7 @@
 """What the calls of one process have in common in a process group: their numbers, and what the next one looks like.
 
 NOTE [turns]
-    All-reduces of different sizes do not meet: gloo aborts a process, NCCL waits. So that ranks which make different calls
+    Collectives of different sizes do not meet: gloo aborts a process, NCCL waits. So that ranks which make different calls
     find out, the first thing that crosses in a call has a shape that every rank knows before it knows anything of its own
     call: that which followed, the last time, on calls like the latest ones. Whoever makes a call of another shape (of another
     ``grad_fn``, or the first one) sends zeros in the expected one, with a record that says so, and goes on if all ranks do

@@ -13,7 +13,9 @@ NOTE [ways]
     `GATHERED`: an all-gather alone: nothing is added.
 
     Behind the numbers cross riders (sums of which every rank needs all) and records. What is summed has a slot for each rank,
-    where the others add zeros (NOTE [one collective]); elsewhere each message to a rank has them once.
+    where the others add zeros (NOTE [one collective]); elsewhere a rank has one. An all-reduce or an all-gather carries what a
+    rank has behind its numbers once. `SCATTERED` and `REDUCED` have a message for each rank, and all of it is in every one of
+    them: a rank sends every rider W times, for W ranks.
 """
 
 from __future__ import annotations

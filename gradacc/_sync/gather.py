@@ -1,7 +1,7 @@
 """Rows of the whole batch: what every rank has of it, gathered once a call; and cotangents, back to their owners.
 
 NOTE [three exchanges]
-    A call that needs the rows of all ranks makes, before the all-reduce of its gradients:
+    A call that needs the rows of all ranks makes, before its gradients cross:
 
     1. one all-gather of a few numbers: how many rows a rank has, what a row is (a hash), and whether the call has raised there;
     2. one all-gather of the rows themselves, as bytes, of all tensors together, padded to those of the longest rank;
@@ -9,7 +9,7 @@ NOTE [three exchanges]
        from every other one, and adds them up in the order of ranks.
 
     A rank that raises takes part in those that are left, and says so in them, as NOTE [failing together] has it: then every
-    rank raises before the all-reduce. What a rank without rows cannot know (it has seen no output) is told by the first that
+    rank raises before gradients cross. What a rank without rows cannot know (it has seen no output) is told by the first that
     has some.
 """
 

@@ -26,6 +26,9 @@ def clip_by_global_norm(optimizer: Optimizer, max_norm: float | Tensor) -> Optim
     derivative goes through the norm too, where the gradients are not all zero. The state is that of ``optimizer``. As in
     torch, gradients with an inf or NaN in them do not survive: wrap the result in `skip_nonfinite`.
 
+    Of gradients that are divided over ranks (`gradacc.Shard`, DTensors) the norm is that of all ranks, taken of each rank's own
+    norm: equal to that of whole gradients to rounding, not to the last bit.
+
     With ``donate=True`` the gradients are scaled in their own memory, once ``optimizer`` has looked at its state and its
     learning rate. An `Optimizer` of the caller's own cannot be asked beforehand: it gets scaled copies.
 

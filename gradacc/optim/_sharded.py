@@ -51,8 +51,9 @@ def sharded(optimizer: Optimizer, group: Any = None, *, master_dtype: torch.dtyp
         own, state      = optimizer.step(own, grads, state)              grads: of sync=gradacc.reduce_scatter(group)
         params          = all_gather(own)
 
-    Parameters are whole on every rank before and after. Their bits are those of ``optimizer`` with the gradients of
-    ``all_reduce(ordered=True)``, and a step sends as many bytes as one all-reduce (ZeRO-1; with
+    Parameters are whole on every rank before and after. Where the backend is gloo, their bits are those of ``optimizer`` with
+    the gradients of ``all_reduce(ordered=True)``; NCCL adds in an order of its own, and `clip_by_global_norm` takes the norm of
+    the ranks' norms: with either they are equal to rounding. A step sends as many bytes as one all-reduce (ZeRO-1; with
     ``reduce_scatter(overlap=True)`` ZeRO-2).
 
     Of a parameter that is a DTensor (``fully_shard``) a rank updates its own rows, and gathers nothing: ``docs/fsdp.md``.
