@@ -166,7 +166,21 @@ def said(rounds: int, processes: int) -> str:
     )
 
 
+class Allocated(NamedTuple):
+    """Bytes of tensors over what there was before."""
+
+    peak: int
+    """At the highest point."""
+    left: int
+    """At the end."""
+
+
 def allocated_peak(run: Run, device: torch.device) -> int:
+    """`allocated`, the peak of it."""
+    return allocated(run, device).peak
+
+
+def allocated(run: Run, device: torch.device) -> Allocated:
     """Bytes of tensor memory at the highest point during `run`, over what was allocated before it: exact, no noise.
 
     On a CPU, the running sum over torch.profiler's records of every allocation and free; on CUDA, the caching
@@ -179,7 +193,9 @@ def allocated_peak(run: Run, device: torch.device) -> int:
         before = torch.cuda.memory_allocated(device)
         run()
         _wait(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return Allocated(
+            torch.cuda.max_memory_allocated(device) - before, torch.cuda.memory_allocated(device) - before
+        )
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as recorded:
         run()
     with tempfile.TemporaryDirectory() as folder:
@@ -190,7 +206,7 @@ def allocated_peak(run: Run, device: torch.device) -> int:
     for event in sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"]):
         held += event["args"]["Bytes"]
         peak = max(peak, held)
-    return peak
+    return Allocated(peak, held)
 
 
 def resident_peak(run: Run) -> int:
@@ -245,6 +261,15 @@ def fresh(module: str, arguments: Sequence[str]) -> Any:
     if done.returncode:
         raise RuntimeError(f"python -m {module} {' '.join(arguments)} failed:\n{done.stdout}{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def rounded(value: Any) -> Any:
+    """Floats to six digits, as results are written."""
+    if isinstance(value, dict):
+        return {key: rounded(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [rounded(entry) for entry in value]
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def machine(device: torch.device, packages: Sequence[str] = ()) -> dict[str, Any]:

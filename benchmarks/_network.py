@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -9,15 +10,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 WORLD = 2
 INTERFACE = "cable"
 BURST, QUEUE = "256kb", "50ms"
 """Of the token bucket: what may leave at once (more than the rate times a kernel tick), and how long a packet may wait."""
+RATE = 400
+"""Mbit/s of the slow link."""
+LIMIT = 3600.0
+"""Seconds after which a pair of ranks is ended."""
 ENDING = 40.0
 """Seconds that torchrun gets to end its ranks when asked."""
 
@@ -70,6 +75,19 @@ def two_hosts(rate: int) -> Iterator[list[Host]]:
             subprocess.run(["ip", "netns", "delete", name], capture_output=True, check=False)
 
 
+class Link(NamedTuple):
+    """A network that two ranks can have between them."""
+
+    title: str
+    open: Callable[[], AbstractContextManager[list[Host]]]
+
+
+LINKS = {
+    "loopback": Link("one host, loopback", loopback),
+    "slow": Link(f"two hosts, {RATE} Mbit/s", lambda: two_hosts(RATE)),
+}
+
+
 def _do(*command: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -83,6 +101,15 @@ def sent(interface: str) -> int:
         if name.strip() == interface:
             return int(columns.split()[8])
     raise ValueError(f"no interface {interface}")
+
+
+def found(hosts: Sequence[Host], module: str, options: Mapping[str, object]) -> Any:
+    """What `WORLD` ranks of ``python -m module --name value … --result FILE`` wrote there, as JSON."""
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "result.json")
+        words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+        launch(hosts, module, [*words, "--result", str(result)], timeout=LIMIT)
+        return json.loads(result.read_text())
 
 
 def launch(hosts: Sequence[Host], module: str, arguments: Sequence[str], *, timeout: float) -> None:

@@ -14,7 +14,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,11 @@ def main() -> None:
     for name in ("rounds", "warmup", "steps"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--workload", choices=WORKLOADS, required=True)
+    as_rank(parser, measure)
+
+
+def as_rank(parser: argparse.ArgumentParser, measure: Callable[[argparse.Namespace], object]) -> None:
+    """Be one of the ranks, with one thread; rank 0 writes what ``measure(options)`` returns to ``--result``."""
     parser.add_argument("--result", type=Path, required=True)
     options = parser.parse_args()
     warnings.simplefilter("ignore")

@@ -8,11 +8,7 @@ Rank 0 writes to FILE what it has measured of both forms of a loss over ranks.
 from __future__ import annotations
 
 import argparse
-import json
-import warnings
 from collections.abc import Callable
-from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import gradacc
 from benchmarks import _minilm
 from benchmarks._measure import allocated_peak
-from benchmarks._ranks import interleaved
+from benchmarks._ranks import as_rank, interleaved
 from benchmarks._through_report import REPLICATED, ROWS
 
 WIDTH, INPUTS = 384, 8
@@ -47,16 +43,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     for name in ("union", "rounds"):
         parser.add_argument(f"--{name}", type=int, required=True)
-    parser.add_argument("--result", type=Path, required=True)
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", timeout=timedelta(seconds=120))
-    result = measure(options.union, options.rounds)
-    if dist.get_rank() == 0:
-        options.result.write_text(json.dumps(result))
-    dist.barrier()
-    dist.destroy_process_group()
+    as_rank(parser, lambda options: measure(options.union, options.rounds))
 
 
 def measure(union: int, rounds: int) -> dict[str, Any]:

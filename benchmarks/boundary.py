@@ -30,39 +30,20 @@ import argparse
 import json
 import signal
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from benchmarks._boundary_report import draw, tables
-from benchmarks._measure import machine
-from benchmarks._network import Host, UnavailableError, launch, loopback, two_hosts
+from benchmarks._measure import machine, rounded
+from benchmarks._network import LINKS, Host, UnavailableError, found
 from benchmarks._workloads import WORKLOADS
 
 STEPS = (1, 2, 4, 8)
 MAIN = 4
 """Micro-batches a rank of the tables."""
-RATE = 400
-"""Mbit/s of the slow link."""
-LIMIT = 3600.0
-"""Seconds after which a pair of ranks is ended."""
-
-
-class Link(NamedTuple):
-    """A network that two ranks can have between them."""
-
-    title: str
-    open: Callable[[], AbstractContextManager[list[Host]]]
-
-
-LINKS = {
-    "loopback": Link("one host, loopback", loopback),
-    "slow": Link(f"two hosts, {RATE} Mbit/s", lambda: two_hosts(RATE)),
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -86,15 +67,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in options.links:
         try:
             with LINKS[name].open() as hosts:
-                found = {str(steps): _measured(hosts, options, name, steps) for steps in options.steps}
-            results["links"][name] = {"title": LINKS[name].title, "steps": found}
+                measured = {str(steps): _measured(hosts, options, name, steps) for steps in options.steps}
+            results["links"][name] = {"title": LINKS[name].title, "steps": measured}
         except UnavailableError as reason:
             print(f"{LINKS[name].title}: left out, {reason}", file=sys.stderr)
             results["skipped"][name] = str(reason)
     if not results["links"]:
         return 1
     options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "boundary.json").write_text(json.dumps(_rounded(results), indent=1, ensure_ascii=False) + "\n")
+    (options.out / "boundary.json").write_text(json.dumps(rounded(results), indent=1, ensure_ascii=False) + "\n")
     draw(results, options.out / "boundary.png")
     print(tables(results))
     return 0
@@ -109,20 +90,8 @@ def _measured(hosts: Sequence[Host], options: argparse.Namespace, name: str, ste
 def _pair(hosts: Sequence[Host], options: argparse.Namespace, name: str, steps: int) -> Any:
     print(f"{LINKS[name].title}: {steps} micro-batches", file=sys.stderr)
     rounds = options.rounds if steps == MAIN else options.other_rounds
-    with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder, "result.json")
-        passed = {"workload": options.workload, "steps": steps, "rounds": rounds, "warmup": options.warmup}
-        words = [word for key, value in passed.items() for word in (f"--{key}", str(value))]
-        launch(hosts, "benchmarks._ranks", [*words, "--result", str(result)], timeout=LIMIT)
-        return json.loads(result.read_text())
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_rounded(entry) for entry in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+    passed = {"workload": options.workload, "steps": steps, "rounds": rounds, "warmup": options.warmup}
+    return found(hosts, "benchmarks._ranks", passed)
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
