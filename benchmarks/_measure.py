@@ -166,25 +166,12 @@ def said(rounds: int, processes: int) -> str:
     )
 
 
-class Allocated(NamedTuple):
-    """Bytes of tensors over what there was before."""
-
-    peak: int
-    """At the highest point."""
-    left: int
-    """At the end."""
-
-
 def allocated_peak(run: Run, device: torch.device) -> int:
-    """`allocated`, the peak of it."""
-    return allocated(run, device).peak
-
-
-def allocated(run: Run, device: torch.device) -> Allocated:
     """Bytes of tensor memory at the highest point during `run`, over what was allocated before it: exact, no noise.
 
     On a CPU, the running sum over torch.profiler's records of every allocation and free; on CUDA, the caching
-    allocator's own maximum. Memory that libraries take behind torch's back (BLAS packing buffers, say) is not in it.
+    allocator's own maximum. Memory that libraries take behind torch's back (BLAS packing buffers, say) is not in it. The
+    profiler sees its own thread: what a thread of gloo frees seems to stay.
     """
     gc.collect()
     if device.type == "cuda":
@@ -193,9 +180,7 @@ def allocated(run: Run, device: torch.device) -> Allocated:
         before = torch.cuda.memory_allocated(device)
         run()
         _wait(device)
-        return Allocated(
-            torch.cuda.max_memory_allocated(device) - before, torch.cuda.memory_allocated(device) - before
-        )
+        return torch.cuda.max_memory_allocated(device) - before
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as recorded:
         run()
     with tempfile.TemporaryDirectory() as folder:
@@ -206,7 +191,25 @@ def allocated(run: Run, device: torch.device) -> Allocated:
     for event in sorted((event for event in events if event.get("name") == "[memory]"), key=lambda event: event["ts"]):
         held += event["args"]["Bytes"]
         peak = max(peak, held)
-    return Allocated(peak, held)
+    return peak
+
+
+EXACT_HEAP = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_ARENA_MAX": "1"}
+"""An environment in which every tensor of 64 KiB has pages of its own, so that the resident set is what is held."""
+
+
+def resident() -> int:
+    """Bytes of this process's resident set, after unused heap was handed back (Linux)."""
+    _tidy()
+    return _proc_status("VmRSS")
+
+
+def _tidy() -> None:
+    gc.collect()
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 def resident_peak(run: Run) -> int:
@@ -215,11 +218,7 @@ def resident_peak(run: Run) -> int:
     The kernel's own peak (VmHWM), reset just before the run where /proc lets us, minus the resident set at that moment,
     after unused heap was handed back. Elsewhere the peak since the process began, so call it once a process.
     """
-    gc.collect()
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)
+    _tidy()
     try:
         (PROC / "clear_refs").write_text("5")
         before = _proc_status("VmRSS")

@@ -103,17 +103,24 @@ def sent(interface: str) -> int:
     raise ValueError(f"no interface {interface}")
 
 
-def found(hosts: Sequence[Host], module: str, options: Mapping[str, object]) -> Any:
+def found(
+    hosts: Sequence[Host], module: str, options: Mapping[str, object], environment: Mapping[str, str] | None = None
+) -> Any:
     """What `WORLD` ranks of ``python -m module --name value … --result FILE`` wrote there, as JSON."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        launch(hosts, module, [*words, "--result", str(result)], timeout=LIMIT)
+        launch(hosts, module, [*words, "--result", str(result)], timeout=LIMIT, more=environment or {})
         return json.loads(result.read_text())
 
 
-def launch(hosts: Sequence[Host], module: str, arguments: Sequence[str], *, timeout: float) -> None:
-    """`python -m module arguments` in `WORLD` ranks spread over `hosts`, one torchrun a host; raises where one fails."""
+def launch(
+    hosts: Sequence[Host], module: str, arguments: Sequence[str], *, timeout: float, more: Mapping[str, str]
+) -> None:
+    """`python -m module arguments` in `WORLD` ranks spread over `hosts`, one torchrun a host; raises where one fails.
+
+    ``more`` goes into their environment.
+    """
     port = _free_port() if len(hosts) == 1 else 29500
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder, f"{end}.log") for end in range(len(hosts))]
@@ -124,7 +131,7 @@ def launch(hosts: Sequence[Host], module: str, arguments: Sequence[str], *, time
                 torchrun += ["--node-rank", str(end), "--nproc-per-node", str(WORLD // len(hosts))]
                 torchrun += ["--master-addr", hosts[0].address, "--master-port", str(port)]
                 torchrun += ["--local-addr", host.address, "-m", module, *arguments]
-                environment = {**os.environ, "GLOO_SOCKET_IFNAME": host.interface, "OMP_NUM_THREADS": "1"}
+                environment = {**os.environ, "GLOO_SOCKET_IFNAME": host.interface, "OMP_NUM_THREADS": "1", **more}
                 with log.open("wb") as output:
                     started = subprocess.Popen(
                         torchrun, env=environment, stdout=output, stderr=output, cwd=Path(__file__).parents[1]

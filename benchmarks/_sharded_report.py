@@ -21,7 +21,8 @@ def tables(results: dict[str, Any]) -> str:
     for work in results["workloads"].values():
         for link in work["links"].values():
             lines += [*times(f"{work['title']}; {link['title']}", link), ""]
-        lines += [*memory(work["title"], next(iter(work["links"].values()))), ""]
+        size = next(iter(work["links"].values()))["parameter_bytes"]
+        lines += [*memory(work["title"], work["memory"], size), ""]
     settings = results["settings"]
     lines.append(
         f"Two ranks with gloo, each with one thread and {settings['steps']} micro-batches. "
@@ -51,15 +52,14 @@ def times(title: str, link: dict[str, Any]) -> list[str]:
     return lines
 
 
-def memory(title: str, link: dict[str, Any]) -> list[str]:
+def memory(title: str, measured: dict[str, dict[str, int]], size: int) -> list[str]:
     """What a rank holds between steps, and at the highest point of one."""
-    size = link["parameter_bytes"]
-    columns = {"params": "parameters", "state": "optimizer's state", "other": "gradients, buffers", "peak": "a step's peak"}
+    columns = {"params": "parameters", "state": "state", "held": "held between steps", "peak": "peak of a step"}
     lines = [
         f"| {title}: MB on a rank | {' | '.join(columns.values())} | peak / parameters |",
         "|---|" + "--:|" * (len(columns) + 1),
     ]
-    for name, found in link["memory"].items():
+    for name, found in measured.items():
         cells = [f"{found[key] / MB:.2f}" for key in columns]
         lines.append(f"| {_bold(name)} | {' | '.join(cells)} | {found['peak'] / size:.2f} |")
     return lines

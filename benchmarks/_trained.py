@@ -80,8 +80,8 @@ def zero(params: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 def fsdp(*, keep: bool) -> Callable[[Workload, int], Training]:
     """torch's `fully_shard` of every block and the rest; gradients are reduced after the last micro-batch.
 
-    ``keep``: parameters stay whole from the first micro-batch to the end of the step (ZeRO-2); without, they are gathered anew for
-    every forward and every backward pass (ZeRO-3). gloo has no mean, so sums are asked for.
+    ``keep``: parameters stay whole from the first micro-batch to the end of the step (ZeRO-2); without, they are gathered anew
+    for every forward and every backward pass (ZeRO-3). gloo has no mean, so sums are asked for.
     """
 
     def build(work: Workload, steps: int) -> Training:

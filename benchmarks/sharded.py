@@ -15,8 +15,9 @@ rounds. Gradients are freed inside the clock.
 
 **Bytes, collectives.** By the interface's own counter, headers included, and by torch's CommDebugMode.
 
-**Memory.** Exact (torch.profiler's records of tensors, on the rank that has more): what is left between steps, as parameters,
-state, and the rest (gradients, buckets, buffers), and the highest point of a step. What gloo allocates by itself is not in it.
+**Memory.** Of the rank that has more, each variant alone: parameters and state from their tensors; all that is held between
+steps (gradients, buckets and buffers too), and the highest point of a step, from the resident set of a process in which every
+tensor has pages of its own (`benchmarks._measure.EXACT_HEAP`). Linux.
 
 Writes `sharded.json` (to `--out`) and prints Markdown tables.
 """
@@ -33,12 +34,13 @@ from typing import Any
 
 import torch
 
-from benchmarks._measure import machine, rounded
+from benchmarks._measure import EXACT_HEAP, machine, rounded
 from benchmarks._network import LINKS, Host, UnavailableError, found
 from benchmarks._sharded_report import tables
 
 STEPS = 4
 """Micro-batches a rank."""
+RANKS = "benchmarks._sharded_ranks"
 FULL = {"loopback": ("gpt", "mlp"), "slow": ("gpt",)}
 QUICK = {"loopback": ("tiny",), "slow": ("tiny",)}
 
@@ -61,6 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                     measured = _measured(hosts, options, link, workload)
                     kept = results["workloads"].setdefault(workload, {"title": measured.pop("title"), "links": {}})
                     kept["links"][link] = {"title": LINKS[link].title, **measured}
+                    if "memory" not in kept:
+                        kept["memory"] = found(hosts, RANKS, _passed(workload, 0, "memory"), EXACT_HEAP)
         except UnavailableError as reason:
             print(f"{LINKS[link].title}: left out, {reason}", file=sys.stderr)
             results["skipped"][link] = str(reason)
@@ -76,12 +80,15 @@ def _measured(hosts: Sequence[Host], options: argparse.Namespace, link: str, wor
     """What fresh pairs of ranks find; the first one counts, too."""
     fewer = max(options.rounds // 2, 3)
     rounds = options.rounds if (link, workload) == ("loopback", "gpt") else min(options.rounds, fewer)
-    passed = {"workload": workload, "steps": STEPS, "rounds": rounds, "warmup": 1}
     pairs = []
     for pair in range(options.processes):
         print(f"{LINKS[link].title}: {workload}, pair {pair + 1}", file=sys.stderr)
-        pairs.append(found(hosts, "benchmarks._sharded_ranks", {**passed, "count": int(pair == 0)}))
+        pairs.append(found(hosts, RANKS, _passed(workload, rounds, "time" if pair else "count")))
     return {**pairs[0], "seconds": [pair["seconds"] for pair in pairs]}
+
+
+def _passed(workload: str, rounds: int, task: str) -> dict[str, object]:
+    return {"task": task, "workload": workload, "steps": STEPS, "rounds": rounds, "warmup": 1}
 
 
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
