@@ -38,6 +38,7 @@ bench: $(STAMP)
 	$(PIP) --no-build-isolation -e '.[bench]'
 	$(PY) -m benchmarks.eager
 	$(PY) -m benchmarks.boundary
+	$(PY) -m benchmarks.sharded
 	$(PY) -m benchmarks.compiled
 	$(PY) -m benchmarks.optim
 	$(PY) -m benchmarks.microbatch

@@ -17,6 +17,7 @@ from benchmarks import (
     _microbatch_report,
     _report,
     _scale_page,
+    _sharded_report,
     _through_report,
     agreement,
     optim,
@@ -84,6 +85,22 @@ Bytes do not depend on the number of micro-batches. `overlap` pays where the net
 link it hides the backward pass of one micro-batch, on loopback there is nothing to gain.
 """
 
+_SHARDED = """\
+## Optimizer state divided over ranks
+
+Whole training steps: gradients of 4 micro-batches a rank, and an AdamW update. Before anything is timed, parameters after two
+steps are compared with those of one process that trains on the union. See [Optimizer state divided over ranks](sharded.md).
+
+{tables}
+
+`zero_grad` is inside the clock, so between steps DDP holds its buckets, and gradacc no gradients; what is held is the resident
+set's, so it has what gloo and torch keep as well. ZeroRedundancyOptimizer all-reduces gradients, divides the state by whole
+parameters, and broadcasts these. FSDP2 divides parameters, too. "Kept" is `reshard_after_forward=False`, with
+`set_reshard_after_backward(False)` but for the last micro-batch: parameters are gathered once a step. gloo takes no mean, so
+FSDP2 is asked for sums (`set_force_sum_reduction_for_comms`); gloo's reduce-scatter sends what an all-reduce does, so FSDP2 sends
+more than it would over NCCL (gradacc's is an all-to-all where the backend is gloo).
+"""
+
 _OPTIM = """\
 ## Optimizer steps
 
@@ -143,6 +160,7 @@ def page() -> str:
         (_EAGER, _report.tables(_results("eager"))),
         (_COMPILED, _compiled_report.tables(_results("compiled"))),
         (_BOUNDARY, _boundary_report.tables(_results("boundary"))),
+        (_SHARDED, _sharded_report.tables(_results("sharded"))),
         (_OPTIM, optim.table(_results("optim"))),
         (_MICROBATCH, _microbatch_report.tables(_results("microbatch"))),
         (_THROUGH, _through_report.tables(_results("through"))),
