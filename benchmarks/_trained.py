@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
@@ -90,7 +90,7 @@ def fsdp(*, keep: bool) -> Callable[[Workload, int], Training]:
     """torch's `fully_shard` of every block and the rest; gradients are reduced after the last micro-batch.
 
     ``keep``: parameters stay whole from the first micro-batch to the end of the step (ZeRO-2); without, they are gathered anew
-    for every forward and every backward pass (ZeRO-3). gloo has no mean, so sums are asked for.
+    for every forward and every backward pass (ZeRO-3).
     """
 
     def build(work: Workload, steps: int) -> Training:
@@ -98,9 +98,6 @@ def fsdp(*, keep: bool) -> Callable[[Workload, int], Training]:
         mesh = init_device_mesh("cpu", (dist.get_world_size(),))
         for part in [*_blocks(model), model]:
             fully_shard(part, mesh=mesh, reshard_after_forward=not keep)
-        for part in model.modules():
-            if isinstance(part, FSDPModule):
-                part.set_force_sum_reduction_for_comms(True)
 
         def before(last: bool) -> Any:
             model.set_requires_gradient_sync(last)

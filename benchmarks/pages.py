@@ -96,9 +96,9 @@ steps are compared with those of one process that trains on the union. See [Opti
 `zero_grad` is inside the clock, so between steps DDP holds its buckets, and gradacc no gradients; what is held is the resident
 set's, so it has what gloo and torch keep as well. ZeroRedundancyOptimizer all-reduces gradients, divides the state by whole
 parameters, and broadcasts these. FSDP2 divides parameters, too. "Kept" is `reshard_after_forward=False`, with
-`set_reshard_after_backward(False)` but for the last micro-batch: parameters are gathered once a step. gloo takes no mean, so
-FSDP2 is asked for sums (`set_force_sum_reduction_for_comms`); gloo's reduce-scatter sends what an all-reduce does, so FSDP2 sends
-more than it would over NCCL (gradacc's is an all-to-all where the backend is gloo).
+`set_reshard_after_backward(False)` but for the last micro-batch: parameters are gathered once a step. gloo's
+reduce-scatter sends what an all-reduce does, so FSDP2 sends more than it would over NCCL (gradacc's is an all-to-all where the
+backend is gloo).
 """
 
 _OPTIM = """\
