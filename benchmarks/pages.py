@@ -99,6 +99,8 @@ parameters, and broadcasts these. FSDP2 divides parameters, too. "Kept" is `resh
 `set_reshard_after_backward(False)` but for the last micro-batch: parameters are gathered once a step. gloo's
 reduce-scatter sends what an all-reduce does, so FSDP2 sends more than it would over NCCL (gradacc's is an all-to-all where the
 backend is gloo).
+
+These figures are of a machine that was busy: see how far "the same again" is from 1.
 """
 
 _OPTIM = """\
