@@ -36,15 +36,15 @@ def main() -> None:
     as_rank(parser, lambda options: TASKS[options.task](options))
 
 
-def shared(options: argparse.Namespace) -> tuple[Workload, Workload]:
+def shared(name: str) -> tuple[Workload, Workload]:
     """The workload, and this rank's share of it."""
-    work = WORKLOADS[options.workload](torch.device("cpu")).resized(EXAMPLES[options.workload])
+    work = WORKLOADS[name](torch.device("cpu")).resized(EXAMPLES[name])
     return work, rank_share(work, dist.get_rank(), dist.get_world_size())
 
 
 def time_task(options: argparse.Namespace, *, count: bool = False) -> dict[str, Any]:
     """Check all variants, and time them in turns; ``count``: also what they send."""
-    work, share = shared(options)
+    work, share = shared(options.workload)
     built = {name: way.build(share, options.steps) for name, way in WAYS.items()}
     torch.set_num_threads(1)  # whatever a library has made of it
     found: dict[str, Any] = {"title": work.title.partition(",")[0], "parameter_bytes": work.parameter_bytes}
@@ -60,8 +60,13 @@ def time_task(options: argparse.Namespace, *, count: bool = False) -> dict[str, 
 
 def memory_task(options: argparse.Namespace) -> dict[str, dict[str, int]]:
     """Of every variant, each alone."""
-    share = shared(options)[1]
-    return {name: memory(way, share, options.steps) for name, way in WAYS.items() if name != AGAIN}
+    share, small = shared(options.workload)[1], shared("tiny")[1]
+    found = {}
+    for name, way in WAYS.items():
+        if name != AGAIN:
+            _begun(way, small, options.steps)  # what libraries take at first use is not a variant's
+            found[name] = memory(way, share, options.steps)
+    return found
 
 
 def memory(way: Trained, share: Workload, steps: int) -> dict[str, int]:
@@ -69,7 +74,6 @@ def memory(way: Trained, share: Workload, steps: int) -> dict[str, int]:
 
     The first two from the tensors, the others from the resident set.
     """
-    _begun(way, share, steps)  # what libraries take at first use is not a variant's
     dist.barrier()
     before = resident()
     training = _begun(way, share, steps)

@@ -10,8 +10,8 @@ namespaces. A GPT on both, and an MLP of many parameters on loopback.
 trains on the union: the error is of the change, by 2-norm, of the leaf that is furthest off.
 
 **Time.** As in `benchmarks.boundary`: all variants in turns, once a round, in pairs of processes at different times; ratios to
-DDP with torch's AdamW *in the same round*, which runs twice, under two names. The slow link and the MLP have half as many
-rounds. Gradients are freed inside the clock.
+DDP with torch's AdamW *in the same round*, which runs twice, under two names. The slow link and the MLP have fewer
+pairs and rounds, as the tables say. Gradients are freed inside the clock.
 
 **Bytes, collectives.** By the interface's own counter, headers included, and by torch's CommDebugMode.
 
@@ -42,6 +42,8 @@ STEPS = 4
 """Micro-batches a rank."""
 RANKS = "benchmarks._sharded_ranks"
 FULL = {"loopback": ("gpt", "mlp"), "slow": ("gpt",)}
+FEWER = {("loopback", "mlp"): (1, 3), ("slow", "gpt"): (2, 3)}
+"""What takes long: in how many pairs at most, and the part of the rounds that is left to it."""
 QUICK = {"loopback": ("tiny",), "slow": ("tiny",)}
 
 
@@ -78,10 +80,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _measured(hosts: Sequence[Host], options: argparse.Namespace, link: str, workload: str) -> dict[str, Any]:
     """What fresh pairs of ranks find; the first one counts, too."""
-    fewer = max(options.rounds // 2, 3)
-    rounds = options.rounds if (link, workload) == ("loopback", "gpt") else min(options.rounds, fewer)
+    most, part = FEWER.get((link, workload), (options.processes, 1))
+    rounds = min(options.rounds, max(options.rounds // part, 3))
     pairs = []
-    for pair in range(options.processes):
+    for pair in range(min(options.processes, most)):
         print(f"{LINKS[link].title}: {workload}, pair {pair + 1}", file=sys.stderr)
         pairs.append(found(hosts, RANKS, _passed(workload, rounds, "time" if pair else "count")))
     return {**pairs[0], "seconds": [pair["seconds"] for pair in pairs]}
