@@ -115,8 +115,6 @@ def _slowest(run: Run) -> float:
     return elapsed.item()
 
 
-def wire_bytes(run: Run, interface: str, times: int = 3) -> int:
-    """Bytes that a rank sends in one call, by the interface's own counter; the smallest of so many calls.
 def wire_bytes(run: Run, interface: str) -> int:
     """Bytes that a rank sends in one call, by the interface's own counter.
 
@@ -124,7 +122,6 @@ def wire_bytes(run: Run, interface: str) -> int:
     three is the one with the least of what others sent.
     """
     found = []
-    for _ in range(times):
     for _ in range(3 if interface == "lo" else 1):
         dist.barrier()
         time.sleep(SETTLE)

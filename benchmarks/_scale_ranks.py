@@ -61,7 +61,7 @@ def _counted(way: Way, work: Workload, steps: int, expected: Grads) -> dict[str,
         "error": error,
         "counts": collectives(variant)["counts"],
         "transport": _transported(variant),
-        "bytes": wire_bytes(variant, interface, 3 if interface == "lo" else 1),
+        "bytes": wire_bytes(variant, interface),
     }
 
 
