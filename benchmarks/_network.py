@@ -110,12 +110,17 @@ def found(
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
         words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-        launch(hosts, module, [*words, "--result", str(result)], timeout=LIMIT, more=environment or {})
+        launch(hosts, module, [*words, "--result", str(result)], timeout=LIMIT, more=environment)
         return json.loads(result.read_text())
 
 
 def launch(
-    hosts: Sequence[Host], module: str, arguments: Sequence[str], *, timeout: float, more: Mapping[str, str]
+    hosts: Sequence[Host],
+    module: str,
+    arguments: Sequence[str],
+    *,
+    timeout: float,
+    more: Mapping[str, str] | None = None,
 ) -> None:
     """`python -m module arguments` in `WORLD` ranks spread over `hosts`, one torchrun a host; raises where one fails.
 
@@ -131,7 +136,12 @@ def launch(
                 torchrun += ["--node-rank", str(end), "--nproc-per-node", str(WORLD // len(hosts))]
                 torchrun += ["--master-addr", hosts[0].address, "--master-port", str(port)]
                 torchrun += ["--local-addr", host.address, "-m", module, *arguments]
-                environment = {**os.environ, "GLOO_SOCKET_IFNAME": host.interface, "OMP_NUM_THREADS": "1", **more}
+                environment = {
+                    **os.environ,
+                    "GLOO_SOCKET_IFNAME": host.interface,
+                    "OMP_NUM_THREADS": "1",
+                    **(more or {}),
+                }
                 with log.open("wb") as output:
                     started = subprocess.Popen(
                         torchrun, env=environment, stdout=output, stderr=output, cwd=Path(__file__).parents[1]

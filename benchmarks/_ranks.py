@@ -133,7 +133,7 @@ def wire_bytes(run: Run, interface: str) -> int:
 
 
 class _Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The bytes of each all-reduce, in order."""
+    """The bytes of all that is summed, in order: of each all-reduce, or all-to-all before a sum."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -142,6 +142,8 @@ class _Sizes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.overloadpacket is torch.ops.c10d.allreduce_:
             self.found += [tensor.nbytes for tensor in args[0]]
+        if func.overloadpacket is torch.ops.c10d.alltoall_base_:
+            self.found.append(args[1].nbytes)
         return func(*args, **(kwargs or {}))
 
 
