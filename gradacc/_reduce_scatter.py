@@ -50,7 +50,7 @@ def reduce_scatter(
         compress: `torch.bfloat16`: gradients cross in it, rounded once, and are summed in float32. (float16, whose sums may
             have to cross once more, is for `gradacc.all_reduce`.)
         overlap: buckets leave while the last micro-batch's backward pass still runs, as with `gradacc.all_reduce`; their memory
-            is given back meanwhile, so that beside the gradients there are never more than some buckets (of at least one tensor).
+            is given back meanwhile, so that beside the gradients there are only some buckets (of at least one tensor each).
 
     Raises:
         TypeError: an option of another type; when called, a DTensor of other placements. Further errors are those of
