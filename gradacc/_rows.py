@@ -70,12 +70,10 @@ def is_dtensor(leaf: Any) -> bool:
 
 def holds_dtensor(leaf: Any) -> bool:
     """The same of what functorch's transforms have wrapped, too."""
-    return "torch.distributed.tensor" in sys.modules and is_dtensor(_innermost(leaf))
+    return is_dtensor(leaf)
 
 
 def _innermost(leaf: Any) -> Any:
-    if torch.compiler.is_compiling():
-        return leaf
     while isinstance(leaf, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf):
         leaf = torch._C._functorch.get_unwrapped(leaf)
     return leaf

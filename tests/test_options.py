@@ -33,7 +33,11 @@ FACTORY = {
     "dtype int": (dict(dtype=torch.int32), TypeError, "dtype must be a floating.*torch.int32"),
     "dtype complex": (dict(dtype=torch.complex64), TypeError, "dtype must be a floating.*torch.complex64"),
     "dtype str": (dict(dtype="float32"), TypeError, "dtype must be a floating.*'float32'"),
-    "sync": (dict(sync=object()), TypeError, r"sync must be gradacc.all_reduce\(...\), got"),
+    "sync": (
+        dict(sync=object()),
+        TypeError,
+        r"sync must be gradacc.all_reduce\(...\) or gradacc.reduce_scatter\(...\), got",
+    ),
     "sync False": (dict(sync=False), TypeError, "sync must be gradacc.all_reduce.* got"),
     "sync uncalled": (dict(sync=gradacc.all_reduce), TypeError, "sync must be gradacc.all_reduce.* got a function"),
 }

@@ -321,13 +321,13 @@ def unpack_parts(plan: Plan, wide: Sequence[Tensor], params: Sequence[Tensor], r
         assert place.cut is not None
         length = place.cut.part(rank)[1] * place.width
         part = wide[place.bucket].narrow(0, place.offset, length)
-        found.append(_as_complex(part).view(length // 2) if param.is_complex() else part)
+        found.append(_as_complex(part, place.offset).view(length // 2) if param.is_complex() else part)
     return found
 
 
-def _as_complex(part: Tensor) -> Tensor:
+def _as_complex(part: Tensor, offset: int) -> Tensor:
     """Real numbers as half as many complex ones: a view, where they begin at an even place."""
-    aligned = part if part.storage_offset() % 2 == 0 else part.clone()
+    aligned = part if offset % 2 == 0 else part.clone()
     return torch.view_as_complex(aligned.view(-1, 2))
 
 
@@ -337,8 +337,8 @@ def unpack(
     """The gradients, views of the buckets' (`widen`); in memory of their own where they have `strides_of` their own."""
     parts = [wide[place.bucket].narrow(0, place.offset, place.numel) for place in plan.places]
     grads = [
-        (_as_complex(part) if param.is_complex() else part).view(param.shape)
-        for part, param in zip(parts, params, strict=True)
+        (_as_complex(part, place.offset) if param.is_complex() else part).view(param.shape)
+        for part, place, param in zip(parts, plan.places, params, strict=True)
     ]
     return [
         grad if own is None else torch.empty_strided(grad.shape, own, dtype=grad.dtype, device=grad.device).copy_(grad)

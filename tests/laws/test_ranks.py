@@ -116,13 +116,15 @@ def failures(draw):
     """Three calls of one function, and one of another, of which the second fails on some ranks, at one place."""
     world = draw(st.integers(1, 4))
     accumulate = draw(st.booleans())
+    way = draw(st.sampled_from(("summed", "ordered", "parts")))
     mode = fuzz.Mode(
         "accumulate" if accumulate else "accumulator",
         draw(st.sampled_from(("mean", "sum", "Mean"))),
         draw(st.sampled_from((torch.float32, torch.float64))),
         True,
-        draw(st.sampled_from((None, torch.bfloat16, torch.float16))),
+        draw(st.sampled_from((None, torch.bfloat16, torch.bfloat16 if way == "parts" else torch.float16))),
         draw(st.booleans()),
+        way,
     )
     places = (*fuzz.CALLS, *fuzz.AUX) if accumulate else (*fuzz.OURS, "state")
     place = draw(st.sampled_from((*places, fuzz.AFTER)))
