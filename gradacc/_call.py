@@ -66,7 +66,7 @@ def check_parameters(name: str, leaves: Sequence[Any], treedef: _tree.TreeDef, r
                 f"{name}: {path} is an nn.Module ({type(leaf).__name__}); pass its parameters: "
                 "apply, params, buffers = gradacc.functional(module), and call apply(params, ...) in the loss"
             )
-        if _rows.holds_dtensor(leaf):
+        if _rows.is_dtensor(leaf):
             raise TypeError(f"{name}: {path} is a DTensor {_rows.told(leaf)}. {_why_not_divided(name)}")
         if isinstance(leaf, Tensor) and _is_odd(leaf):
             raise TypeError(
@@ -95,7 +95,7 @@ def _paths_if_wrong(leaves: Sequence[Any], treedef: _tree.TreeDef, root: str) ->
 
 
 def _is_parameter(leaf: Any) -> bool:
-    if not isinstance(leaf, Tensor) or _rows.holds_dtensor(leaf) or _is_odd(leaf):
+    if not isinstance(leaf, Tensor) or _rows.is_dtensor(leaf) or _is_odd(leaf):
         return False
     return is_inexact(leaf)
 

@@ -68,17 +68,6 @@ def is_dtensor(leaf: Any) -> bool:
     return module is not None and isinstance(leaf, module.DTensor)
 
 
-def holds_dtensor(leaf: Any) -> bool:
-    """The same of what functorch's transforms have wrapped, too."""
-    return is_dtensor(leaf)
-
-
-def _innermost(leaf: Any) -> Any:
-    while isinstance(leaf, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(leaf):
-        leaf = torch._C._functorch.get_unwrapped(leaf)
-    return leaf
-
-
 def home(name: str, path: str, leaf: Any, group: dist.ProcessGroup | None) -> Home:
     """Of a DTensor, which is divided over the ranks of ``group`` (None: there is nobody else).
 
@@ -125,7 +114,7 @@ def _problem(leaf: Any) -> str | None:
 
 def told(leaf: Any) -> str:
     """Its shape and placements, in words."""
-    return f"of shape {tuple(leaf.shape)} and placements {tuple(_innermost(leaf).placements)}"
+    return f"of shape {tuple(leaf.shape)} and placements {tuple(leaf.placements)}"
 
 
 def local(leaf: Any) -> Tensor:
