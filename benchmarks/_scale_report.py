@@ -27,11 +27,11 @@ def tables(results: dict[str, Any]) -> dict[str, str]:
     found = {part: table(parts[part]) for part, table in made.items() if part in parts}
     if "model" in parts:
         found["model"] = _model(parts)
-    return {part: f"{text}\n\n{_where(results, part)}" for part, text in found.items()}
+    return {part: f"{text}\n\n{_where(parts[part])}" for part, text in found.items()}
 
 
-def _where(results: dict[str, Any], part: str) -> str:
-    return f"{describe(results['machine'])}. Load when it began: {results['parts'][part]['load']:.1f}."
+def _where(part: dict[str, Any]) -> str:
+    return f"{describe(part['machine'])}. Load when it began: {part['load']:.1f}."
 
 
 def _exactness(found: dict[str, Any]) -> str:

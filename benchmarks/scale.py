@@ -48,11 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     path = options.out / "scale.json"
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"parts": {}}
-    results["machine"] = machine(torch.device("cpu"), ())
     for part in options.part:
-        load = os.getloadavg()[0]
+        where = {"machine": machine(torch.device("cpu"), ()), "load": round(os.getloadavg()[0], 1)}
         try:
-            results["parts"][part] = {"load": round(load, 1), **PARTS[part](quick=options.quick)}
+            results["parts"][part] = {**where, **PARTS[part](quick=options.quick)}
         except UnavailableError as reason:
             print(f"{part}: left out, {reason}", file=sys.stderr)
         path.write_text(json.dumps(results, indent=1) + "\n")

@@ -31,10 +31,10 @@ def cross(sums: Any, mean: Mean, *, sync: Sync | None) -> tuple[Any, Mean]:
     ``.backward()`` on an ordinary module, a pipeline's schedule, FSDP2 with deferred synchronisation. Nothing is divided
     before it: losses are sums over tokens (or whatever the mean is over), so that ``.grad`` is a sum of gradients.
 
-    Sums cross once a call, with the guarantees of `gradacc.all_reduce`: ranks may hold any numbers of tokens, and none; the
-    results have the same bits on every rank; where it raises on one rank, all ranks raise; where sums differ in structure,
-    shape or dtype, all get the same error. At first use (in a group, of sums of this structure) ranks compare descriptions,
-    which later calls rely on. ``docs/cross.md`` has the loops around it.
+    Sums cross once a call, with the guarantees of ``sync``: ranks may hold any numbers of tokens, and none; results have the
+    same bits on every rank (with `gradacc.reduce_scatter`, each its part of them); where it raises on one rank, all ranks
+    raise; where sums differ in structure, shape or dtype, all get the same error. At first use (in a group, of sums of this
+    structure) ranks compare descriptions, which later calls rely on. ``docs/cross.md`` has the loops around it.
 
     Arguments:
         sums: a pytree of floating or complex tensors, this rank's sums of gradients, *not divided* by anything. Its structure,
@@ -49,7 +49,8 @@ def cross(sums: Any, mean: Mean, *, sync: Sync | None) -> tuple[Any, Mean]:
             left out, as there is no backward pass. None: this rank is all there is, and its sums are divided.
 
     Returns:
-        ``(grads, value)``: ``grads`` of the structure, shapes and dtypes of ``sums``, new tensors; ``value`` a `Mean`, of total
+        ``(grads, value)``: ``grads`` of the structure, shapes and dtypes of ``sums``, new tensors (with
+        `gradacc.reduce_scatter`, a `gradacc.Shard` for each); ``value`` a `Mean`, of total
         and weight over all ranks (``value.value`` is the loss). If all weights are 0, grads are 0 and ``value.value`` is NaN.
 
     Raises:

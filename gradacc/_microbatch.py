@@ -90,7 +90,7 @@ def microbatch(
             only scaled in the backward pass. ``"auto"``: the second where it applies (and no float16 could overflow), else the
             first. Under `torch.func`'s transforms all recompute; while Dynamo traces, pieces are checkpoints.
 
-        sync: `gradacc.all_reduce`: sums, means and each `Mean` are then of all ranks' examples, in one all-reduce a call; what
+        sync: `gradacc.all_reduce`: sums, means and each `Mean` are then of all ranks' examples, and cross once a call; what
             is concatenated stays on its rank. For evaluation: such results have no gradient.
 
     Returns:

@@ -7,7 +7,7 @@ from torch._dynamo.exc import TorchRuntimeError, Unsupported
 
 import gradacc
 from tests import models
-from tests.helpers import assert_trees_close
+from tests.helpers import assert_trees_close, some_slow
 from tests.test_replicas import (
     Base,
     KeyedByModule,
@@ -142,7 +142,7 @@ class Honest(Base):
         return x
 
 
-@pytest.mark.parametrize("make", [Honest, KeyedByModule])
+@pytest.mark.parametrize("make", some_slow([Honest, KeyedByModule], Honest))
 def test_what_a_compiled_module_may_do(make):
     torch._dynamo.reset()
     module = anew(make)

@@ -33,6 +33,15 @@ _UNSYNCHRONISED = (
 )
 
 
+def of_name(name: str) -> dist.ProcessGroup | None:
+    """The process group that torch knows by this name; None where there is none (any more)."""
+    try:
+        group: dist.ProcessGroup = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
+    except (RuntimeError, ValueError, KeyError):
+        return None
+    return group
+
+
 def resolve(name: str, group: Any, otherwise: str = _UNSYNCHRONISED) -> dist.ProcessGroup | None:
     """The process group to talk to; None where there is nobody.
 

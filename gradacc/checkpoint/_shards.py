@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed import distributed_c10d
 
 from gradacc import _rows, _shard, _tree
 from gradacc._rows import Home
 from gradacc._shard import Shard, ShardFacts
+from gradacc._sync import group as groups
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import WriteItem
@@ -154,13 +154,12 @@ def check_here(name: str, path: str, facts: ShardFacts) -> None:
     """A ValueError where this process is not the rank of the process group that the part is made for."""
     if not facts.group:
         return
-    try:
-        group = distributed_c10d._resolve_process_group(facts.group)  # type: ignore[attr-defined,arg-type]
-        found = group.rank(), group.size()
-        del group  # the error would hold it: NOTE [the end of a process] in `_sync/group.py`
-    except (RuntimeError, ValueError, KeyError):
+    group = groups.of_name(facts.group)
+    if group is None:
         problem = f"there is no process group {facts.group!r}"
     else:
+        found = group.rank(), group.size()
+        del group  # the error would hold it: NOTE [the end of a process] in `_sync/group.py`
         if found == (facts.rank, facts.world):
             return
         problem = f"this process is rank {found[0]} of {found[1]} of process group {facts.group!r}"

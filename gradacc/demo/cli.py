@@ -177,7 +177,8 @@ def _add_run(add: Callable[..., object]) -> None:
     add(
         "--resume",
         action="store_true",
-        help="go on from FOLDER/checkpoint as if the run had never ended, to the same last bit; without one, start anew. "
+        help="go on from FOLDER/checkpoint as if the run had never ended, to the same last bit with as many processes; without "
+        "one, start anew. Options are those that it was begun with, --iterations too: a run is not made longer. "
         "The time before counts for the time limit. With torchrun's --max-restarts on several machines, set "
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1",
     )

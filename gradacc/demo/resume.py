@@ -28,6 +28,12 @@ class Progress(NamedTuple):
     metrics: int
 
 
+_FIXES = {
+    ("--shard", False): "add --shard, with which the number of processes may be another one",
+    ("--shard", True): "leave --shard out",
+}
+
+
 def identity(settings: Settings, corpus: Corpus, ranks: Ranks) -> str:
     """What must be the same for a run to go on from a checkpoint, as JSON: options by name, and the text's SHA-256."""
     pieces = b"".join(b"%d %b" % (len(piece), piece) for piece in corpus.train + corpus.held_out)
@@ -166,7 +172,7 @@ def _check_identity(place: Path, saved: str, run: str) -> int:
         if theirs.get(name) != value and not (name == "--nproc" and ours["--shard"] and theirs.get("--shard")):
             raise DemoError(
                 f"--resume: the checkpoint {place} is of a run with {name} {theirs.get(name)}, and this one has {value}; "
-                "give the options that it was begun with, or leave --resume out"
+                f"{_FIXES.get((name, value), 'give the options that it was begun with')}, or leave --resume out"
             )
     return int(theirs["--nproc"])
 

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, distributed_c10d
+from torch.distributed import ProcessGroup
 
 from gradacc import _rows, _shard, _where
 from gradacc._sync import gathering
@@ -119,5 +119,10 @@ def _gathered(asked: tuple[Asker, str], name: str, number: Tensor) -> Sequence[T
 
 
 def _resolved(name: str) -> ProcessGroup:
-    group: ProcessGroup = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
+    group = groups.of_name(name)
+    if group is None:
+        raise RuntimeError(
+            f"grads are divided over the process group {name!r}, which is not there any more: torch.distributed was "
+            "destroyed, or begun anew. Compute them, and the optimizer's state, with a group that lives"
+        )
     return group

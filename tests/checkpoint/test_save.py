@@ -135,6 +135,7 @@ def test_a_rank_killed_anywhere_in_a_save(tmp_path):
     assert int(run("ranks", str(tmp_path / "c"))) >= 20
 
 
+@pytest.mark.slow
 def test_processes_killed_at_random_moments(tmp_path):
     """The same at 25 moments of the clock, after a first save each: no checkpoint that was complete is lost."""
     assert int(run("anytime", str(tmp_path / "c"), "25")) >= 25

@@ -389,7 +389,8 @@ def test_gradients_are_saved_too(tmp_path):
 # Death
 
 
-@pytest.mark.parametrize("lives", some_slow((5, 12), 5))
+@pytest.mark.slow
+@pytest.mark.parametrize("lives", [5, 12])
 def test_ranks_are_killed_and_others_go_on(tmp_path, lives):
     """On 3, 2 and 1 ranks in turn, from whichever checkpoint is whole, to the end of the run that was left alone."""
     found = subprocess.run(

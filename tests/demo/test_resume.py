@@ -236,9 +236,17 @@ def test_a_checkpoint_of_another_run(saving: Settings, data: Path) -> None:
         ({"lr": 0.1}, "--lr 0.003, and this one has 0.1"),
         ({"model": killed.MODEL}, "model [2, 2, 32, 48, 257], and this one has [1, 2, 16, 48, 257]"),
         ({"data": other}, "text (SHA-256) "),
+        ({"shard": True}, "--shard False, and this one has True; leave --shard out, or leave --resume out"),
     ]
     for change, told in changes:
         refused(saving._replace(resume=True, **change), "--resume: the checkpoint", "is of a run with " + told)
+
+
+def test_one_that_was_divided_is_resumed_divided(saving: Settings) -> None:
+    saving = saving._replace(shard=True)
+    begun(saving, 1)
+    told = "--shard True, and this one has False; add --shard, with which the number of processes may be another one"
+    refused(saving._replace(resume=True, shard=False), "--resume: the checkpoint", "is of a run with " + told)
 
 
 def test_one_of_other_processes(saving: Settings) -> None:
@@ -497,7 +505,8 @@ def end(process: subprocess.Popen[str]) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("kills", "places"), [(2, 1), pytest.param(10, 4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("kills", "places"), [(2, 1), (10, 4)])
 def test_killed_under_torchrun(data: Path, tmp_path: Path, kills: int, places: int) -> None:
     """SIGKILL of one of two ranks at random moments: what comes out is the undisturbed run, bit for bit.
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from gradacc import microbatch
 from tests import optax_oracle
-from tests.helpers import ENGINES, assert_trees_close
+from tests.helpers import ENGINES, assert_trees_close, some_slow
 from tests.optax_oracle import flat
 
 D = torch.float64
@@ -124,7 +124,7 @@ def theirs(tmp_path_factory) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("engine", ENGINE)
-@pytest.mark.parametrize("size", optax_oracle.SIZES)
+@pytest.mark.parametrize("size", some_slow(optax_oracle.SIZES, optax_oracle.SIZES[-1]))
 def test_beside_optax(theirs, size: int, engine: str) -> None:
     ours: dict[str, Tensor] = {}
     for name, (function, out) in TABLE.items():

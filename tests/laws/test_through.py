@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import gradacc
+from tests.helpers import some_slow
 from tests.laws.test_pieces import close
 from tests.through import cases
 
@@ -129,7 +130,11 @@ def test_results_are_connected_to_what_requires_grad(call: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("structure", "split"), [("plain", {"steps": 1}), ("integers", {"steps": 3}), ("frozen", {"microbatch_size": 2})]
+    ("structure", "split"),
+    some_slow(
+        [("plain", {"steps": 1}), ("integers", {"steps": 3}), ("frozen", {"microbatch_size": 2})],
+        ("plain", {"steps": 1}),
+    ),
 )
 def test_compiled(structure: str, split: dict[str, int]) -> None:
     torch._dynamo.reset()

@@ -357,6 +357,7 @@ def test_nothing_is_given_away_under_a_transform(wrap):
     assert fingerprint((grads, state)) == before
 
 
+@pytest.mark.slow
 def test_the_whole_step_is_one_graph():
     """With and without a spike, compiled once; so is a step that gets no loss."""
     expected = trained(optim.skip_spikes(optim.adamw(0.1), 8), RUN)

@@ -192,6 +192,7 @@ def test_compiled(backend):
 
 # Torch's own, where Inductor is imported.
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.slow
 def test_compiled_by_inductor():
     """All integers and uniform numbers are the same bits; its logarithm and cosine are others."""
     keys = random.split(random.key(19), 6)

@@ -52,9 +52,7 @@ def compiled(group, way, backend):
     ("way", "backend"),
     some_slow(
         [(way, backend) for way in WAYS for backend in ("aot_eager", "inductor")],
-        ("ordered", "aot_eager"),
         ("parts", "aot_eager"),
-        ("ordered, bfloat16", "aot_eager"),
     ),
 )
 def test_in_a_graph(pool, way, backend):

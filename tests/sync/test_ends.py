@@ -24,6 +24,7 @@ def run(*arguments: str) -> dict[str, str]:
     return {how: codes.partition(";")[0] for how, codes in lines}
 
 
+@pytest.mark.slow
 def test_nobody_holds_a_group_that_is_destroyed():
     """While an error is on its way, too: so that destroying it waits for its threads, which would end the process."""
     cases = ["raises with overlap", "save raises", "windows"]

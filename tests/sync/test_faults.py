@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import gradacc
+from tests.helpers import some_slow
 
 SECONDS = 10
 """The process group's timeout in tests with processes that die."""
@@ -273,14 +274,18 @@ def start(world, how):
 
 @pytest.mark.parametrize(
     "how",
-    [
+    some_slow(
+        [
+            "killed",
+            "killed with overlap",
+            "killed at first use",
+            "killed while others gather",
+            "killed while others pull",
+            "stopped",
+        ],
         "killed",
         "killed with overlap",
-        "killed at first use",
-        "killed while others gather",
-        "killed while others pull",
-        "stopped",
-    ],
+    ),
 )
 def test_a_rank_that_is_killed_or_stops(how):
     """SIGKILL or SIGSTOP in the middle of a step: every other rank ends with an error that names the group, in time."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import gradacc
-from tests.helpers import fingerprint
+from tests.helpers import fingerprint, some_slow
 from tests.through import cases
 
 
@@ -258,7 +258,7 @@ def test_a_split_is_looked_at_along_the_dimension_of_the_examples() -> None:
         gradacc.accumulate(loss, through=encode, split=split([[3, 4, 5], [0, 1, 2]]), in_dims=dims)(w, batch)
 
 
-@pytest.mark.parametrize("transform", ["vmap", "grad", "compiled"])
+@pytest.mark.parametrize("transform", some_slow(["vmap", "grad", "compiled"], "vmap", "grad"))
 def test_under_transforms_a_split_yields_all_of_the_batch_too(transform: str) -> None:
     def split(batch: Any) -> Any:
         return [{key: leaf[n : n + 2] for key, leaf in batch.items()} for n in (0, 2)]

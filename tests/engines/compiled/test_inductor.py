@@ -42,7 +42,8 @@ def weights(dtype=torch.float32):
     }
 
 
-@pytest.mark.parametrize("steps", some_slow([loop.UNROLLED, LOOPED], LOOPED))
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [loop.UNROLLED, LOOPED])
 def test_a_matrix_is_added_to_where_it_is(steps):
     """One `addmm_` a weight in a loop's body, and one a weight and later micro-batch where it is unrolled; no other."""
     from torch._inductor.utils import run_and_get_code

@@ -222,7 +222,7 @@ def test_the_graph_does_not_grow_with_steps(loss):
 
 @pytest.mark.parametrize(
     ("sizes", "loss"),
-    some_slow(itertools.product([(16, 16, 24, 32, 40), (21, 29, 37)], [plain, counted]), ((21, 29, 37), counted)),
+    some_slow(itertools.product([(16, 16, 24, 32, 40), (21, 29, 37)], [plain, counted]), ((21, 29, 37), plain)),
 )
 def test_at_most_one_more_graph_for_other_batch_sizes(sizes, loss):
     torch._dynamo.reset()
@@ -252,7 +252,7 @@ def _graphs_of(loss, options, sizes, backend="eager"):
     ("loss", "backend"),
     some_slow(
         [*itertools.product([plain, weighted, counted, with_aux], ["eager"]), (with_aux, "aot_eager")],
-        (with_aux, "eager"),
+        (plain, "eager"),
     ),
 )
 def test_any_number_of_micro_batches_of_one_size_is_two_graphs(loss, backend):
@@ -260,6 +260,7 @@ def test_any_number_of_micro_batches_of_one_size_is_two_graphs(loss, backend):
     assert _graphs_of(loss, {"microbatch_size": 2}, range(2, 26, 2), backend) == 2
 
 
+@pytest.mark.slow
 def test_weights_that_are_counted_before_may_be_any_number_too():
     """A number of examples is compared with the loss's own, without fixing it."""
 
@@ -277,7 +278,8 @@ def test_weights_that_are_counted_before_may_be_any_number_too():
     assert len(graphs.graphs) == 2
 
 
-@pytest.mark.parametrize("loss", some_slow([plain, counted], plain))
+@pytest.mark.slow
+@pytest.mark.parametrize("loss", [plain, counted])
 def test_a_smaller_last_micro_batch_may_have_any_size(loss):
     """None, of one example, of several."""
     assert _graphs_of(loss, {"microbatch_size": 4}, [8, 14, 15, 19, 20, 17, 13, 16, 11, 6, 22, 23, 25, 28]) <= 4
@@ -336,6 +338,7 @@ def test_inductor_of_a_batch_that_is_cut_in_the_graph_before():
         assert_trees_close(compiled(PARAMS, data(size)), step(PARAMS, data(size)))
 
 
+@pytest.mark.slow
 def test_lists_of_several_lengths_are_right_and_warn_at_the_third():
     torch._dynamo.reset()
     graphs = Counting("eager")
@@ -360,6 +363,7 @@ def test_lists_of_several_lengths_are_right_and_warn_at_the_third():
     assert len(graphs.graphs) == 4
 
 
+@pytest.mark.slow
 def test_what_the_warning_of_lists_names_makes_one_graph_and_two():
     torch._dynamo.reset()
     loss, cut = Counting("eager"), Counting("eager")
@@ -414,7 +418,7 @@ VALUES = {float: (0.5, 0.7, 0.9, 0.0), int: (3, 4, 7, 0), bool: (True, False)}
 
 @pytest.mark.parametrize(
     ("place", "kind"),
-    some_slow(itertools.product(NUMBERS, VALUES), ("weight", float), ("args", int), ("closed over", bool)),
+    some_slow(itertools.product(NUMBERS, VALUES), ("args", int)),
 )
 def test_a_number_that_changes_between_calls(place, kind):
     """Six micro-batches: a loop, or unrolled with one warning, which for a float names it."""
@@ -555,7 +559,7 @@ UNROLLED = {
 }
 
 
-@pytest.mark.parametrize("name", some_slow(UNROLLED, "appends later", "counts", "closed-over views"))
+@pytest.mark.parametrize("name", some_slow(UNROLLED, "appends later", "closed-over views"))
 def test_what_cannot_be_a_loop_is_unrolled_with_one_warning(name):
     """Also where a batch is two runs of more than four micro-batches; side effects happen as often as in eager code."""
     case, message = UNROLLED[name]
@@ -712,7 +716,7 @@ RANKS = {
 
 @pytest.mark.parametrize(
     ("name", "sizes"),
-    some_slow(itertools.product(RANKS, [(13, 10), (13, 0)]), ("plain", (13, 0)), ("Mean", (13, 0)), ("sum", (13, 10))),
+    some_slow(itertools.product(RANKS, [(13, 10), (13, 0)]), ("Mean", (13, 0))),
 )
 def test_the_collective_is_in_the_graph(pool, name, sizes):
     """One of them, exactly; ranks may hold different numbers of examples, or none."""
