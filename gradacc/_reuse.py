@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import operator
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -38,14 +38,12 @@ class State(NamedTuple):
     attributes: list[dict[str, Any]]
     """Each module's ``__dict__``."""
     classes: list[type]
-    registries: list[dict[str, Any]]
-    """Of which names and values are compared,"""
-    renewed: list[dict[str, Any]]
-    """and of which only the names are: every pass gets other values."""
     hooks: list[dict[int, Any]]
+    views: list[Iterable[Any]]
+    """Names and values of attributes and of registries; of registries that every pass gives other values, the names."""
     containers: list[Any]
     held: list[Any]
-    """Names and values of the attributes and of the registries, what the containers hold."""
+    """What these held."""
 
 
 class Kept(NamedTuple):
@@ -144,9 +142,9 @@ def _state(modules: list[nn.Module], renewed: list[dict[str, Any]], containers: 
     every = [held[key] for held in attributes for key in ("_parameters", "_buffers", "_modules")]
     registries = [held for held in every if id(held) not in apart]
     hooks = [hooks for held in attributes for hooks in _replicas.hooks_of(held)]
-    state = State(modules, attributes, [*map(type, modules)], registries, [*apart.values()], hooks, containers, [])
-    state.held[:] = _held(state)
-    return state
+    views = [held.keys() for held in (*attributes, *registries, *apart.values())]
+    views += [held.values() for held in (*attributes, *registries)]
+    return State(modules, attributes, [*map(type, modules)], hooks, views, containers, [*_held(views, containers)])
 
 
 def _is_as_it_was(state: State) -> bool:
@@ -154,17 +152,14 @@ def _is_as_it_was(state: State) -> bool:
         all(map(operator.is_, map(vars, state.modules), state.attributes))
         and all(map(operator.is_, map(type, state.modules), state.classes))
         and not any(state.hooks)
-        and _same(state.held, _held(state))
+        # Both end with what nothing else holds: where one is longer, an end meets something else.
+        and all(map(operator.is_, state.held, _held(state.views, state.containers)))
     )
 
 
-def _held(state: State) -> list[Any]:
-    found: list[Any] = [*chain.from_iterable(chain(state.attributes, state.registries, state.renewed))]
-    found += chain.from_iterable(map(dict.values, chain(state.attributes, state.registries)))
-    for container in state.containers:
-        found += _replicas.items(container)
-        found.append(_END)
-    return found
+def _held(views: list[Iterable[Any]], containers: list[Any]) -> Iterator[Any]:
+    inside = chain.from_iterable(chain(_replicas.items(container), (_END,)) for container in containers)
+    return chain(chain.from_iterable(views), inside, (_END,))
 
 
 _END = object()

@@ -28,9 +28,9 @@ class Progress(NamedTuple):
     metrics: int
 
 
-_FIXES = {
-    ("--shard", False): "add --shard, with which the number of processes may be another one",
-    ("--shard", True): "leave --shard out",
+_SHARD_FIXES = {
+    False: "add --shard, with which the number of processes may be another one",
+    True: "leave --shard out",
 }
 
 
@@ -170,9 +170,10 @@ def _check_identity(place: Path, saved: str, run: str) -> int:
     theirs, ours = json.loads(saved), json.loads(run)
     for name, value in ours.items():
         if theirs.get(name) != value and not (name == "--nproc" and ours["--shard"] and theirs.get("--shard")):
+            fix = _SHARD_FIXES[value] if name == "--shard" else "give the options that it was begun with"
             raise DemoError(
                 f"--resume: the checkpoint {place} is of a run with {name} {theirs.get(name)}, and this one has {value}; "
-                f"{_FIXES.get((name, value), 'give the options that it was begun with')}, or leave --resume out"
+                f"{fix}, or leave --resume out"
             )
     return int(theirs["--nproc"])
 

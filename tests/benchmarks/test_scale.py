@@ -21,6 +21,7 @@ KNOWN = Fit(software=0.001, delays=2.0, overhead=1.05)
 
 def test_cost_and_what_was_measured_before_is_kept(tmp_path, capsys):
     kept = {
+        "machine": {"processor": "another one", "cores": 64, "threads": 1, "python": "3.11", "torch": "2.13"},
         "load": 0.0,
         "ranks": {"64": {"error": 1e-15, "alike": True, "empty": 1, "examples": 9, "told": 64, "seconds": 1}},
     }
@@ -34,7 +35,9 @@ def test_cost_and_what_was_measured_before_is_kept(tmp_path, capsys):
         assert found["wire_bytes"] == results["cost"]["gradient_bytes"] + int(world) * 22 * 4
     assert _scale_cost.lines_of(results["cost"])["held"].per_rank < 4000
     assert (tmp_path / "scale.png").stat().st_size > 1000
-    assert "88 bytes a rank" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "88 bytes a rank" in printed
+    assert "another one, 64 cores" in printed
 
 
 def test_gradients_of_very_many_ranks_cross_once():

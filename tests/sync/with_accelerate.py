@@ -3,6 +3,7 @@
 Writes, for two recipes, both sides' gradients, and how many collectives each took.
 """
 
+import gc
 import sys
 import warnings
 from contextlib import nullcontext
@@ -113,6 +114,11 @@ def main(path):
             other = theirs(accelerator, model, data)
         results[name] = (mine, other, ours.names, counted.names)
     torch.save(results, f"{path}.{rank}")
+    # DDP's reducer must not be the last one to hold the group: it would wait for gloo's thread with the interpreter's lock,
+    # which that thread may wait for (seen so once, at the end of the process).
+    del model
+    accelerator.free_memory()
+    gc.collect()
     accelerator.end_training()
 
 
