@@ -54,7 +54,10 @@ alone. Peak memory is what tensors take over the module and the batch, in sizes 
 
 Weight gradients are added to the buffer by the matrix product itself, so they never exist on their own: on the MLP, gradacc is
 faster than forward and backward without any addition, and needs less memory than the loop. The price is Python in each
-micro-batch, which the last three tables show.
+micro-batch, which the last three tables show. About half of it are checks without which a result could be silently wrong: of
+2.2 ms a micro-batch over the loop with 201 modules, 0.56 go to comparing what modules and their replicas hold, 0.28 to reading
+the graph, 0.15 to looking at the leaves. With all of these taken out (an experiment, 20 rounds) it was 1.31 of the loop in the
+place of 1.63, and 1.16 in the place of 1.30 on GPT-2. Compiled, there is none of it.
 """
 
 _COMPILED = """\
