@@ -1,11 +1,9 @@
 """What ranks find alike at first use: 64 of them, which are threads, with real collectives between them."""
 
-import threading
+from unittest import mock
 
 import pytest
 import torch
-import torch.distributed as dist
-from torch.testing._internal.distributed import multi_threaded_pg
 
 from gradacc import _options, _tree, all_reduce
 from gradacc._mean import Mean
@@ -14,43 +12,17 @@ from gradacc._sums import Sums
 from gradacc._sync import agreement, layout
 from gradacc._sync import bound as bounds
 from gradacc._sync import group as groups
+from tests.threads import on_threads
 
 WORLD = 64
 PARAMS = {"w": torch.ones(2, 3), "b": torch.ones(3, dtype=torch.bfloat16)}
 
 
-def on_threads(rank_fn):
-    """What ``rank_fn(rank, group)`` returned or raised in each of 64 threads, and how often all descriptions were gathered."""
-    torch._C._distributed_c10d._set_thread_isolation_mode(True)
-    multi_threaded_pg._install_threaded_pg()
-    store, found, gathered = dist.HashStore(), [None] * WORLD, []
-    original = groups.exchange
-
-    def exchange(*args):
-        gathered.append(1)
-        return original(*args)
-
-    def run(rank):
-        dist.init_process_group("threaded", rank=rank, world_size=WORLD, store=store)
-        try:
-            found[rank] = rank_fn(rank, dist.group.WORLD)
-        except Exception as error:
-            found[rank] = error
-        finally:
-            dist.destroy_process_group()
-
-    groups.exchange = exchange
-    try:
-        threads = [threading.Thread(target=run, args=(rank,)) for rank in range(WORLD)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(40)
-    finally:
-        groups.exchange = original
-        multi_threaded_pg._uninstall_threaded_pg()
-        torch._C._distributed_c10d._set_thread_isolation_mode(False)
-    return found, len(gathered)
+def asked(rank_fn):
+    """What ``rank_fn(rank, group)`` returned or raised on each rank, and how often all descriptions were gathered."""
+    with mock.patch.object(groups, "exchange", side_effect=groups.exchange) as gathered:
+        found = on_threads(WORLD, rank_fn)
+    return found, gathered.call_count
 
 
 def layout_of(kind):
@@ -90,13 +62,13 @@ def same(founds, kind):
 @pytest.mark.parametrize("having", [range(WORLD), [5, 40], [63]])
 def test_ranks_that_are_alike(kind, having):
     """Nobody gathers descriptions; who has not seen a micro-batch is told the layout by one who has."""
-    found, gathered = on_threads(lambda rank, group: agreed(rank, group, kind=kind if rank in having else None))
+    found, gathered = asked(lambda rank, group: agreed(rank, group, kind=kind if rank in having else None))
     assert gathered == 0
     same(found, kind)
 
 
 def test_no_rank_has_seen_a_micro_batch():
-    found, gathered = on_threads(lambda rank, group: agreed(rank, group, kind=None))
+    found, gathered = asked(lambda rank, group: agreed(rank, group, kind=None))
     assert gathered == 0
     assert all(each == agreement.Found(None) for each in found)
 
@@ -105,7 +77,7 @@ def test_the_order_is_that_of_a_rank_which_has_the_longest():
     def run(rank, group):
         return agreed(rank, group, order=(1, 0) if rank in (7, 9) else (0,))
 
-    found, gathered = on_threads(run)
+    found, gathered = asked(run)
     assert gathered == 0
     same(found, "plain")
 
@@ -140,7 +112,7 @@ CHANGES = {
 def test_one_rank_that_differs(change):
     """All of them say so, and in what."""
     options, kind, message = CHANGES[change]
-    found, gathered = on_threads(lambda rank, group: agreed(rank, group, **(options if rank == 33 else {})))
+    found, gathered = asked(lambda rank, group: agreed(rank, group, **(options if rank == 33 else {})))
     assert gathered == WORLD
     for rank, each in enumerate(found):
         if change == "an error" and rank == 33:
@@ -153,6 +125,6 @@ def test_one_rank_that_differs(change):
 
 
 def test_all_ranks_have_raised():
-    found, gathered = on_threads(lambda rank, group: agreed(rank, group, raises=True))
+    found, gathered = asked(lambda rank, group: agreed(rank, group, raises=True))
     assert gathered == WORLD
     assert all(isinstance(each, KeyError) for each in found)
