@@ -59,7 +59,8 @@ def windows_were_dropped(name: str, group: dist.ProcessGroup, dropped: Sequence[
 def windows_differ(name: str, group: dist.ProcessGroup, windows: Sequence[int]) -> Exception:
     """An error that says which window each rank is in; 0: none that has a number."""
     ranks = dist.get_process_group_ranks(group)
-    each = ", ".join(f"rank {rank} in window {n}" for rank, n in zip(ranks, windows, strict=True) if n)
+    numbered = [(rank, n) for rank, n in zip(ranks, windows, strict=True) if n]
+    each = _by_answer([(rank, f" in window {n}") for rank, n in numbered], ", ")
     return RuntimeError(
         f"{name}: ranks of {groups.named(group)} are in different windows of their loops: {each}. A rank has left out a call "
         "(by catching an error and going on, for instance), so nothing was returned. Let all ranks begin the loop again from "
@@ -77,16 +78,35 @@ def weights_are_far(name: str, group: dist.ProcessGroup, far: Sequence[bool]) ->
 
 
 def _named(group: dist.ProcessGroup, flags: Sequence[bool]) -> str:
-    found = [str(rank) for rank, flag in zip(dist.get_process_group_ranks(group), flags, strict=True) if flag]
-    return f"rank{'s' if len(found) > 1 else ''} {', '.join(found)}"
+    return _listed([rank for rank, flag in zip(dist.get_process_group_ranks(group), flags, strict=True) if flag])
+
+
+_SHOWN = 8
+"""How many ranks, or different answers, an error names: there may be thousands."""
+
+
+def _listed(ranks: Sequence[int]) -> str:
+    more = f" and {len(ranks) - _SHOWN} more" if len(ranks) > _SHOWN else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks[:_SHOWN]))}{more}"
+
+
+def _by_answer(answers: Sequence[tuple[int, str]], between: str) -> str:
+    """Ranks and what each of them says; those that say the same are told together."""
+    saying: dict[str, list[int]] = {}
+    for rank, answer in answers:
+        saying.setdefault(answer, []).append(rank)
+    # Who is alone with an answer is whom one looks for.
+    rarest = sorted(saying, key=lambda answer: len(saying[answer]))[:_SHOWN]
+    told = [f"{_listed(ranks)}{answer}" for answer, ranks in saying.items() if answer in rarest]
+    more = [f"{len(saying) - _SHOWN} other answers"] if len(saying) > _SHOWN else []
+    return between.join(told + more)
 
 
 def calls_differ(name: str, group: dist.ProcessGroup, answers: Sequence[tuple[int, str, Any]]) -> Exception:
-    """An error that names every rank's call."""
+    """An error that says what calls there were, and of which ranks."""
     ranks = dist.get_process_group_ranks(group)
-    each = "; ".join(
-        f"rank {rank}: {call_name}, call {number}" for rank, (number, call_name, _) in zip(ranks, answers, strict=True)
-    )
+    calls = [f": {call_name}, call {number}" for number, call_name, _ in answers]
+    each = _by_answer([*zip(ranks, calls, strict=True)], "; ")
     # What each was given is not exchanged once a rank relies on what it has agreed on before.
     same = len({answer[:2] for answer in answers}) == 1
     more = ", alike in name and number: they differ in the structure, shapes or dtypes that were given" if same else ""

@@ -59,9 +59,15 @@ WRONG = {
     "update": ("ValueError: of the update", "RuntimeError: .*rank.*1"),
     "placement": (r"TypeError: .*params\['w'\].*Replicate.*to_local", "RuntimeError: .*rank.*1"),
     "structure": ("KeyError: 'b'", "RuntimeError: .*rank.*1"),
-    "whole": (WHOLE := r"RuntimeError: .*rank 0: .*4 tensors, 43 elements.*rank 1: .*3 tensors, 39 elements", WHOLE),
+    "whole": (
+        WHOLE := r"RuntimeError: .*ranks? 0(?:, 2)?: .*4 tensors, 43 elements.*rank 1: .*3 tensors, 39 elements",
+        WHOLE,
+    ),
     "all whole": ("RuntimeError: .*rank 1", "RuntimeError: .*rank 1"),
-    "shape": (SHAPE := r"RuntimeError: .*rank 0: .*4 tensors, 43 elements.*rank 1: .*4 tensors, 46 elements", SHAPE),
+    "shape": (
+        SHAPE := r"RuntimeError: .*ranks? 0(?:, 2)?: .*4 tensors, 43 elements.*rank 1: .*4 tensors, 46 elements",
+        SHAPE,
+    ),
     "no module": ("TypeError: .*nn.Module", "RuntimeError: .*rank.*1"),
 }
 

@@ -102,7 +102,8 @@ CHANGES = {
     "the number of the call": (
         {"number": 2},
         "RuntimeError",
-        "made different calls.*rank 33: accumulate\\(loss\\), call 2",
+        "made different calls.*ranks 0, 1, 2, 3, 4, 5, 6, 7 and 55 more: accumulate\\(loss\\), call 1; "
+        "rank 33: accumulate\\(loss\\), call 2",
     ),
     "an error": ({"raises": True}, "RuntimeError", "the call raised on rank 33 of"),
 }
