@@ -75,7 +75,7 @@ def count_place(place: str, group: Any) -> str:
             group = group.get_group()
         made = _made.setdefault(group, Counter()) if isinstance(group, dist.ProcessGroup) else Counter()
     made[place] += 1
-    return place if made[place] == 1 else f"{place}, number {made[place]} that was made there"
+    return place if made[place] == 1 else f"{place}, number {made[place]} that this rank made"
 
 
 @dataclass(frozen=True)

@@ -110,6 +110,9 @@ def calls_differ(name: str, group: dist.ProcessGroup, answers: Sequence[tuple[in
     # What each was given is not exchanged once a rank relies on what it has agreed on before.
     same = len({answer[:2] for answer in answers}) == 1
     more = ", alike in name and number: they differ in the structure, shapes or dtypes that were given" if same else ""
+    if any("that this rank made" in call for call in calls):
+        more += ". Transforms, and optimizers of all ranks, are known by how many a rank has made there before: make as many "
+        more += "of them, in the same order, on every rank"
     return RuntimeError(
         f"{name}: ranks of {groups.named(group)} made different calls, and nothing was returned. {each} in this group{more}. "
         "Every rank must make the same calls in the same order, and one that catches an error must not go on by itself. Catch "

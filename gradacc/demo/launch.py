@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import uuid
 from collections.abc import Callable
 from types import FrameType
@@ -53,7 +54,7 @@ def launch(settings: Settings, conduct: Callable[[Settings], int]) -> int:
                 logs_specs=DefaultLogsSpecs(log_dir=logs),
                 signals_to_handle="SIGTERM,SIGHUP,SIGQUIT",  # not SIGINT, which is passed on
             )
-            codes: dict[int, int] = elastic_launch(config, conduct)(settings)
+            codes: dict[int, int] = elastic_launch(config, _conducted)(conduct, settings)
             return codes[0]
     except ChildFailedError as error:
         if pressed:
@@ -63,3 +64,16 @@ def launch(settings: Settings, conduct: Callable[[Settings], int]) -> int:
         return 1
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def _conducted(conduct: Callable[[Settings], int], settings: Settings) -> int:
+    """In a started process, which ends with the one that started it: torch's would wait for it forever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def end() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=end, daemon=True).start()
+    return conduct(settings)

@@ -43,8 +43,8 @@ def identity(settings: Settings, corpus: Corpus, ranks: Ranks) -> str:
         "--iterations": settings.iterations,
         "--seed": settings.seed,
         "--lr": settings.lr,
-        "--nproc": ranks.world,
         "--shard": settings.shard,
+        "--nproc": ranks.world,
         "model": list(settings.model),
         "text (SHA-256)": hashlib.sha256(pieces).hexdigest()[:16],
     }

@@ -284,6 +284,17 @@ def test_a_killed_process_ends_the_run(data: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_killed_launcher_leaves_nobody(data: Path, tmp_path: Path) -> None:
+    process = start_two(Settings(batch_size=1, steps=1, iterations=100000, data=data, out=tmp_path / "out"))
+    ranks = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
+    assert len(ranks) == 2
+    process.kill()
+    process.communicate(timeout=60)
+    _, alive = psutil.wait_procs(ranks, timeout=60)
+    assert not alive
+
+
+@pytest.mark.slow
 def test_a_mistake_is_one_line_from_all_processes(tmp_path: Path) -> None:
     process = start("--data", str(tmp_path / "missing"), "--nproc", "2")
     output, errors = process.communicate(timeout=100)
@@ -293,7 +304,7 @@ def test_a_mistake_is_one_line_from_all_processes(tmp_path: Path) -> None:
 
 
 def test_the_exit_code_is_rank_0s(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "elastic_launch", lambda *_: lambda _: {1: 0, 0: 7})
+    monkeypatch.setattr(launch, "elastic_launch", lambda *_: lambda *_: {1: 0, 0: 7})
     assert launch.launch(Settings(nproc=2), cli.conduct) == 7
 
 

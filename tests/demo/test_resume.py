@@ -247,6 +247,9 @@ def test_one_that_was_divided_is_resumed_divided(saving: Settings) -> None:
     begun(saving, 1)
     told = "--shard True, and this one has False; add --shard, with which the number of processes may be another one"
     refused(saving._replace(resume=True, shard=False), "--resume: the checkpoint", "is of a run with " + told)
+    corpus = load(saving.data, saving.model.context)
+    names = [*json.loads(identity(saving, corpus, Ranks()))]
+    assert names.index("--shard") < names.index("--nproc")  # which it makes right
 
 
 def test_one_of_other_processes(saving: Settings) -> None:

@@ -149,6 +149,37 @@ def test_wrappers_judge_the_gradients_of_all_ranks(pool, name, inside, bad):
         assert int(skipped) >= 1
 
 
+def an_element_of_one_part(group, wrap, inside):
+    adamw = optim.adamw(0.1)
+    optimizer = optim.sharded(wrap(adamw), group) if inside else wrap(optim.sharded(adamw, group))
+
+    def loss_fn(params, x):
+        return (params * x).sum() / len(x)
+
+    step = gradacc.train_step(
+        gradacc.accumulate_and_value(loss_fn, steps=2, sync=gradacc.reduce_scatter(group)), optimizer
+    )
+    state = gradacc.TrainState(torch.ones(8), optimizer.init(torch.ones(8)))
+    found = []
+    for number in range(9):
+        x = torch.ones(2, 8)
+        if number < 8:
+            x[0, number] = torch.inf
+        state, metrics = step(state, x)
+        found.append((state.params, int(metrics["skipped"])))
+    return found
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_one_element_that_is_not_finite_is_one_of_all_ranks(pool, inside):
+    """Whichever rank has it in its part: no rank makes the step."""
+    for found in pool.run(3, an_element_of_one_part, optim.skip_nonfinite, inside):
+        for number, (params, skipped) in enumerate(found[:8]):
+            assert params.eq(1.0).all()
+            assert skipped == number + 1
+        assert found[8][0].lt(1.0).all()
+
+
 def small_collectives(group):
     """Of a whole training step: gradients, their norm, that of clip, and new parameters."""
     optimizer = optim.clip_by_global_norm(optim.sharded(optim.adamw(0.1), group), 1.0)

@@ -1,5 +1,6 @@
 """Each way in which gradients cross: compiled, by a backend's own reduce-scatter, on many ranks, and in how much memory."""
 
+import warnings
 from unittest import mock
 
 import pytest
@@ -44,7 +45,10 @@ def compiled(group, way, backend):
     params, batch = made(dist.get_rank(group))
     grad_fn = gradacc.accumulate_and_value(loss, steps=2, has_aux=True, sync=WAYS[way](group))
     expected = grad_fn(params, batch)
-    return torch.compile(grad_fn, fullgraph=True, backend=backend)(params, batch), expected
+    with warnings.catch_warnings():
+        # Torch's own, where Inductor is imported.
+        warnings.filterwarnings("ignore", "`torch.jit.script_method` is deprecated", DeprecationWarning)
+        return torch.compile(grad_fn, fullgraph=True, backend=backend)(params, batch), expected
 
 
 @pytest.mark.parametrize(
@@ -107,6 +111,26 @@ def cancelling(group, overlap):
 def test_ranks_are_added_in_their_order(pool, overlap):
     for found in pool.run(3, cancelling, overlap):
         assert all(each.eq(1.0).all() for each in found)
+
+
+def nobody(group):
+    grad_fn = gradacc.accumulate_and_value(loss, steps=2, has_aux=True, sync=gradacc.reduce_scatter(group))
+    rank, found = dist.get_rank(group), []
+    for rows in (0, 4, 0):
+        grads, (value, _) = grad_fn(*made(rank, rows=rows))
+        found.append(({name: (grad.length, grad.values) for name, grad in grads.items()}, value))
+    return found
+
+
+def test_parts_of_no_examples_at_all(pool):
+    """Also in the first call, where nothing says what there would be: zeros, as long as the parts are."""
+    for empty, some, again in pool.run(4, nobody):
+        for grads, value in (empty, again):
+            assert torch.isnan(torch.as_tensor(value.value if isinstance(value, gradacc.Mean) else value))
+            for name, (length, values) in grads.items():
+                assert values.shape == (length,) == some[0][name][1].shape
+                assert values.dtype == some[0][name][1].dtype
+                assert not values.any()
 
 
 # Many ranks, which are threads.

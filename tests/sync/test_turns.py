@@ -439,7 +439,8 @@ def test_grad_fns_that_one_piece_of_code_makes_are_told_apart(pool, how):
         return
     for message in answers[0]:
         assert "made different calls" in message
-        assert "that was made there" in message
+        assert "that this rank made" in message
+        assert "make as many of them, in the same order, on every rank. Every rank must" in message
 
 
 def a_window_left_out(group, how):
