@@ -70,9 +70,9 @@ def memory_task(options: argparse.Namespace) -> dict[str, dict[str, int]]:
 
 
 def memory(way: Trained, share: Workload, steps: int) -> dict[str, int]:
-    """Bytes on the rank that has more: parameters, state, all that is held between steps, and the highest point of a step.
+    """Bytes on the rank that has more: parameters, gradients, state, all that is held between steps, the highest point of one.
 
-    The first two from the tensors, the others from the resident set.
+    The first three from the tensors, the others from the resident set.
     """
     dist.barrier()
     before = resident()
@@ -81,9 +81,9 @@ def memory(way: Trained, share: Workload, steps: int) -> dict[str, int]:
     held = resident() - before
     params, state = (_bytes(tensors) for tensors in training.held())
     peak = held + resident_peak(training.step)
-    sizes = torch.tensor([params, state, held, peak])
+    sizes = torch.tensor([params, _bytes(training.gradients()), state, held, peak])
     dist.all_reduce(sizes, op=dist.ReduceOp.MAX)
-    return dict(zip(("params", "state", "held", "peak"), sizes.tolist(), strict=True))
+    return dict(zip(("params", "grads", "state", "held", "peak"), sizes.tolist(), strict=True))
 
 
 def _begun(way: Trained, share: Workload, steps: int) -> Training:

@@ -54,7 +54,13 @@ def times(title: str, link: dict[str, Any]) -> list[str]:
 
 def memory(title: str, measured: dict[str, dict[str, int]], size: int) -> list[str]:
     """What a rank holds between steps, and at the highest point of one."""
-    columns = {"params": "parameters", "state": "state", "held": "held between steps", "peak": "peak of a step"}
+    columns = {
+        "params": "parameters",
+        "grads": "gradients",
+        "state": "state",
+        "held": "held between steps",
+        "peak": "peak of a step",
+    }
     lines = [
         f"| {title}: MB on a rank | {' | '.join(columns.values())} | peak / parameters |",
         "|---|" + "--:|" * (len(columns) + 1),

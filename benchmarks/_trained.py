@@ -46,6 +46,8 @@ class Training(NamedTuple):
     """Whole, under the names of the module."""
     held: Callable[[], tuple[Iterable[Tensor], Iterable[Tensor]]]
     """This rank's own tensors between steps: parameters, state of the optimizer."""
+    gradients: Callable[[], Iterable[Tensor]]
+    """Those that a step gives the optimizer; no step is made with them, nor behind them."""
 
 
 class Trained(NamedTuple):
@@ -121,10 +123,14 @@ def _imperative(
 ) -> Training:
     """The loop of torch; ``before(last)`` is entered for each micro-batch."""
 
-    def step() -> None:
+    def gradients() -> Iterable[Tensor]:
         for index, (inputs, targets) in enumerate(microbatches(work, steps)):
             with before(index + 1 == steps):
                 (work.loss(model(inputs), targets) / steps).backward()  # type: ignore[no-untyped-call]
+        return [param.grad for param in model.parameters() if param.grad is not None]
+
+    def step() -> None:
+        gradients()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -132,7 +138,7 @@ def _imperative(
         inner = getattr(optimizer, "optim", optimizer)  # ZeroRedundancyOptimizer has one of this rank's parameters
         return model.parameters(), tree_leaves([dict(kept) for kept in inner.state.values()])
 
-    return Training(step, lambda: _named(model), held)
+    return Training(step, lambda: _named(model), held, gradients)
 
 
 def _named(module: nn.Module) -> Tree:
@@ -161,9 +167,15 @@ def ours(*, shard: bool, **how: Any) -> Callable[[Workload, int], Training]:
         def step() -> None:
             held[0], _ = take(held[0], (work.inputs, work.targets))
 
-        return Training(
-            step, lambda: held[0].params, lambda: (tree_leaves(held[0].params), tree_leaves(held[0].opt_state))
-        )
+        def gradients() -> Iterable[Tensor]:
+            grads, _ = grad_fn(held[0].params, (work.inputs, work.targets))
+            leaves: list[Tensor] = tree_leaves(grads)
+            return leaves
+
+        def kept() -> tuple[Iterable[Tensor], Iterable[Tensor]]:
+            return tree_leaves(held[0].params), tree_leaves(held[0].opt_state)
+
+        return Training(step, lambda: held[0].params, kept, gradients)
 
     return build
 

@@ -15,8 +15,8 @@ pairs and rounds, as the tables say. Gradients are freed inside the clock.
 
 **Bytes, collectives.** By the interface's own counter, headers included, and by torch's CommDebugMode.
 
-**Memory.** Of the rank that has more, each variant alone: parameters and state from their tensors; all that is held between
-steps (gradients, buckets and buffers too), and the highest point of a step, from the resident set of a process in which every
+**Memory.** Of the rank that has more, each variant alone: parameters, gradients and state from their tensors; all that is held
+between steps (buckets and buffers too), and the highest point of a step, from the resident set of a process in which every
 tensor has pages of its own (`benchmarks._measure.EXACT_HEAP`). Linux.
 
 Writes `sharded.json` (to `--out`) and prints Markdown tables.

@@ -52,5 +52,7 @@ def test_sharded(tmp_path):
     assert whole["state"] == pytest.approx(2 * part, rel=0.05)
     for name in (ZERO, FSDP, FSDP_KEPT, SHARDED, SHARDED_OVERLAP):
         assert work["memory"][name]["state"] == pytest.approx(part, rel=0.1), name
+        gradients = part if name == ZERO else part / 2
+        assert work["memory"][name]["grads"] == pytest.approx(gradients, rel=0.1), name
     assert f"| **{SHARDED}** |" in run.stdout
     assert AGAIN not in link["bytes"]
