@@ -17,7 +17,7 @@ def on_threads(world, rank_fn):
         dist.init_process_group("threaded", rank=rank, world_size=world, store=store)
         try:
             found[rank] = rank_fn(rank, dist.group.WORLD)
-        except Exception as error:
+        except Exception as error:  # for the caller to look at, or raise
             found[rank] = error
         finally:
             dist.destroy_process_group()
@@ -28,6 +28,7 @@ def on_threads(world, rank_fn):
             thread.start()
         for thread in threads:
             thread.join(100)
+        assert not any(thread.is_alive() for thread in threads), "a rank waits"
     finally:
         multi_threaded_pg._uninstall_threaded_pg()
         torch._C._distributed_c10d._set_thread_isolation_mode(False)

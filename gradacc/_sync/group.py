@@ -36,8 +36,9 @@ _UNSYNCHRONISED = (
 def of_name(name: str) -> dist.ProcessGroup | None:
     """The process group that torch knows by this name; None where there is none (any more)."""
     try:
+        # mypy knows neither a private function nor that a name will do.
         group: dist.ProcessGroup = distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
-    except (RuntimeError, ValueError, KeyError):
+    except (RuntimeError, ValueError, KeyError):  # what torch raises where it knows no such name
         return None
     return group
 

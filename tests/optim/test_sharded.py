@@ -344,6 +344,17 @@ def test_parts_of_gradients_for_a_whole_optimizer(make):
             one.step(params, parts, one.init(params))
 
 
+@pytest.mark.parametrize("wrap", [lambda one: optim.clip_by_global_norm(one, 1.0), optim.skip_nonfinite])
+def test_parts_of_ranks_that_are_gone(wrap):
+    part = gradacc.Shard(torch.ones(2), _shard.ShardFacts((4,), 0, 2, 0, 2, "a group that was destroyed"))
+    optimizer = wrap(optim.sharded(optim.sgd(0.1)))
+    params = torch.ones(4)
+    with pytest.raises(
+        RuntimeError, match="divided over the process group 'a group that was destroyed', which is not there"
+    ):
+        optimizer.step(params, part, optimizer.init(params))
+
+
 def test_states_of_the_other_kind():
     params, parts, whole, optimizer = alone()
     plain = optim.adamw(0.1)

@@ -125,6 +125,14 @@ def test_one_rank_that_differs(change):
             raise error
 
 
+def test_an_error_that_names_thousands_names_some():
+    found, _ = asked(lambda rank, group: agreed(rank, group, number=1 + rank))
+    for each in found:
+        told = str(each)
+        assert "rank 0: accumulate(loss), call 1; " in told
+        assert "rank 7: accumulate(loss), call 8; 56 other answers in this group" in told
+
+
 def test_all_ranks_have_raised():
     found, gathered = asked(lambda rank, group: agreed(rank, group, raises=True))
     assert gathered == WORLD
