@@ -291,6 +291,8 @@ def test_a_killed_launcher_leaves_nobody(data: Path, tmp_path: Path) -> None:
     process.kill()
     process.communicate(timeout=60)
     _, alive = psutil.wait_procs(ranks, timeout=60)
+    for child in alive:
+        child.kill()
     assert not alive
 
 
