@@ -289,10 +289,10 @@ def test_a_killed_launcher_leaves_nobody(data: Path, tmp_path: Path) -> None:
     ranks = [child for child in psutil.Process(process.pid).children() if "spawn_main" in " ".join(child.cmdline())]
     assert len(ranks) == 2
     process.kill()
-    process.communicate(timeout=60)
     _, alive = psutil.wait_procs(ranks, timeout=60)
     for child in alive:
         child.kill()
+    process.communicate(timeout=60)
     assert not alive
 
 
