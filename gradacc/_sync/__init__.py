@@ -47,7 +47,6 @@ from gradacc._options import Options
 from gradacc._reduce_scatter import ReduceScatter
 from gradacc._rows import Homes
 from gradacc._sums import Sums
-from gradacc._sync import channel as channels
 from gradacc._sync import group as groups
 from gradacc._sync.agreement import Agreed as Agreed
 from gradacc._sync.gather import Gather as Gather
@@ -166,6 +165,6 @@ def connect(options: Options, agreed: Agreed | None, homes: Homes = ()) -> Bound
             f"{options.name}: an earlier finalize has found that ranks of {groups.named(group)} are in different windows. Make "
             "another accumulator on every rank, and go on from the same place"
         )
-    link = Link(options, group, agreed, channels.of(group), homes)
+    link = Link(options, group, agreed, homes)
     link.begin()
     return link

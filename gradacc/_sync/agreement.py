@@ -38,14 +38,21 @@ from gradacc._sync.bound import Bound
 from gradacc._sync.layout import Layout, Spec
 
 
-class Agreement(NamedTuple):
+@dataclass(frozen=True)
+class Known:
     """What later calls rely on."""
 
     identity: int
     """How many were agreed on in this group before: the same on every rank."""
+    shape: wire.Shape
+
+
+@dataclass(frozen=True)
+class Agreement(Known):
+    """Those of a ``grad_fn``."""
+
     layout: Layout
     plan: wire.Plan
-    shape: wire.Shape
     scale: float
     """NOTE [scales]"""
 
@@ -268,7 +275,7 @@ def agree(options: Options, caller: Caller, bound: Bound, mine: Description, lay
         layout = _common(name, group, known, layout)
     except Exception as error:  # ranks that differ; a class that cannot be imported here
         return Found(shape, problem=error)
-    agreement = Agreement(channel.agreements, layout, plan, shape, scales.scale(total))
+    agreement = Agreement(channel.agreements, shape, layout, plan, scales.scale(total))
     return Found(shape, agreement, bool(total) or options.reduction == "sum")
 
 

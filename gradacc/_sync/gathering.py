@@ -18,22 +18,12 @@ from torch import Tensor
 from gradacc import _dtypes
 from gradacc._cut import Cut
 from gradacc._sync import agreement as agreements
-from gradacc._sync import channel as channels
 from gradacc._sync import crossing, wire
-from gradacc._sync import group as groups
 from gradacc._sync import record as records
-from gradacc._sync.agreement import Description
-from gradacc._sync.channel import COLUMNS, FINE, SWITCHING
+from gradacc._sync.agreement import Description, Known
+from gradacc._sync.channel import COLUMNS, FINE
 from gradacc._sync.crossing import Flat
-from gradacc._sync.sending import Sending
-from gradacc._sync.turn import DESCRIPTIONS, GREETING, NAMES, SUMS, Next, Turn
-
-
-class Known(NamedTuple):
-    """What later calls rely on."""
-
-    identity: int
-    shape: wire.Shape
+from gradacc._sync.turn import NAMES, SUMS, Turn
 
 
 class Message(NamedTuple):
@@ -53,18 +43,14 @@ class Gathering(Turn):
     """One call's walk."""
 
     def __init__(self, name: str, group: dist.ProcessGroup, lasting: Lasting, described: Description) -> None:
-        super().__init__(name, name, group, channels.of(group))
+        super().__init__(name, name, group)
         self._lasting, self._described = lasting.setdefault(group, {}), described
-        self._known: Known | None = self._lasting.get(described)
+        self.agreement = self._lasting.get(described)
 
     def cross(self, messages: Sequence[Message]) -> list[Tensor]:
         """Of each, which is as long on every rank: a row for each rank."""
-        try:
+        with self.leaving_for_next_call():
             return self._cross(messages)
-        except BaseException as error:
-            self.leave_for_next_call()
-            groups.release(error)
-            raise
 
     def raise_problem(self) -> None:
         """Calls that differ are told with what each gathers."""
@@ -74,48 +60,26 @@ class Gathering(Turn):
             self.call_name += f" ({len(params)} tensors, {elements} elements, {params[0][0]} first)"
         super().raise_problem()
 
-    def done(self) -> None:
-        """The call returns what it is to return."""
-        self.channel.apart = False
-
-    def next_of_another_shape(self) -> Next:
-        """An exchange of descriptions, or what was agreed on."""
-        return Next(DESCRIPTIONS) if self._known is None else Next(SUMS, self._known.shape)
-
     def note_success(self, table: Tensor, largest: float) -> None:
         """The agreement, where it is new."""
-        assert self._known is not None
-        self.channel.agreements = max(self.channel.agreements, self._known.identity + 1)
-        self._lasting[self._described] = self._known
+        assert self.agreement is not None
+        self.channel.agreements = max(self.channel.agreements, self.agreement.identity + 1)
+        self._lasting[self._described] = self.agreement
 
     def _cross(self, messages: Sequence[Message]) -> list[Tensor]:
         with self.failing_together():
             shape = _shape(messages)
-        if self.next.kind == GREETING and (self._known is None or self.next.shape != shape):
-            with self.failing_together():
-                sending = self.open()
-                identity = channels.FIRST if self._known is None else self._known.identity
-                sending.launch_rest(self.record(sending.shape.columns, SWITCHING, identity))
-            self.conclude()
-            self.raise_problem()
-        if self._known is None:
+        self.greet(None if self.agreement is None else shape)
+        if self.agreement is None:
             with self.exchanging():
                 agreements.compare(self.caller(), self._described)
-                self._known = Known(self.channel.agreements, shape)
+                self.agreement = Known(self.channel.agreements, shape)
                 self.set_next(SUMS, shape)
-        with self.failing_together():
-            sending = self._send(messages)
-        self.conclude()
-        self.raise_problem()
+        with self.sending() as sending:
+            for at, message in enumerate(messages):
+                message.write(sending.flat(at).numbers)
+                sending.launch(self.record(COLUMNS, FINE, self.agreement.identity))
         return [sending.wait(at).numbers for at in range(len(messages))]
-
-    def _send(self, messages: Sequence[Message]) -> Sending:
-        assert self._known is not None
-        sending = self.open()
-        for at, message in enumerate(messages):
-            message.write(sending.flat(at).numbers)
-            sending.launch(self.record(COLUMNS, FINE, self._known.identity))
-        return sending
 
 
 def _shape(messages: Sequence[Message]) -> wire.Shape:

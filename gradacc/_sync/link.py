@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from gradacc._sync import agreement as agreements
 from gradacc._sync import bound as bounds
 from gradacc._sync import channel as channels
 from gradacc._sync import crossing, problems, wire
-from gradacc._sync import group as groups
 from gradacc._sync import layout as layouts
 from gradacc._sync import scale as scales
 from gradacc._sync.agreement import Agreed, Agreement
@@ -30,31 +30,28 @@ from gradacc._sync.channel import (
     DROPPED,
     FAR,
     FINE,
-    SWITCHING,
     WITHHELD,
-    Channel,
 )
 from gradacc._sync.crossing import Arrived
 from gradacc._sync.gather import Gather
 from gradacc._sync.layout import Layout
 from gradacc._sync.sending import Sending
-from gradacc._sync.turn import DESCRIPTIONS, GREETING, REST, SUMS, Next, Turn
+from gradacc._sync.turn import REST, SUMS, Turn
 from gradacc._window import Window
 
 
 class Link(Turn):
     """One call's connection to the other ranks: what it gives, and what it gets."""
 
-    def __init__(
-        self, options: Options, group: dist.ProcessGroup, agreed: Agreed, channel: Channel, homes: Homes = ()
-    ) -> None:
-        super().__init__(options.name, agreed.call_name, group, channel)
+    agreement: Agreement | None
+
+    def __init__(self, options: Options, group: dist.ProcessGroup, agreed: Agreed, homes: Homes = ()) -> None:
+        super().__init__(options.name, agreed.call_name, group)
         self.options, self.agreed, self._homes = options, agreed, homes
         self.begun = agreed.begun
         self.states, self.dropped = agreed.begun.take()
         self.gather = None if options.through is None else Gather(self, options.rows)
-        channel.gathers = self.gather is not None
-        self.agreement: Agreement | None = None
+        self.channel.gathers = self.gather is not None
         self.factor: float | Tensor = 1.0
         """What a gradient is multiplied by on its way: from this rank's unit to the common one."""
         self.withholds = False
@@ -106,10 +103,9 @@ class Link(Turn):
     def deliver(self, index: int, grad: Tensor) -> None:
         """A gradient that is final: it is packed, and its bucket leaves when it is full and its turn has come."""
         if not self.is_open:
-            if self.withholds or not self._is_expected():
+            if self.withholds or self.agreement is None or self.agreement.shape != self.next.shape:
                 self.held[index] = grad
                 return
-            assert self.agreement is not None
             self._missing = [len(bucket.indices) for bucket in self.agreement.plan.buckets]
         assert self.agreement is not None
         plan, sending = self.agreement.plan, self.open()
@@ -126,12 +122,8 @@ class Link(Turn):
         self, grads: list[Tensor | None], sums: Sums, arrived: bool, types: Callable[[Sums], Sums]
     ) -> tuple[list[Tensor | None], Sums, bool]:
         """As `gradacc._sync.Boundary`. A gradient is taken out when it is packed, or need surely not be packed again."""
-        try:
+        with self.leaving_for_next_call():
             grads, sums, arrived = self._cross(grads, sums, arrived)
-        except BaseException as error:
-            self.leave_for_next_call()
-            groups.release(error)
-            raise
         return grads, types(sums), arrived
 
     def returned(self, results: list[Tensor]) -> list[Any]:
@@ -144,15 +136,8 @@ class Link(Turn):
             self.gather.fail(error)
         super().fail(error)
 
-    def done(self) -> None:
-        """The call returns what it is to return."""
-        self.channel.apart = False
-
     def _known(self) -> dict[Any, Agreement]:
         return self.agreed.groups.setdefault(self.group, {})
-
-    def _is_expected(self) -> bool:
-        return self.agreement is not None and self.agreement.shape == self.next.shape
 
     def _cross(self, grads: list[Tensor | None], sums: Sums, arrived: bool) -> tuple[list[Tensor | None], Sums, bool]:
         options = self.options
@@ -165,13 +150,7 @@ class Link(Turn):
             weight, described = sums.weight, None
             if self.agreement is None:
                 described = agreements.describe(options, self.bound, here, float(weight), order)
-        if self.next.kind == GREETING and not self._is_expected():
-            with self.failing_together():
-                sending = self.open()
-                identity = channels.FIRST if self.agreement is None else self.agreement.identity
-                sending.launch_rest(self.record(sending.shape.columns, SWITCHING, identity))
-            self.conclude()
-            self.raise_problem()
+        self.greet(None if self.agreement is None else self.agreement.shape)
         if described is not None:
             with self.exchanging():
                 found = agreements.agree(options, self.caller(), self.bound, described, here)
@@ -192,9 +171,8 @@ class Link(Turn):
             self._make_room(agreement, grads)
             if not self.delivered:
                 self.set_unit(sums.unit, weight)
-            self._send(agreement, grads, sums, here, weight, arrived)
-        self.conclude()
-        self.raise_problem()
+        with self.sending() as sending:
+            self._send(sending, grads, sums, here, weight, arrived)
         return self._receive(agreement, grads, sums)
 
     def _make_room(self, agreement: Agreement, grads: list[Tensor | None]) -> None:
@@ -220,7 +198,7 @@ class Link(Turn):
 
     def _send(
         self,
-        agreement: Agreement,
+        sending: Sending,
         grads: list[Tensor | None],
         sums: Sums,
         here: Layout | None,
@@ -228,7 +206,9 @@ class Link(Turn):
         arrived: bool,
     ) -> None:
         """Everything that has not been delivered."""
-        plan, kept = agreement.plan, here is not None
+        agreement, kept = self.agreement, here is not None
+        assert agreement is not None
+        plan = agreement.plan
         values = _sums.numbers(sums)[0] if kept else None
         flags = (
             DIFFERENTIATED * (kept and sums.differentiated),
@@ -250,7 +230,6 @@ class Link(Turn):
             _floating(0.0 if sums.unit is None or not kept else sums.unit),
         ]
         record = wire.record(plan, fixed, values, plan.buckets[plan.header].device)
-        sending = self.open()
         is_summed = crossing.is_summed_by_backend(self.bound.way)
         slots = (self.group.rank(), self.group.size()) if is_summed else (0, 1)
         for at in range(sending.launched, len(plan.buckets)):
@@ -277,10 +256,6 @@ class Link(Turn):
         self._received = flats, wide
         return None if plan is None or not plan.narrow else wire.largest(plan, flats)
 
-    def next_of_another_shape(self) -> Next:
-        """An exchange of descriptions, or the sums of what was agreed on."""
-        return Next(DESCRIPTIONS) if self.agreement is None else Next(SUMS, self.agreement.shape)
-
     def note_success(self, table: Tensor, largest: float) -> None:
         """The agreement, where it is new; its scale. What was withheld, or does not fit into float16, crosses once more."""
         agreement = self.agreement
@@ -292,7 +267,7 @@ class Link(Turn):
             self.channel.agreements = agreement.identity + 1
         if self._lasting or self.signature in known:
             is_known = weight and math.isfinite(weight)
-            known[self.signature] = agreement._replace(scale=scales.scale(weight)) if is_known else agreement
+            known[self.signature] = replace(agreement, scale=scales.scale(weight)) if is_known else agreement
         wrong, far = floats[:, channels.WEIGHT].isnan().tolist(), (bits & FAR).tolist()
         if any(wrong):
             self._problem = problems.weights_are_wrong(self.options.name, self.group, wrong)
@@ -356,19 +331,16 @@ class Link(Turn):
         """What was withheld, and ``ratio`` times what was not (None: nothing that came before counts)."""
         plan, self._received = self._rest, ([], [])
         assert plan is not None
-        with self.failing_together():
+        with self.sending() as sending:
             factor: float | Tensor = 1.0
             if self.options.reduction == "mean":
                 factor = 0.0 if sums.unit is None else sums.unit / unit
-            sending = self.open()
             for at, bucket in enumerate(plan.buckets):
                 flat = sending.flat(at)
                 for index in bucket.indices:
                     grad, grads[index] = grads[index], None
                     wire.pack(plan.places[index], flat.numbers, grad if sums.value is not None else None, factor)
                 sending.launch(self.record(sending.shape.columns, FINE) if at == plan.header else None)
-        self.conclude()
-        self.raise_problem()
         flats = self._received[0]
         wide = [wire.widen(bucket, flat) for bucket, flat in zip(plan.buckets, flats, strict=True)]
         second = self._unpacked(plan, wide)

@@ -68,9 +68,8 @@ def _device(group: dist.ProcessGroup) -> torch.device:
 
 def _fail_before_call(name: str, group: dist.ProcessGroup, error: BaseException) -> None:
     """Take the place of a call that this rank would make now, if it had not raised."""
-    channel = channels.of(group)
-    turn = Turn(name, name, group, channel)
+    turn = Turn(name, name, group)
     turn.begin()
-    if channel.gathers:
+    if turn.channel.gathers:
         Gather(turn, returns=False).fail(error)
     turn.fail(error)

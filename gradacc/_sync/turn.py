@@ -16,9 +16,9 @@ from torch import Tensor
 from gradacc._sync import channel as channels
 from gradacc._sync import group as groups
 from gradacc._sync import problems, wire
-from gradacc._sync.agreement import Caller
+from gradacc._sync.agreement import Caller, Known
 from gradacc._sync.begun import Begun
-from gradacc._sync.channel import APART, DROPPED, RAISED, SWITCHING, Channel
+from gradacc._sync.channel import APART, DROPPED, RAISED, SWITCHING
 from gradacc._sync.sending import Sending
 
 DESCRIPTIONS, GREETING, SUMS, REST, NAMES, NOTHING = range(6)
@@ -40,13 +40,15 @@ class Turn:
     to give.
     """
 
-    def __init__(self, name: str, call_name: str, group: dist.ProcessGroup, channel: Channel) -> None:
-        self.name, self.call_name, self.channel = name, call_name, channel
+    def __init__(self, name: str, call_name: str, group: dist.ProcessGroup) -> None:
+        self.name, self.call_name, self.channel = name, call_name, channels.of(group)
         self._group = weakref.ref(group)
-        self.number = channel.begin()
+        self.number = self.channel.begin()
         self._begun: Next | None = None
         self._sending: Sending | None = None
         self._problem: Exception | None = None
+        self.agreement: Known | None = None
+        """None before first use."""
         self.begun: Begun | None = None
         self.window = 0
         """The number of the window that is the batch, or 0."""
@@ -71,13 +73,8 @@ class Turn:
 
     def begin(self) -> None:
         """First of all, what earlier calls have left."""
-        try:
-            with torch.inference_mode(False):
-                self.channel.finish_earlier_calls(self.name, self.group)
-        except BaseException as error:
-            self.leave_for_next_call()
-            groups.release(error)
-            raise
+        with self.leaving_for_next_call(), torch.inference_mode(False):
+            self.channel.finish_earlier_calls(self.name, self.group)
 
     def compare(self, value: float) -> None:
         """Have a value compared with the others' when the call ends."""
@@ -114,6 +111,16 @@ class Turn:
         """For the next call of this group."""
         if (self._begun is None or self._begun.kind != NOTHING) and self not in self.channel.unfinished:
             self.channel.unfinished.append(self)
+
+    @contextlib.contextmanager
+    def leaving_for_next_call(self) -> Iterator[None]:
+        """Around all that is sent: what is left of it where that is interrupted is for the next call of this group."""
+        try:
+            yield
+        except BaseException as error:
+            self.leave_for_next_call()
+            groups.release(error)
+            raise
 
     @property
     def next(self) -> Next:
@@ -160,6 +167,24 @@ class Turn:
         except Exception as error:
             self.fail(error)
             raise
+
+    @contextlib.contextmanager
+    def sending(self) -> Iterator[Sending]:
+        """Around what is sent in this step; then comes what all ranks have found, and is raised where it is a problem."""
+        with self.failing_together():
+            yield self.open()
+        self.conclude()
+        self.raise_problem()
+
+    def greet(self, shape: wire.Shape | None) -> None:
+        """Where calls of another shape than this one's are expected (None: it is not known), say so.
+
+        Then all ranks take the step that follows.
+        """
+        if self.next.kind == GREETING and self.next.shape != shape:
+            with self.sending() as sending:
+                identity = channels.FIRST if self.agreement is None else self.agreement.identity
+                sending.launch_rest(self.record(sending.shape.columns, SWITCHING, identity))
 
     @contextlib.contextmanager
     def exchanging(self) -> Iterator[None]:
@@ -229,7 +254,8 @@ class Turn:
             self._problem = problems.result_was_missed(name, group, [bool(row.bits & APART) for row in rows])
         elif SWITCHING in statuses:
             channel.apart = False
-            self.set_next(*self.next_of_another_shape())
+            known = self.agreement
+            self.set_next(*(Next(DESCRIPTIONS) if known is None else Next(SUMS, known.shape)))
         elif kind != REST:
             channel.apart = True  # until `done`
             channel.note_crossed(rows[0].identity, shape)
@@ -250,9 +276,9 @@ class Turn:
             sending.wait(at)
         return None
 
-    def next_of_another_shape(self) -> Next:
-        """What crosses if all ranks make a call of another shape than was expected."""
-        return Next(DESCRIPTIONS)
+    def done(self) -> None:
+        """The call returns what it is to return."""
+        self.channel.apart = False
 
     def note_success(self, table: Tensor, largest: float) -> None:
         """What later calls rely on, after one that went through on all ranks; and whether something crosses once more."""
@@ -275,7 +301,7 @@ def telling(name: str, group: dist.ProcessGroup | None) -> Iterator[None]:
             cause = cause.__cause__
         if cause is None and group is not None:
             with contextlib.suppress(Exception):  # this rank's own error is the one to see
-                turn = Turn(name, name, group, channels.of(group))
+                turn = Turn(name, name, group)
                 turn.begin()
                 turn.fail(error)
         raise
