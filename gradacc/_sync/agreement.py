@@ -195,8 +195,8 @@ class Caller(NamedTuple):
         facts = () if mine is None else (mine.params, mine.options)
         known = mine is not None and mine.layout is not None
         # A rank without a layout says nothing of it: the least that a MAX can be.
-        layout = _hash(mine.layout, mine.specs) if mine is not None and known else [-(2**63)] * _WORDS
-        hashes = [*_hash(self.number, self.call_name), *_hash(facts)]
+        layout = fingerprint(mine.layout, mine.specs) if mine is not None and known else [-(2**63)] * WORDS
+        hashes = [*fingerprint(self.number, self.call_name), *fingerprint(facts)]
         counts = [
             mine is None,
             not known,
@@ -211,11 +211,11 @@ class Caller(NamedTuple):
         dist.all_reduce(weight, group=group)
         found = words.tolist()
         most, least, (raised, unknown, first, longest) = (
-            found[: 3 * _WORDS],
-            [~word for word in found[3 * _WORDS : 6 * _WORDS]],
-            found[6 * _WORDS :],
+            found[: 3 * WORDS],
+            [~word for word in found[3 * WORDS : 6 * WORDS]],
+            found[6 * WORDS :],
         )
-        differ = most[: 2 * _WORDS] != least[: 2 * _WORDS] or (first and most[2 * _WORDS :] != least[2 * _WORDS :])
+        differ = most[: 2 * WORDS] != least[: 2 * WORDS] or (first and most[2 * WORDS :] != least[2 * WORDS :])
         if raised or differ:
             return None
         assert mine is not None
@@ -227,13 +227,14 @@ class Caller(NamedTuple):
         return Alike(None if told is None else (ranks[world - first], *told), weight.item(), order)
 
 
-_WORDS = 4
+WORDS = 4
+"""Of a fingerprint."""
 
 
-def _hash(*facts: Any) -> list[int]:
-    """256 bits, as integers that an all-reduce takes; of what reads alike on every rank where it is alike."""
+def fingerprint(*facts: Any) -> list[int]:
+    """256 bits, as integers that collectives take; of what reads alike on every rank where it is alike."""
     digest = hashlib.sha256(repr(facts).encode()).digest()
-    return [int.from_bytes(digest[8 * n : 8 * n + 8], "little", signed=True) for n in range(_WORDS)]
+    return [int.from_bytes(digest[8 * n : 8 * n + 8], "little", signed=True) for n in range(WORDS)]
 
 
 def compare(caller: Caller, mine: Description) -> Alike | list[Description]:

@@ -25,12 +25,14 @@ NOTE [what a record says of its call]
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -53,13 +55,6 @@ NUMBER, IDENTITY, BEGUN, WINDOW, WEIGHT, UNIT, COLUMNS = range(1, 8)
 """Columns of every record, behind the status and its bits; weight and unit are floats."""
 
 _MAGIC = 0x67726164 << 16
-
-
-class Unfinished(Protocol):
-    """A call that has not told the others all that they wait for."""
-
-    def abandon(self) -> None:
-        """Tell them that it has raised."""
 
 
 class Row(NamedTuple):
@@ -145,6 +140,50 @@ class Channel:
         self._same = self._same + 1 if self._latest and self._latest[-1][0] == identity else 1
         self._latest.append((identity, shape))
         self.expected = shape if self._same >= len(self._latest) else _following(list(self._latest))
+
+
+class Unfinished:
+    """A call, or a part of one, that has not told the others all that they wait for."""
+
+    channel: Channel
+
+    @property
+    def is_over(self) -> bool:
+        """Whether it has told them."""
+        raise NotImplementedError
+
+    def abandon(self) -> None:
+        """Tell them that it has raised."""
+        raise NotImplementedError
+
+    def fail(self, error: BaseException) -> None:
+        """This rank's call raises: the others are told; where they cannot be waited for, in this rank's next call."""
+        groups.release(error)
+        note_told(error)
+        if not isinstance(error, Exception):
+            self.leave_for_next_call()
+            return
+        try:
+            with torch.inference_mode(False):
+                self.abandon()
+        except Exception:  # this rank's own error is the one to see
+            self.leave_for_next_call()
+
+    def leave_for_next_call(self) -> None:
+        """For the next call of this group."""
+        if not self.is_over and self not in self.channel.unfinished:
+            self.channel.unfinished.append(self)
+
+    def note_over(self) -> None:
+        """It has told them."""
+        if self in self.channel.unfinished:
+            self.channel.unfinished.remove(self)
+
+
+def note_told(error: BaseException) -> None:
+    """All ranks know of this error: those around what raised it tell nobody."""
+    with contextlib.suppress(AttributeError):
+        error._is_told = True  # type: ignore[attr-defined]
 
 
 _channels: WeakKeyDictionary[Any, Channel] = WeakKeyDictionary()

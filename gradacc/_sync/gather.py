@@ -16,7 +16,6 @@ NOTE [three exchanges]
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import itertools
 import math
 import pickle
@@ -28,16 +27,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradacc import _dtypes
-from gradacc._sync import channel as channels
 from gradacc._sync import group as groups
 from gradacc._sync import problems
+from gradacc._sync.agreement import WORDS, fingerprint
+from gradacc._sync.channel import Unfinished
 from gradacc._sync.turn import Turn
 
 _NUMBERS, _ROWS, _COTANGENTS, _NOTHING = range(4)
 """What crosses next: NOTE [three exchanges]."""
-
-_WORDS = 4
-"""Of a hash."""
 
 
 class Row(NamedTuple):
@@ -73,11 +70,11 @@ class Pulled(NamedTuple):
     """They are in; None where no rank has one."""
 
 
-class Gather:
+class Gather(Unfinished):
     """One call's exchanges of rows. The group is held by torch alone: NOTE [the end of a process] in ``group.py``."""
 
     def __init__(self, link: Turn, returns: bool) -> None:
-        self.link, self.name, self.returns = link, link.name, returns
+        self.link, self.name, self.channel, self.returns = link, link.name, link.channel, returns
         """``returns``: whether cotangents come back."""
         self.next = _NUMBERS
         self.rows: list[Row] = []
@@ -129,48 +126,34 @@ class Gather:
         messages, begin = [], 0
         for count in self.sizes:
             parts = [None if each is None else each[begin : begin + count] for each in wide]
-            messages.append(self._message(group, count, [0.0, own, *map(float, used)], parts))
+            messages.append(self._message(count, [0.0, own, *map(float, used)], parts))
             begin += count
         with self._exchanging():
             arrived = self._exchange_cotangents(group, messages)
         return self._summed(arrived, own or None, self.sizes[group.rank()])
 
-    def fail(self, error: BaseException) -> None:
-        """This rank's call raises: the others are told; where they cannot be waited for, in this rank's next call."""
-        groups.release(error)
-        if self.next == _NOTHING:
-            return
-        if not isinstance(error, Exception):
-            self._leave_for_next_call()
-            return
-        try:
-            with torch.inference_mode(False):
-                self.abandon()
-        except Exception:  # this rank's own error is the one to see
-            # Nothing was sent where another thread is in the middle of a call.
-            if self.next == _NUMBERS:
-                self._leave_for_next_call()
-
-    def _leave_for_next_call(self) -> None:
-        if self not in self.link.channel.unfinished:
-            self.link.channel.unfinished.append(self)
+    @property
+    def is_over(self) -> bool:
+        return self.next == _NOTHING
 
     def abandon(self) -> None:
         """Take part in what is left, and say that the call has raised."""
-        group, unfinished = self.link.group, self.link.channel.unfinished
+        group = self.link.group
         try:
             if self.next == _NUMBERS:
-                self._numbers(group, [1] + [0] * (2 + _WORDS))
+                self._numbers(group, [1] + [0] * (2 + WORDS))
             elif self.next == _ROWS:
                 self._bytes_of_all(group, None)
             elif self.next == _COTANGENTS:
-                self._abandon_cotangents(group)
+                header, nothing = [1.0, 0.0] + [0.0] * self.pulled, [None] * self.pulled
+                with contextlib.suppress(RuntimeError):
+                    self._exchange_cotangents(group, [self._message(count, header, nothing) for count in self.sizes])
             self.next = _NOTHING
         finally:
+            # Nothing was sent where another thread is in the middle of a call.
             if self.next != _NUMBERS:
                 self.next = _NOTHING
-                if self in unfinished:
-                    unfinished.remove(self)
+                self.note_over()
 
     @contextlib.contextmanager
     def _exchanging(self) -> Iterator[None]:
@@ -180,31 +163,33 @@ class Gather:
         except Exception:
             raise
         except BaseException:
-            self.link.channel.broken, self.next = True, _NOTHING
+            self.channel.broken, self.next = True, _NOTHING
             raise
 
-    @property
-    def device(self) -> torch.device:
-        """Where rows cross: that of the parameters, which every rank has."""
-        return self.link.device
-
-    def _numbers(self, group: dist.ProcessGroup, mine: list[int]) -> list[list[int]]:
-        channels.of(group).start_sending(self.name, group, self.link)
-        own = torch.tensor(mine, device=groups.device(group))
-        table = torch.empty(group.size() * len(mine), dtype=own.dtype, device=own.device)
+    def _of_all(self, group: dist.ProcessGroup, own: Tensor, then: int) -> Tensor:
+        """All ranks' ``own``, a row for each; ``then``: what crosses next, as soon as it has left."""
+        table = own.new_empty(group.size() * len(own))
         with groups.explaining_errors(self.name, group):
             work = dist.all_gather_single(table, own, group=group, async_op=True)
-            self.next = _ROWS
+            self.next = then
             work.wait()
-        found: list[list[int]] = table.view(group.size(), -1).tolist()
+        return table.view(group.size(), -1)
+
+    def _check_raised(self, group: dist.ProcessGroup, raised: Sequence[float]) -> None:
+        """Of each rank, whether it has said so: where one has, nothing crosses any more."""
+        if any(raised):
+            self.next = _NOTHING
+            raise problems.calls_raised(self.name, group, [bool(each) for each in raised])
+
+    def _numbers(self, group: dist.ProcessGroup, mine: list[int]) -> list[list[int]]:
+        self.channel.start_sending(self.name, group, self.link)
+        found: list[list[int]] = self._of_all(group, torch.tensor(mine, device=groups.device(group)), _ROWS).tolist()
         return found
 
     def _exchange_numbers(self, group: dist.ProcessGroup, rows: list[Row], size: int, known: Any) -> Any:
         coded = _coded(known)
-        table = self._numbers(group, [0, size, bool(rows), *_hash(rows)])
-        if any(failed for failed, *_ in table):
-            self.next = _NOTHING
-            raise problems.calls_raised(self.name, group, [bool(failed) for failed, *_ in table])
+        table = self._numbers(group, [0, size, bool(rows), *fingerprint(rows)])
+        self._check_raised(group, [failed for failed, *_ in table])
         seen = [n for n, (_, _, has, *_) in enumerate(table) if has]
         if len({tuple(table[n][3:]) for n in seen}) > 1:
             self.next = _NOTHING
@@ -230,10 +215,7 @@ class Gather:
     def _exchange_rows(self, group: dist.ProcessGroup, tensors: Sequence[Tensor]) -> list[Tensor]:
         flats = self._bytes_of_all(group, tensors)
         self.next = _COTANGENTS if self.returns else _NOTHING
-        failed = [bool(flat[-1]) for flat in flats]
-        if any(failed):
-            self.next = _NOTHING
-            raise problems.calls_raised(self.name, group, failed)
+        self._check_raised(group, [float(flat[-1]) for flat in flats])
         found: list[Tensor] = []
         begin = 0
         for row in self.rows:
@@ -244,7 +226,7 @@ class Gather:
                 if count
             ]
             # Where this rank has its own.
-            place = tensors[len(found)].device if tensors else self.device
+            place = tensors[len(found)].device if tensors else self.link.device
             found.append(torch.cat(parts).to(place))
             begin += width
         return found
@@ -252,7 +234,8 @@ class Gather:
     def _bytes_of_all(self, group: dist.ProcessGroup, tensors: Sequence[Tensor] | None) -> list[Tensor]:
         """What each rank has, as bytes, and behind them whether its call has raised: that of this rank, without tensors."""
         width = sum(row.nbytes(row.dtype) for row in self.rows)
-        own = torch.zeros(width * max(self.sizes) + 1, dtype=torch.uint8, device=self.device)
+        # Rows cross where parameters are, which every rank has.
+        own = torch.zeros(width * max(self.sizes) + 1, dtype=torch.uint8, device=self.link.device)
         if tensors is None:
             own[-1] = 1
         else:
@@ -261,27 +244,18 @@ class Gather:
                 part = _bytes(tensor.to(own.device))
                 own[filled : filled + part.numel()] = part
                 filled += part.numel()
-        table = torch.empty(group.size() * own.numel(), dtype=torch.uint8, device=own.device)
-        with groups.explaining_errors(self.name, group):
-            work = dist.all_gather_single(table, own, group=group, async_op=True)
-            self.next = _NOTHING
-            work.wait()
-        return list(table.view(group.size(), -1))
+        return list(self._of_all(group, own, _NOTHING))
 
     def _pulled_rows(self) -> list[tuple[Row, torch.dtype]]:
         """What a cotangent's row is, and the dtype in which they are summed."""
         return [(row, _dtypes.sum_dtype(row.dtype)) for row in self.rows[: self.pulled]]
 
-    def _message(
-        self, group: dist.ProcessGroup, count: int, header: Sequence[float], parts: Sequence[Tensor | None]
-    ) -> Tensor:
+    def _message(self, count: int, header: Sequence[float], parts: Sequence[Tensor | None]) -> Tensor:
         """To one rank, which has ``count`` rows: a few numbers, and cotangents."""
-        device = self.device
-        found = [_bytes(torch.tensor(header, dtype=torch.float64).to(device))]
+        found = [torch.tensor(header, dtype=torch.float64)]
         for (row, dtype), part in zip(self._pulled_rows(), parts, strict=True):
-            zeros = torch.zeros(count * row.nbytes(dtype), dtype=torch.uint8, device=device) if part is None else None
-            found.append(_bytes(part.to(device)) if part is not None else zeros)  # type: ignore[arg-type]  # one of them is there
-        return torch.cat(found)
+            found.append(torch.zeros(count, *row.trailing, dtype=dtype) if part is None else part)
+        return torch.cat([_bytes(each.to(self.link.device)) for each in found])
 
     def _exchange_cotangents(self, group: dist.ProcessGroup, messages: Sequence[Tensor]) -> list[Tensor]:
         """What every rank sends to this one."""
@@ -297,16 +271,8 @@ class Gather:
             if work is not None:
                 work.wait()
         arrived = list(torch.split(taken, arriving))
-        failed = [bool(_header(each, 1)[0]) for each in arrived]
-        if any(failed):
-            raise problems.calls_raised(self.name, group, failed)
+        self._check_raised(group, [float(_header(each, 1)) for each in arrived])
         return arrived
-
-    def _abandon_cotangents(self, group: dist.ProcessGroup) -> None:
-        header = [1.0, 0.0] + [0.0] * self.pulled
-        nothing: list[Tensor | None] = [None] * self.pulled
-        with contextlib.suppress(RuntimeError):
-            self._exchange_cotangents(group, [self._message(group, count, header, nothing) for count in self.sizes])
 
     def _summed(self, arrived: Sequence[Tensor], unit: float | None, count: int) -> Pulled:
         """What arrived, in one unit: this rank's, or the first that any rank has."""
@@ -344,12 +310,6 @@ def _header(message: Tensor, width: int) -> Tensor:
     return message[: 8 * width].clone().view(torch.float64)
 
 
-def _hash(rows: Sequence[Row]) -> list[int]:
-    """256 bits, as integers that can be gathered."""
-    digest = hashlib.sha256(repr(rows).encode()).digest()
-    return [int.from_bytes(digest[8 * n : 8 * n + 8], "little", signed=True) for n in range(_WORDS)]
-
-
 def _rows_differ(name: str, group: dist.ProcessGroup, everyone: Sequence[list[Row]]) -> Exception:
     """An error that names the first difference."""
     ranks = dist.get_process_group_ranks(group)
@@ -365,8 +325,6 @@ def _rows_differ(name: str, group: dist.ProcessGroup, everyone: Sequence[list[Ro
 
 
 def _described(row: Row | None) -> str:
-    return (
-        "nothing more"
-        if row is None
-        else f"{row.path} is {row.dtype} of shape (rows, {', '.join(map(str, row.trailing))})"
-    )
+    if row is None:
+        return "nothing more"
+    return f"{row.path} is {row.dtype} of shape (rows, {', '.join(map(str, row.trailing))})"

@@ -18,7 +18,7 @@ from gradacc._sync import group as groups
 from gradacc._sync import problems, wire
 from gradacc._sync.agreement import Caller, Known
 from gradacc._sync.begun import Begun
-from gradacc._sync.channel import APART, DROPPED, RAISED, SWITCHING
+from gradacc._sync.channel import APART, DROPPED, RAISED, SWITCHING, Unfinished, note_told
 from gradacc._sync.sending import Sending
 
 DESCRIPTIONS, GREETING, SUMS, REST, NAMES, NOTHING = range(6)
@@ -33,7 +33,7 @@ class Next(NamedTuple):
     shape: wire.Shape | None = None
 
 
-class Turn:
+class Turn(Unfinished):
     """One call of this rank in a group.
 
     Every rank takes the same steps, those too that have raised: they `abandon` the call, which is the same walk with nothing
@@ -80,19 +80,6 @@ class Turn:
         """Have a value compared with the others' when the call ends."""
         self.compares, self.states = True, struct.unpack("<q", struct.pack("<d", value))[0]
 
-    def fail(self, error: BaseException) -> None:
-        """This rank's call raises: the others are told; where they cannot be waited for, in this rank's next call."""
-        groups.release(error)
-        note_told(error)
-        if not isinstance(error, Exception):
-            self.leave_for_next_call()
-            return
-        try:
-            with torch.inference_mode(False):
-                self.abandon()
-        except Exception:  # this rank's own error is the one to see
-            self.leave_for_next_call()
-
     def abandon(self) -> None:
         """Take part in what is left of the call without anything to give, and say that it has raised."""
         while self.next.kind != NOTHING:
@@ -107,10 +94,9 @@ class Turn:
                 sending.launch_rest(self.record(sending.shape.columns, RAISED))
                 self.conclude(keep=False)
 
-    def leave_for_next_call(self) -> None:
-        """For the next call of this group."""
-        if (self._begun is None or self._begun.kind != NOTHING) and self not in self.channel.unfinished:
-            self.channel.unfinished.append(self)
+    @property
+    def is_over(self) -> bool:
+        return self._begun is not None and self._begun.kind == NOTHING
 
     @contextlib.contextmanager
     def leaving_for_next_call(self) -> Iterator[None]:
@@ -135,8 +121,7 @@ class Turn:
         self._begun, self._sending = Next(kind, shape), None
         if kind == NOTHING:
             self.channel.stop_sending(self)
-            if self in self.channel.unfinished:
-                self.channel.unfinished.remove(self)
+            self.note_over()
 
     def open(self) -> Sending:
         """What is sent in this step."""
@@ -282,12 +267,6 @@ class Turn:
 
     def note_success(self, table: Tensor, largest: float) -> None:
         """What later calls rely on, after one that went through on all ranks; and whether something crosses once more."""
-
-
-def note_told(error: BaseException) -> None:
-    """All ranks know of this error: those around what raised it tell nobody."""
-    with contextlib.suppress(AttributeError):
-        error._is_told = True  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
