@@ -35,109 +35,18 @@ NOTE [failing together]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
-
-import torch
-from torch import Tensor
-
-from gradacc import _shard as shards
-from gradacc import _tree, _where
+from gradacc import _where
 from gradacc._options import Options
 from gradacc._reduce_scatter import ReduceScatter
 from gradacc._rows import Homes
-from gradacc._sums import Sums
 from gradacc._sync import group as groups
 from gradacc._sync.agreement import Agreed as Agreed
+from gradacc._sync.boundary import Alone
+from gradacc._sync.boundary import Boundary as Boundary
 from gradacc._sync.gather import Gather as Gather
 from gradacc._sync.link import Link
 from gradacc._sync.traced import Traced
 from gradacc._sync.whole import whole as whole
-
-
-class Boundary(Protocol):
-    """What a call meets at its end."""
-
-    @property
-    def crosses(self) -> bool:
-        """Whether there is anybody on the other side."""
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether gradients are to be delivered before `cross`."""
-
-    @property
-    def gather(self) -> Gather | None:
-        """Of the rows of all ranks, where the loss is of the whole batch."""
-
-    def bind(self, params: Sequence[Tensor], treedef: _tree.TreeDef, dtypes: Sequence[torch.dtype], batch: Any) -> None:
-        """Say what is differentiated, and what the batch is, as soon as it is known."""
-
-    def set_unit(self, unit: float | Tensor | None, weight: float | Tensor) -> None:
-        """Say in which unit this rank's gradients are, and how much they count for, before the first one is delivered."""
-
-    def deliver(self, index: int, grad: Tensor) -> None:
-        """A gradient that is final."""
-
-    def cross(
-        self, grads: list[Tensor | None], sums: Sums, arrived: bool, types: Callable[[Sums], Sums]
-    ) -> tuple[list[Tensor | None], Sums, bool]:
-        """The union's gradients (in the unit of the returned sums), sums, and whether any rank's loss reached its parameters.
-
-        Takes the gradients out of ``grads``. ``types`` gives sums that have seen nothing their types.
-        """
-
-    def returned(self, results: list[Tensor]) -> list[Any]:
-        """What a call returns in the place of the gradients of its parameters: themselves, or this rank's parts of them."""
-
-    def fail(self, error: BaseException) -> None:
-        """This rank's call raises."""
-
-    def done(self) -> None:
-        """It returns what it is to return."""
-
-
-class Alone:
-    """Everything is the union already."""
-
-    crosses = overlaps = False
-    gather = None
-
-    def __init__(self, parts: bool, homes: Homes) -> None:
-        self._parts = parts
-        """Whether this rank is to have its part of every gradient: the whole."""
-        self._homes = homes
-
-    def bind(self, params: Sequence[Tensor], treedef: _tree.TreeDef, dtypes: Sequence[torch.dtype], batch: Any) -> None:
-        """Nobody asks."""
-
-    def set_unit(self, unit: float | Tensor | None, weight: float | Tensor) -> None:
-        """Nobody asks."""
-
-    def deliver(self, index: int, grad: Tensor) -> None:
-        """Nothing overlaps."""
-
-    def cross(
-        self, grads: list[Tensor | None], sums: Sums, arrived: bool, types: Callable[[Sums], Sums]
-    ) -> tuple[list[Tensor | None], Sums, bool]:
-        """What there is."""
-        return grads, types(sums), arrived
-
-    def returned(self, results: list[Tensor]) -> list[Any]:
-        """All of them."""
-        if not self._parts:
-            return results
-        homes = self._homes or [None] * len(results)
-        return [
-            shards.of_whole(result) if home is None else home.dtensor(result.reshape(-1))
-            for result, home in zip(results, homes, strict=True)
-        ]
-
-    def fail(self, error: BaseException) -> None:
-        """Nobody waits."""
-
-    def done(self) -> None:
-        """Nobody waits."""
 
 
 def connect(options: Options, agreed: Agreed | None, homes: Homes = ()) -> Boundary:

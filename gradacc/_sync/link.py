@@ -22,6 +22,7 @@ from gradacc._sync import crossing, problems, wire
 from gradacc._sync import layout as layouts
 from gradacc._sync import scale as scales
 from gradacc._sync.agreement import Agreed, Agreement
+from gradacc._sync.boundary import Boundary
 from gradacc._sync.channel import (
     APART,
     ARRIVED,
@@ -40,9 +41,10 @@ from gradacc._sync.turn import REST, SUMS, Turn
 from gradacc._window import Window
 
 
-class Link(Turn):
+class Link(Turn, Boundary):
     """One call's connection to the other ranks: what it gives, and what it gets."""
 
+    crosses = True
     agreement: Agreement | None
 
     def __init__(self, options: Options, group: dist.ProcessGroup, agreed: Agreed, homes: Homes = ()) -> None:
@@ -51,6 +53,7 @@ class Link(Turn):
         self.begun = agreed.begun
         self.states, self.dropped = agreed.begun.take()
         self.gather = None if options.through is None else Gather(self, options.rows)
+        self.overlaps = options.sync is not None and options.sync.overlap
         self.channel.gathers = self.gather is not None
         self.factor: float | Tensor = 1.0
         """What a gradient is multiplied by on its way: from this rank's unit to the common one."""
@@ -68,7 +71,6 @@ class Link(Turn):
         self._rest: wire.Plan | None = None
 
     def bind(self, params: Sequence[Tensor], treedef: _tree.TreeDef, dtypes: Sequence[torch.dtype], batch: Any) -> None:
-        """Say what is differentiated, and what the batch is, as soon as it is known."""
         self.window = batch.number if isinstance(batch, Window) else 0
         self.params, self.dtypes = params, dtypes
         self.device = params[0].device
@@ -81,15 +83,7 @@ class Link(Turn):
         )
         self.agreement = self._known().get(self.signature)
 
-    crosses = True
-
-    @property
-    def overlaps(self) -> bool:
-        """Whether gradients are to be delivered before `cross`."""
-        return self.options.sync is not None and self.options.sync.overlap
-
     def set_unit(self, unit: float | Tensor | None, weight: float | Tensor) -> None:
-        """Say in which unit this rank's gradients are, and how much they count for, before the first one is packed."""
         if self.agreement is not None and self.options.reduction == "mean":
             # Of gradients that others weigh (those of rows in the loss of the whole batch) the unit says how large they are.
             counted = weight if isinstance(weight, Tensor) or weight or unit is None else unit
@@ -101,7 +95,7 @@ class Link(Turn):
                 self.withholds, self.factor = far, 0.0 if far else factor
 
     def deliver(self, index: int, grad: Tensor) -> None:
-        """A gradient that is final: it is packed, and its bucket leaves when it is full and its turn has come."""
+        """It is packed, and its bucket leaves when it is full and its turn has come."""
         if not self.is_open:
             if self.withholds or self.agreement is None or self.agreement.shape != self.next.shape:
                 self.held[index] = grad
@@ -121,13 +115,12 @@ class Link(Turn):
     def cross(
         self, grads: list[Tensor | None], sums: Sums, arrived: bool, types: Callable[[Sums], Sums]
     ) -> tuple[list[Tensor | None], Sums, bool]:
-        """As `gradacc._sync.Boundary`. A gradient is taken out when it is packed, or need surely not be packed again."""
+        """A gradient is taken out when it is packed, or need surely not be packed again."""
         with self.leaving_for_next_call():
             grads, sums, arrived = self._cross(grads, sums, arrived)
         return grads, types(sums), arrived
 
     def returned(self, results: list[Tensor]) -> list[Any]:
-        """As `gradacc._sync.Boundary`."""
         return self.bound.returned(results, self.group)
 
     def fail(self, error: BaseException) -> None:

@@ -23,32 +23,26 @@ from gradacc._sync import crossing, wire
 from gradacc._sync import layout as layouts
 from gradacc._sync import record as records
 from gradacc._sync.bound import bound
+from gradacc._sync.boundary import Boundary
 from gradacc._sync.crossing import Arrived, Flat
 
 
-class Traced:
+class Traced(Boundary):
     """The boundary of one graph."""
 
     def __init__(self, options: Options, group: dist.ProcessGroup) -> None:
         self.options, self.group = options, group
 
-    crosses, overlaps, gather = True, False, None
+    crosses = True
 
     def bind(self, params: Sequence[Tensor], treedef: _tree.TreeDef, dtypes: Sequence[torch.dtype], batch: Any) -> None:
-        """Say what is differentiated, as soon as it is known."""
         self.params = params
         self.bound = bound(self.options, self.group, params, treedef, dtypes)
-
-    def set_unit(self, unit: float | Tensor | None, weight: float | Tensor) -> None:
-        """Known in the graph."""
-
-    def deliver(self, index: int, grad: Tensor) -> None:
-        """Nothing overlaps in a graph."""
 
     def cross(
         self, grads: list[Tensor | None], sums: Sums, arrived: bool, types: Callable[[Sums], Sums]
     ) -> tuple[list[Tensor | None], Sums, bool]:
-        """As `gradacc._sync.Boundary`; the union's gradients are in the unit 1."""
+        """The union's gradients are in the unit 1."""
         sums, group = types(sums), self.group
         plan, params = self._plan(sums), [*self.params] * (len(grads) // len(self.params))
         shape = wire.shape(plan, group.size(), channels.COLUMNS, self.bound.way)
@@ -92,7 +86,6 @@ class Traced:
         return found, _sums.of_all_ranks(whole), arrived or not sums.differentiated
 
     def returned(self, results: list[Tensor]) -> list[Any]:
-        """As `gradacc._sync.Boundary`."""
         return self.bound.returned(results, self.group)
 
     def _cross_flat(
@@ -157,12 +150,6 @@ class Traced:
                 "overflow it; use torch.bfloat16"
             )
         return self.bound.plan(self.options, layouts.specs(layouts.of(sums)), None)
-
-    def fail(self, error: BaseException) -> None:
-        """Nothing can be told from inside a graph."""
-
-    def done(self) -> None:
-        """Nor that all is well."""
 
 
 def _block(numbers: Tensor, place: wire.Place) -> Tensor:
