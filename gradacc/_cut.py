@@ -17,6 +17,8 @@ import math
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
+from torch import Tensor
+
 
 class Run(NamedTuple):
     """Ranks that follow each other, each with as many elements."""
@@ -37,11 +39,16 @@ class Cut(NamedTuple):
 
     def part(self, rank: int) -> tuple[int, int]:
         """Where a rank's elements begin, and how many they are."""
-        found = self.runs[0]
+        run = [run for run in self.runs if run.first <= rank][-1]
+        return run.offset + (rank - run.first) * run.length, run.length
+
+    def rows(self, numbers: Tensor, width: int) -> list[tuple[Run, Tensor]]:
+        """Of a tensor's numbers, flat, ``width`` for an element: those of each run, a row for each of its ranks."""
+        found = []
         for run in self.runs:
-            if run.first <= rank:
-                found = run
-        return found.offset + (rank - found.first) * found.length, found.length
+            begin, length = run.offset * width, run.length * width
+            found.append((run, numbers.narrow(0, begin, run.ranks * length).view(run.ranks, length)))
+        return found
 
     @property
     def width(self) -> int:

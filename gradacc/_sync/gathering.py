@@ -125,10 +125,8 @@ def _assemble(leaf: Tensor, rows: Tensor, cut: Cut) -> int:
     """A tensor of the parts that are the first columns of ``rows``; how many columns these are."""
     whole = leaf if leaf.is_contiguous() else torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device)
     numbers, width = _dtypes.as_real(whole).view(-1), 2 if leaf.is_complex() else 1
-    for run in cut.runs:
-        length, begin = run.length * width, run.offset * width
-        own = numbers.narrow(0, begin, run.ranks * length).view(run.ranks, length)
-        own.copy_(rows.narrow(0, run.first, run.ranks)[:, :length])
+    for run, own in cut.rows(numbers, width):
+        own.copy_(rows.narrow(0, run.first, run.ranks)[:, : own.shape[1]])
     if whole is not leaf:
         leaf.copy_(whole)
     return cut.width * width

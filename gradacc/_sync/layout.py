@@ -73,21 +73,22 @@ def targets(options: Options, specs: Sequence[Spec]) -> int:
 
 
 def restore(layout: Layout, summed: Sequence[Any], local: Sums, like: Tensor, fixed: tuple[Any, Any, bool]) -> Sums:
-    """The union's sums, of these numbers, and of what is ``fixed``: weight, unit, and whether anybody had anything.
+    """The union's sums, of what was summed, and of what is ``fixed``: weight, unit, and whether anybody had anything.
 
     What is concatenated is ``local``'s own.
     """
-    _, rest, pieces = _sums.numbers(layout)
+    specs, rest, pieces = _sums.numbers(layout)
+    numbers = [_restored(value, spec, like.device) for value, spec in zip(summed, specs, strict=True)]
     weight, unit, differentiated = fixed
     if local.value is None:
         pieces = [[torch.empty((0, *piece.trailing), dtype=piece.dtype, device=like.device)] for (piece,) in pieces]
     else:
         pieces = _sums.numbers(local)[2]
     structure = dataclasses.replace(rest, differentiated=differentiated)
-    return _sums.of_all_ranks(_sums.with_numbers(structure, summed, pieces, weight, unit))
+    return _sums.of_all_ranks(_sums.with_numbers(structure, numbers, pieces, weight, unit))
 
 
-def restored(value: Tensor, spec: Spec, device: torch.device) -> Any:
+def _restored(value: Tensor, spec: Spec, device: torch.device) -> Any:
     """What was summed, as what was sent: a Python number, or a tensor of its dtype and on ``device``."""
     if spec.dtype is None:
         number = float(value.item())

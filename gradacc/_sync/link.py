@@ -176,10 +176,7 @@ class Link(Turn, Boundary):
         self._strides = [wire.strides_of(param, grad) for param, grad in zip(self.params, grads, strict=True)]
 
     def _unpacked(self, plan: wire.Plan, wide: list[Tensor]) -> list[Tensor | None]:
-        """The union's gradients, or this rank's parts of them."""
-        if self.bound.cuts is not None:
-            return wire.unpack_parts(plan, wide, self.params, self.group.rank())
-        return wire.unpack(plan, wide, self.params, self._strides)
+        return wire.unpack(plan, wide, self.params, self._strides, self.group.rank())
 
     def _check_kind(self, agreement: Agreement, here: Layout) -> None:
         problem = layouts.difference(agreement.layout, here)
@@ -301,11 +298,8 @@ class Link(Turn, Boundary):
                 wide = [wire.widen(bucket, flat) for bucket, flat in zip(plan.buckets, flats, strict=True)]
             whole = self._unpacked(plan, wide)
         summed = wire.read(plan, flats, COLUMNS, table, floats[:, channels.UNIT] / unit)
-        restored = [
-            layouts.restored(x, spec, self.params[0].device) for x, spec in zip(summed, plan.specs, strict=True)
-        ]
         differentiated = bool((bits & DIFFERENTIATED).any())
-        union = layouts.restore(agreement.layout, restored, sums, self.params[0], (weight, unit, differentiated))
+        union = layouts.restore(agreement.layout, summed, sums, self.params[0], (weight, unit, differentiated))
         return whole, union, bool((bits & ARRIVED).any())
 
     def _plan_of_rest(self) -> wire.Plan:

@@ -78,11 +78,7 @@ class Traced(Boundary):
         ]
         differentiated = dataclasses.replace(rest, differentiated=True)
         whole = _sums.with_numbers(differentiated, restored, pieces, floats[:, channels.WEIGHT].sum(), 1.0)
-        found = (
-            wire.unpack(plan, wide, params, strides)
-            if self.bound.cuts is None
-            else wire.unpack_parts(plan, wide, params, group.rank())
-        )
+        found = wire.unpack(plan, wide, params, strides, group.rank())
         return found, _sums.of_all_ranks(whole), arrived or not sums.differentiated
 
     def returned(self, results: list[Tensor]) -> list[Any]:
@@ -112,7 +108,7 @@ class Traced(Boundary):
             rows = gathered.view(world, -1)
             columns = len(message) - len(tail)
             return crossing.parted(flat, world, rows[:, :columns].reshape(-1)[: flat.numel], rows[:, columns:])
-        blocks = [_block(each, place) for each, place in zip(numbers, places, strict=True)]
+        blocks = [_padded_rows(each, place) for each, place in zip(numbers, places, strict=True)]
         whole = torch.cat([*blocks, tail.expand(world, -1)], 1)
         if flat.way == crossing.SCATTERED:
             rows = self._exchanged(whole.view(-1)).view(world, -1)
@@ -152,15 +148,11 @@ class Traced(Boundary):
         return self.bound.plan(self.options, layouts.specs(layouts.of(sums)), None)
 
 
-def _block(numbers: Tensor, place: wire.Place) -> Tensor:
+def _padded_rows(numbers: Tensor, place: wire.Place) -> Tensor:
     """A gradient's parts, a row for each rank."""
     assert place.cut is not None
-    rows = []
-    for run in place.cut.runs:
-        length = run.length * place.width
-        own = numbers.narrow(0, run.offset * place.width, run.ranks * length).view(run.ranks, length)
-        rows.append(torch.nn.functional.pad(own, (0, place.numel - length)))
-    return torch.cat(rows)
+    rows = place.cut.rows(numbers, place.width)
+    return torch.cat([torch.nn.functional.pad(own, (0, place.numel - own.shape[1])) for _, own in rows])
 
 
 def _flat(grad: Tensor, copies: bool) -> Tensor:

@@ -197,10 +197,8 @@ def pack(place: Place, flat: Tensor, grad: Tensor | None, factor: float | Tensor
     if place.cut is None:
         torch.mul(numbers, factor, out=part.view(numbers.shape))
         return
-    numbers = numbers.reshape(-1)
-    for run in place.cut.runs:
-        rows, length = part.narrow(0, run.first, run.ranks), run.length * place.width
-        own = numbers.narrow(0, run.offset * place.width, run.ranks * length).view(run.ranks, length)
+    for run, own in place.cut.rows(numbers.reshape(-1), place.width):
+        rows, length = part.narrow(0, run.first, run.ranks), own.shape[1]
         torch.mul(own, factor, out=rows[:, :length])
         rows[:, length:].zero_()
 
@@ -271,34 +269,21 @@ def read(plan: Plan, came: Sequence[Arrived], fixed: int, table: Tensor, shares:
 
     ``table``: the ranks' records, which begin with ``fixed`` columns; ``shares``: what the weighted ones of a rank count for.
     """
-    sums = _summed(plan, fixed, table, shares)
+    floats, column = table.view(torch.float64), fixed
+    vectors: dict[int, Tensor] = {}
     for at, each in enumerate(came):
-        for n, tensor in read_vectors(plan, at, each.riders, len(table)).items():
-            sums[n] = tensor
-    return sums
-
-
-def _summed(plan: Plan, fixed: int, table: Tensor, shares: Tensor) -> list[Any]:
-    """The sums over ranks of the records' columns (None for what is not in them), weighted ones times their rank's share."""
-    floats = table.view(torch.float64)
+        vectors |= read_vectors(plan, at, each.riders, len(table))
     sums: list[Any] = []
-    column = fixed
-    for spec in plan.specs:
+    for n, spec in enumerate(plan.specs):
         if spec.shape:
-            sums.append(None)
-        elif spec.gathered:
-            wide = spec.dtype is None or spec.dtype.is_floating_point
-            sums.append((floats if wide else table)[:, column])
-            column += 1
-        elif spec.dtype is None or spec.dtype.is_floating_point:
-            sums.append((floats[:, column] * shares if spec.weighted else floats[:, column]).sum())
-            column += 1
-        elif spec.dtype.is_complex:
+            sums.append(vectors[n])
+            continue
+        if spec.dtype is not None and spec.dtype.is_complex:
             sums.append(torch.complex(floats[:, column].sum(), floats[:, column + 1].sum()))
-            column += 2
         else:
-            sums.append(table[:, column].sum())
-            column += 1
+            own = (floats if spec.dtype is None or spec.dtype.is_floating_point else table)[:, column]
+            sums.append(own if spec.gathered else (own * shares if spec.weighted else own).sum())
+        column += _width(spec)
     return sums
 
 
@@ -314,36 +299,30 @@ def largest(plan: Plan, came: Sequence[Arrived]) -> Tensor:
     return torch.stack(each).max() if each else torch.ones((), device=device)
 
 
-def unpack_parts(plan: Plan, wide: Sequence[Tensor], params: Sequence[Tensor], rank: int) -> list[Tensor | None]:
-    """This rank's parts of the gradients, one-dimensional views of the buckets' (`widen`)."""
-    found: list[Tensor | None] = []
-    for place, param in zip(plan.places, params, strict=True):
-        assert place.cut is not None
-        length = place.cut.part(rank)[1] * place.width
-        part = wide[place.bucket].narrow(0, place.offset, length)
-        found.append(_as_complex(part, place.offset).view(length // 2) if param.is_complex() else part)
-    return found
-
-
-def _as_complex(part: Tensor, offset: int) -> Tensor:
-    """Real numbers as half as many complex ones: a view, where they begin at an even place."""
-    aligned = part if offset % 2 == 0 else part.clone()
-    return torch.view_as_complex(aligned.view(-1, 2))
-
-
 def unpack(
-    plan: Plan, wide: Sequence[Tensor], params: Sequence[Tensor], strides: Sequence[tuple[int, ...] | None]
+    plan: Plan,
+    wide: Sequence[Tensor],
+    params: Sequence[Tensor],
+    strides: Sequence[tuple[int, ...] | None],
+    rank: int,
 ) -> list[Tensor | None]:
-    """The gradients, views of the buckets' (`widen`); in memory of their own where they have `strides_of` their own."""
-    parts = [wide[place.bucket].narrow(0, place.offset, place.numel) for place in plan.places]
-    grads = [
-        (_as_complex(part, place.offset) if param.is_complex() else part).view(param.shape)
-        for part, place, param in zip(parts, plan.places, params, strict=True)
-    ]
-    return [
-        grad if own is None else torch.empty_strided(grad.shape, own, dtype=grad.dtype, device=grad.device).copy_(grad)
-        for grad, own in zip(grads, strides, strict=True)
-    ]
+    """The gradients, views of the buckets' (`widen`); in memory of their own where they have `strides_of` their own.
+
+    Where each rank gets a part, this one's, of one dimension.
+    """
+    found: list[Tensor | None] = []
+    for place, param, own in zip(plan.places, params, strides, strict=True):
+        elements = param.numel() if place.cut is None else place.cut.part(rank)[1]
+        grad = wide[place.bucket].narrow(0, place.offset, elements * place.width)
+        if param.is_complex():
+            # A view, where its numbers begin at an even place.
+            grad = torch.view_as_complex((grad if place.offset % 2 == 0 else grad.clone()).view(-1, 2))
+        if place.cut is None:
+            grad = grad.view(param.shape)
+            if own is not None:
+                grad = torch.empty_strided(grad.shape, own, dtype=grad.dtype, device=grad.device).copy_(grad)
+        found.append(grad)
+    return found
 
 
 def strides_of(param: Tensor, grad: Tensor | None) -> tuple[int, ...] | None:
