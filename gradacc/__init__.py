@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from gradacc import checkpoint, data, optim
 from gradacc._accumulate import accumulate, accumulate_and_value
 from gradacc._accumulator import Accumulator, accumulator
-from gradacc._all_reduce import AllReduce, all_reduce
 from gradacc._batch_norm import BatchNorm, batch_norm
 from gradacc._cross import cross
 from gradacc._kept import Kept
@@ -19,7 +18,7 @@ from gradacc._microbatch import MicrobatchOptions, microbatch
 from gradacc._module import Apply, functional
 from gradacc._moments import Moments
 from gradacc._options import AccumulateOptions, AccumulatorOptions, Backward, Nonfinite, Reduction, Sync, Through
-from gradacc._reduce_scatter import ReduceScatter, reduce_scatter
+from gradacc._reduce import AllReduce, ReduceScatter, all_reduce, reduce_scatter
 from gradacc._shard import Shard, ShardFacts
 from gradacc._state import AccumulatorState
 from gradacc._train import TrainState, train_step

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradacc import _dtypes, _rows, _tree
 from gradacc._options import Sync
-from gradacc._reduce_scatter import ReduceScatter
+from gradacc._reduce import ReduceScatter
 from gradacc._sums import Sums
 from gradacc._sync import group as groups
 

@@ -9,11 +9,10 @@ from typing import Any, TypedDict, Unpack, overload
 import torch
 
 from gradacc import _options, _sync, _where
-from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
 from gradacc._options import Backward
 from gradacc._pieces import composite, divide, functional, node, outputs, ranks
-from gradacc._reduce_scatter import ReduceScatter
+from gradacc._reduce import AllReduce, ReduceScatter
 
 _NAME = "microbatch"
 

@@ -8,9 +8,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias, TypedDict
 import torch
 from torch import nn
 
-from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
-from gradacc._reduce_scatter import ReduceScatter
+from gradacc._reduce import AllReduce, ReduceScatter
 from gradacc._values import positive_int, takes_keyword
 
 Reduction = Literal["mean", "sum"]

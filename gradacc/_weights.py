@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from gradacc import _batch, _call, _loss, _parts, _sums, _sync, _tree, _where
-from gradacc._all_reduce import AllReduce
 from gradacc._describe import describe
 from gradacc._loss import Divisors
 from gradacc._mean import Mean
 from gradacc._options import Options
 from gradacc._parts import Sum, Total
+from gradacc._reduce import AllReduce
 from gradacc._sums import Sums
 
 NEAR = 1e-5

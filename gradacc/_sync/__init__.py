@@ -37,7 +37,7 @@ from __future__ import annotations
 
 from gradacc import _where
 from gradacc._options import Options
-from gradacc._reduce_scatter import ReduceScatter
+from gradacc._reduce import ReduceScatter
 from gradacc._rows import Homes
 from gradacc._sync import group as groups
 from gradacc._sync.agreement import Agreed as Agreed

@@ -25,8 +25,8 @@ import torch
 import torch.distributed as dist
 
 from gradacc import _tree
-from gradacc._all_reduce import AllReduce
 from gradacc._options import Options
+from gradacc._reduce import AllReduce
 from gradacc._shard import Shard
 from gradacc._sync import channel as channels
 from gradacc._sync import group as groups

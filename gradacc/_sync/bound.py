@@ -10,10 +10,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from gradacc import _rows, _tree
-from gradacc._all_reduce import AllReduce
 from gradacc._cut import Cut
 from gradacc._options import Options, Sync
-from gradacc._reduce_scatter import ReduceScatter
+from gradacc._reduce import AllReduce, ReduceScatter
 from gradacc._rows import Homes
 from gradacc._shard import Shard, ShardFacts
 from gradacc._sync import crossing, wire

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gradacc import _rows, _tree, _where
 from gradacc._options import Options
-from gradacc._reduce_scatter import ReduceScatter
+from gradacc._reduce import ReduceScatter
 from gradacc._rows import Homes
 from gradacc._sync import gathering
 from gradacc._sync import group as groups
