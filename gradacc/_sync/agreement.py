@@ -210,11 +210,8 @@ class Caller(NamedTuple):
         weight = torch.tensor([0.0 if mine is None else mine.weight], dtype=torch.float64, device=device)
         dist.all_reduce(weight, group=group)
         found = words.tolist()
-        most, least, (raised, unknown, first, longest) = (
-            found[: 3 * WORDS],
-            [~word for word in found[3 * WORDS : 6 * WORDS]],
-            found[6 * WORDS :],
-        )
+        most, least = found[: 3 * WORDS], [~word for word in found[3 * WORDS : 6 * WORDS]]
+        raised, unknown, first, longest = found[6 * WORDS :]
         differ = most[: 2 * WORDS] != least[: 2 * WORDS] or (first and most[2 * WORDS :] != least[2 * WORDS :])
         if raised or differ:
             return None
@@ -342,13 +339,5 @@ def _difference(rank: int, params: tuple[Any, ...], other: int, others: tuple[An
             return f"the first parameter that differs is {a[0]} on rank {rank}, {b[0]} on rank {other}"
         if a != b:
             return f"{a[0]} is {a[2]} of shape {a[1]} on rank {rank}, {b[2]} of shape {b[1]} on rank {other}"
-    longer, number, extra = (
-        (rank, len(params), params[len(others) :])
-        if len(params) > len(others)
-        else (
-            other,
-            len(others),
-            others[len(params) :],
-        )
-    )
-    return f"rank {longer} has {number} parameters, {extra[0][0]} among them, the other {min(len(params), len(others))}"
+    (fewer, _), (more, longer) = sorted([(params, rank), (others, other)], key=lambda each: len(each[0]))
+    return f"rank {longer} has {len(more)} parameters, {more[len(fewer)][0]} among them, the other {len(fewer)}"

@@ -93,11 +93,6 @@ def _way(sync: Sync, group: dist.ProcessGroup, devices: set[torch.device]) -> in
     """For gradients on these devices."""
     if isinstance(sync, AllReduce):
         return crossing.ORDERED if sync.ordered or sync.compress is not None else crossing.SUMMED
-    native = sync.compress is None and all(_reduces_and_scatters(group, device) for device in devices)
-    return crossing.REDUCED if native else crossing.SCATTERED
-
-
-def _reduces_and_scatters(group: dist.ProcessGroup, device: torch.device) -> bool:
-    """Whether the backend has a reduce-scatter that sends no more than it must."""
     backends = dict(pair.split(":") for pair in dist.get_backend_config(group).split(","))
-    return backends.get(device.type) in _REDUCE_AND_SCATTER
+    native = sync.compress is None and all(backends.get(device.type) in _REDUCE_AND_SCATTER for device in devices)
+    return crossing.REDUCED if native else crossing.SCATTERED

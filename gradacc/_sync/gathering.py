@@ -91,8 +91,15 @@ def _shape(messages: Sequence[Message]) -> wire.Shape:
     return wire.Shape(tuple(flats), last, COLUMNS)
 
 
-def gather_parts(turn: Gathering, parts: Sequence[Tensor], into: Sequence[Tensor], cuts: Sequence[Cut]) -> None:
-    """All ranks' parts, flat, into whole tensors: a collective for each dtype and device, or one with nothing but records."""
+def gather_parts(turn: Gathering | None, parts: Sequence[Tensor], into: Sequence[Tensor], cuts: Sequence[Cut]) -> None:
+    """All ranks' parts, flat, into whole tensors: a collective for each dtype and device, or one with nothing but records.
+
+    Without a ``turn`` there is nobody else.
+    """
+    if turn is None:
+        for leaf, part in zip(into, parts, strict=True):
+            leaf.copy_(part.view(leaf.shape))
+        return
     members: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for index, leaf in enumerate(into):
         members.setdefault((_dtypes.real_dtype(leaf.dtype), leaf.device), []).append(index)
@@ -101,7 +108,7 @@ def gather_parts(turn: Gathering, parts: Sequence[Tensor], into: Sequence[Tensor
         widths = [cuts[i].width * (2 if into[i].is_complex() else 1) for i in indices]
         write = functools.partial(_write, [parts[i] for i in indices], widths)
         messages.append(Message(sum(widths), dtype, device, write))
-    rows = turn.cross(messages or [Message(0, torch.float32, turn.device, _write_nothing)])
+    rows = turn.cross(messages or [Message(0, torch.float32, turn.device, lambda nothing: None)])
     for row, indices in zip(rows, members.values(), strict=bool(members)):
         column = 0
         for i in indices:
@@ -115,10 +122,6 @@ def _write(parts: Sequence[Tensor], widths: Sequence[int], numbers: Tensor) -> N
         own = _dtypes.as_real(part).reshape(-1)
         room[: len(own)].copy_(own)
         room[len(own) :].zero_()
-
-
-def _write_nothing(numbers: Tensor) -> None:
-    """Records alone cross."""
 
 
 def _assemble(leaf: Tensor, rows: Tensor, cut: Cut) -> int:

@@ -50,15 +50,10 @@ Layout: TypeAlias = Sums
 
 def of(sums: Sums) -> Layout:
     """The layout of a rank's sums, which has seen a micro-batch."""
-    parts, treedef = _sums.flatten_aux(sums.aux)
     losses, structure = _sums.terms(sums)
     value = _sums.with_structure(structure, [_specs(part, is_loss=True) for part in losses])
     dropped: Any = None if sums.dropped is None else _specs(sums.dropped)
-    carry: Any = None
-    if sums.carry is not None:
-        own, structure_of_carry = _sums.flatten_aux(sums.carry)
-        carry = _sums.unflatten_aux(structure_of_carry, [_specs(part) for part in own])
-    aux = _sums.unflatten_aux(treedef, [_specs(part) for part in parts])
+    aux, carry = _specs_of_tree(sums.aux), _specs_of_tree(sums.carry)
     return Sums(value=value, aux=aux, weight=None, unit=None, dropped=dropped, carry=carry, differentiated=True)
 
 
@@ -123,6 +118,11 @@ def _difference_of_trees(root: str, one: Any, other: Any) -> str | None:
         if _facts(a) != _facts(b):
             return f"{path} is {_words(a)}, and {_words(b)}"
     return None
+
+
+def _specs_of_tree(tree: Any) -> Any:
+    parts, treedef = _sums.flatten_aux(tree)
+    return _sums.unflatten_aux(treedef, [_specs(part) for part in parts])
 
 
 def _specs(part: Part, is_loss: bool = False) -> Part:

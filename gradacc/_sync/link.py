@@ -23,16 +23,7 @@ from gradacc._sync import layout as layouts
 from gradacc._sync import scale as scales
 from gradacc._sync.agreement import Agreed, Agreement
 from gradacc._sync.boundary import Boundary
-from gradacc._sync.channel import (
-    APART,
-    ARRIVED,
-    COLUMNS,
-    DIFFERENTIATED,
-    DROPPED,
-    FAR,
-    FINE,
-    WITHHELD,
-)
+from gradacc._sync.channel import APART, ARRIVED, COLUMNS, DIFFERENTIATED, DROPPED, FAR, FINE, WITHHELD
 from gradacc._sync.crossing import Arrived
 from gradacc._sync.gather import Gather
 from gradacc._sync.layout import Layout
@@ -72,7 +63,7 @@ class Link(Turn, Boundary):
 
     def bind(self, params: Sequence[Tensor], treedef: _tree.TreeDef, dtypes: Sequence[torch.dtype], batch: Any) -> None:
         self.window = batch.number if isinstance(batch, Window) else 0
-        self.params, self.dtypes = params, dtypes
+        self.params = params
         self.device = params[0].device
         self.bound = bounds.bound(self.options, self.group, params, treedef, dtypes, self._homes)
         self.signature = (
@@ -96,7 +87,7 @@ class Link(Turn, Boundary):
 
     def deliver(self, index: int, grad: Tensor) -> None:
         """It is packed, and its bucket leaves when it is full and its turn has come."""
-        if not self.is_open:
+        if self._sending is None:
             if self.withholds or self.agreement is None or self.agreement.shape != self.next.shape:
                 self.held[index] = grad
                 return
@@ -171,7 +162,7 @@ class Link(Turn, Boundary):
     def _make_room(self, agreement: Agreement, grads: list[Tensor | None]) -> None:
         """For the gradients of several targets, of which this rank may have seen none."""
         targets = layouts.targets(self.options, agreement.plan.specs)
-        self.params, self.dtypes = [*self.params] * targets, [*self.dtypes] * targets
+        self.params = [*self.params] * targets
         grads += [None] * (len(self.params) - len(grads))
         self._strides = [wire.strides_of(param, grad) for param, grad in zip(self.params, grads, strict=True)]
 
@@ -271,7 +262,10 @@ class Link(Turn, Boundary):
             wrong_scale = self.options.reduction == "mean" and scales.is_wrong(weight, agreement.scale)
             again = counts and (wrong_scale or not scales.NARROWEST <= largest < math.inf)
         if again:
-            self._rest = self._plan_of_rest()
+            # Gradients alone, in the accumulators' dtypes (of float16, in float32).
+            gradients = self.bound.gradients() * (len(self.params) // len(self.bound.params))
+            wide = torch.float32 if torch.float16 in self.bound.dtypes else None
+            self._rest = wire.plan(gradients, (), wide, None)
             self.set_next(REST, wire.shape(self._rest, self.group.size(), COLUMNS, self.bound.way))
         self._table = table
 
@@ -301,11 +295,6 @@ class Link(Turn, Boundary):
         differentiated = bool((bits & DIFFERENTIATED).any())
         union = layouts.restore(agreement.layout, summed, sums, self.params[0], (weight, unit, differentiated))
         return whole, union, bool((bits & ARRIVED).any())
-
-    def _plan_of_rest(self) -> wire.Plan:
-        """Gradients alone, in the accumulators' dtypes (of float16, in float32)."""
-        gradients = self.bound.gradients() * (len(self.params) // len(self.bound.params))
-        return wire.plan(gradients, (), torch.float32 if torch.float16 in self.dtypes else None, None)
 
     def _cross_rest(
         self,

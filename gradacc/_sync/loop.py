@@ -41,7 +41,7 @@ class Loop:
             RuntimeError: a loader, or a schedule, has raised on another rank.
         """
         group, rank = self.group, dist.get_rank()
-        flags = torch.tensor([unknown, left, rank + 1 if raised else 0], device=_device(group))
+        flags = torch.tensor([unknown, left, rank + 1 if raised else 0], device=groups.device(group))
         with groups.explaining_errors(self.name, group):
             dist.all_reduce(flags, dist.ReduceOp.MAX, group=group)
         anyone, most, failed = flags.tolist()
@@ -55,21 +55,9 @@ class Loop:
     def fail(self, error: Exception) -> None:
         """This rank's loop ends by an error: it takes part in the call that the others make, if the last window made one."""
         if self._before is not None and self._calls.number > self._before:
-            _fail_before_call(self.name, self.group, error)
-
-
-def _device(group: dist.ProcessGroup) -> torch.device:
-    """One that the group's tensors can be on: the CPU if it may be."""
-    kinds = [pair.partition(":")[0] for pair in dist.get_backend_config(group).split(",")]
-    if "cpu" in kinds:
-        return torch.device("cpu")
-    return torch.device(kinds[0], torch.accelerator.current_device_index())
-
-
-def _fail_before_call(name: str, group: dist.ProcessGroup, error: BaseException) -> None:
-    """Take the place of a call that this rank would make now, if it had not raised."""
-    turn = Turn(name, name, group)
-    turn.begin()
-    if turn.channel.gathers:
-        Gather(turn, returns=False).fail(error)
-    turn.fail(error)
+            # In the place of a call that this rank would make now, if it had not raised.
+            turn = Turn(self.name, self.name, self.group)
+            turn.begin()
+            if turn.channel.gathers:
+                Gather(turn, returns=False).fail(error)
+            turn.fail(error)

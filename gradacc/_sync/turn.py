@@ -139,11 +139,6 @@ class Turn(Unfinished):
             self._begun = None
             raise
 
-    @property
-    def is_open(self) -> bool:
-        """Whether anything of this step has been sent, or packed."""
-        return self._sending is not None
-
     @contextlib.contextmanager
     def failing_together(self) -> Iterator[None]:
         """Around what can raise on this rank alone."""

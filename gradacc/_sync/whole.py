@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gradacc import _rows, _tree, _where
 from gradacc._options import Options
@@ -60,18 +59,10 @@ def _gathered(options: Options, leaves: list[Any], paths: list[str]) -> tuple[li
         if turn is not None:
             turn.fail(error)
         raise
-    _fill(turn, parts, into, [homes[n] for n in divided])
+    with torch.no_grad():
+        gathering.gather_parts(turn, parts, into, [home.cut for home in homes if home is not None])
     tensors = list(leaves)
     for n, tensor in zip(divided, into, strict=True):
         # What is computed of results that require grad is told that they have no graph.
         tensors[n] = tensor.requires_grad_(leaves[n].requires_grad)
     return tensors, homes
-
-
-def _fill(turn: gathering.Gathering | None, parts: list[Tensor], into: list[Tensor], homes: Homes) -> None:
-    with torch.no_grad():
-        if turn is not None:
-            gathering.gather_parts(turn, parts, into, [home.cut for home in homes if home is not None])
-            return
-        for tensor, part in zip(into, parts, strict=True):
-            tensor.copy_(part.view(tensor.shape))

@@ -182,8 +182,7 @@ def _width(spec: Spec) -> int:
 
 
 def _numel(spec: Spec, world: int) -> int:
-    assert spec.dtype is not None
-    return torch.Size(spec.shape).numel() * (2 if spec.dtype.is_complex else 1) * (world if spec.gathered else 1)
+    return torch.Size(spec.shape).numel() * _width(spec) * (world if spec.gathered else 1)
 
 
 def pack(place: Place, flat: Tensor, grad: Tensor | None, factor: float | Tensor) -> None:

@@ -269,11 +269,7 @@ def _new(
     else:
         with torch.no_grad():
             into = _room([leaves[n] for n in whole], donate)
-            if turn is not None:
-                gathering.gather_parts(turn, [parts[n] for n in whole], into, [placed.cuts[n] for n in whole])
-            else:
-                for n, leaf in zip(whole, into, strict=True):
-                    leaf.copy_(parts[n].view(leaf.shape))
+            gathering.gather_parts(turn, [parts[n] for n in whole], into, [placed.cuts[n] for n in whole])
     found = dict(zip(whole, into, strict=True))
     with torch.no_grad():
         for n, (leaf, home) in enumerate(zip(leaves, placed.homes, strict=True)):
