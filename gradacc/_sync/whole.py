@@ -48,7 +48,6 @@ def _gathered(options: Options, leaves: list[Any], paths: list[str]) -> tuple[li
     if group is not None:
         described = gathering.describe([(paths[n], tuple(leaves[n].shape), leaves[n].dtype) for n in divided])
         turn = gathering.Gathering(f"{options.name}, parameters", group, _lasting, described)
-        turn.device = leaves[divided[0]].device
         turn.begin()
     try:
         homes = _rows.homes(options.name, leaves, paths, group)
