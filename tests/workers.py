@@ -1,13 +1,16 @@
-"""Real ranks for tests: a pool of processes, started by torchrun, that lives as long as the test run.
+"""Real ranks for tests: a pool of processes that lives as long as the test run.
 
 ``pool.run(world, function, *args)`` calls ``function(group, *args)`` in ``world`` processes, with a gloo group of exactly
 these, and returns what each returned. Functions and arguments are pickled, so functions are module-level ones.
+
+They are forked by one process that has imported what all of them need, since importing it costs more than most tests.
 """
 
 from __future__ import annotations
 
 import os
 import pickle
+import socket
 import subprocess
 import sys
 import traceback
@@ -31,10 +34,9 @@ class Pool:
     def __init__(self) -> None:
         key = os.urandom(16)
         with Listener(("localhost", 0), authkey=key) as listener:
-            port = str(listener.address[1])
-            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(SIZE)]
-            environment = {**os.environ, "GRADACC_TEST_POOL": f"{port}:{key.hex()}", "OMP_NUM_THREADS": "1"}
-            self._process = subprocess.Popen([*command, "-m", "tests.workers"], env=environment)
+            environment = {**os.environ, "GRADACC_TEST_POOL": key.hex(), "OMP_NUM_THREADS": "1"}
+            command = [sys.executable, "-m", "tests.workers", str(listener.address[1])]
+            self._process = subprocess.Popen(command, env=environment)
             accepted = [listener.accept() for _ in range(SIZE)]
             connections = {connection.recv(): connection for connection in accepted}
         self._connections: list[Connection] = [connections[rank] for rank in range(SIZE)]
@@ -76,18 +78,31 @@ def _receive(connection: Connection) -> Any:
     return pickle.loads(connection.recv_bytes())
 
 
-def _work() -> None:
+def _start(port: int) -> None:
+    import torch._dynamo
+    import torch.distributed.tensor
+    import torch.multiprocessing
+
+    import tests.helpers  # noqa: F401  # all that every rank would import
+
+    with socket.create_server(("localhost", 0)) as server:
+        torch.multiprocessing.start_processes(_work, (port, server), nprocs=SIZE, start_method="fork")
+
+
+def _work(rank: int, port: int, server: socket.socket) -> None:
     import torch
     import torch.distributed as dist
 
     warnings.simplefilter("error")
     warnings.filterwarnings("ignore", ".*read as [0-9]+ micro-batch", UserWarning)  # as in pyproject.toml
     torch.set_num_threads(1)
-    port, key = os.environ["GRADACC_TEST_POOL"].split(":")
-    with Client(("localhost", int(port)), authkey=bytes.fromhex(key)) as connection:
-        dist.init_process_group("gloo", timeout=timedelta(seconds=TIMEOUT))
+    name, number, *_ = server.getsockname()
+    master = {"is_master": True, "master_listen_fd": server.detach()} if rank == 0 else {"is_master": False}
+    store = dist.TCPStore(name, number, SIZE, **master)
+    with Client(("localhost", port), authkey=bytes.fromhex(os.environ["GRADACC_TEST_POOL"])) as connection:
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=SIZE, timeout=timedelta(seconds=TIMEOUT))
         groups = {world: dist.new_group(list(range(world))) for world in range(1, SIZE + 1)}
-        connection.send(dist.get_rank())
+        connection.send(rank)
         while (task := _receive(connection)) is not None:
             world, function, args = task
             torch.manual_seed(0)
@@ -100,4 +115,4 @@ def _work() -> None:
 
 
 if __name__ == "__main__":
-    _work()
+    _start(int(sys.argv[1]))
