@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
+import torch
+from torch import Tensor
 from torch.autograd.graph import Node
+from torch.utils.checkpoint import CheckpointFunction
+
+_LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # the node of a leaf
 
 
 def nodes(roots: Iterable[Node | None]) -> dict[Node, int]:
@@ -20,3 +26,18 @@ def nodes(roots: Iterable[Node | None]) -> dict[Node, int]:
                     stack.append(parent)
                 uses[parent] = count + 1
     return uses
+
+
+def leaves(nodes: Iterable[Node]) -> list[Tensor]:
+    """The leaves whose nodes are among these."""
+    found: list[Any] = [node for node in nodes if type(node) is _LEAF]
+    return [node.variable for node in found]
+
+
+def check_checkpoints(nodes: Iterable[Node], who: str, inputs: str) -> None:
+    """NOTE [reentrant checkpoints] in ``_engines/eager.py``; ``who`` begins a message."""
+    if CheckpointFunction._backward_cls in set(map(type, nodes)):
+        raise ValueError(
+            f"{who} uses torch.utils.checkpoint with use_reentrant=True, which torch cannot combine with a backward pass "
+            f"restricted to {inputs}. Pass use_reentrant=False"
+        )

@@ -44,15 +44,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
-from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
 from gradacc import _closed, _graph, _left, _tree, _where
 from gradacc._engines import Buffer, Deliver, fused
 from gradacc._loss import Outcome
 from gradacc._sums import Contribution, Pass
-
-_LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # the node of a leaf
 
 
 class Tape(NamedTuple):
@@ -166,7 +163,7 @@ def _backward(
     assert edge is not None
     assert own is not None
     uses = _graph.nodes([edge.node])
-    _check_checkpoints(uses)
+    _graph.check_checkpoints(uses, "gradacc: the loss", "the parameters")
     closes = _note_closed(buffer, leaves, uses, tape.seen)
     reached: set[int] = set()
     done = partial(_done, buffer.grads, reached, deliver)
@@ -265,20 +262,10 @@ def _check_untouched(leaves: Sequence[Tensor]) -> None:
         )
 
 
-def _check_checkpoints(uses: Mapping[Node, int]) -> None:
-    """NOTE [reentrant checkpoints]"""
-    if CheckpointFunction._backward_cls in set(map(type, uses)):
-        raise ValueError(
-            "gradacc: the loss uses torch.utils.checkpoint with use_reentrant=True, which torch cannot combine with a "
-            "backward pass restricted to the parameters. Pass use_reentrant=False"
-        )
-
-
 def _note_closed(buffer: Buffer, leaves: Sequence[Tensor], uses: Mapping[Node, int], seen: _closed.Seen) -> bool:
     """NOTE [leaves that are not parameters]; whether there are some."""
     own = set(map(id, leaves))
-    nodes: list[Any] = [node for node in uses if type(node) is _LEAF]
-    others = [leaf for leaf in (node.variable for node in nodes) if id(leaf) not in own]
+    others = [leaf for leaf in _graph.leaves(uses) if id(leaf) not in own]
     if others:
         closed = buffer.closed
         _closed.check_replaced(others, seen)

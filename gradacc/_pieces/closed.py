@@ -24,7 +24,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 from weakref import ref
 
 import torch
@@ -36,21 +36,8 @@ from torch.overrides import TorchFunctionMode
 
 from gradacc import _tree
 
-_LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # the node of a leaf
-
 Edge = tuple[Node, int]
 """A node, and which of its results."""
-
-
-class Graph(NamedTuple):
-    """The graph of one piece."""
-
-    uses: dict[Node, int]
-    """Its nodes, each with the number of edges that lead to it."""
-    leaves: list[Tensor]
-    """Leaves in it that are not the piece's own."""
-    edges: list[Edge]
-    """What leads out of it."""
 
 
 def now() -> int:
@@ -60,35 +47,23 @@ def now() -> int:
         return get_gradient_edge(probe.view_as(probe)).node._sequence_nr()
 
 
-def graph(roots: Iterable[Node], own: Iterable[Tensor], since: int) -> Graph:
-    """What ``roots`` lead to, as far as it was recorded from ``since`` on."""
+def graph(roots: Iterable[Node], since: int) -> tuple[dict[Node, int], list[Edge]]:
+    """`_graph.nodes`, as far as they were recorded from ``since`` on, which no leaf is before; and what leads out of them."""
     uses = dict.fromkeys(roots, 0)
-    stack, known = list(uses), {id(leaf) for leaf in own}
-    leaves: list[Tensor] = []
+    stack = list(uses)
     edges: dict[Edge, None] = {}
     while stack:
-        node: Any = stack.pop()
-        if type(node) is _LEAF:
-            if id(node.variable) not in known:
-                leaves.append(node.variable)
-            continue
-        for parent, number in node.next_functions:
+        for parent, number in stack.pop().next_functions:
             if parent is None:
                 continue
-            if type(parent) is not _LEAF and parent._sequence_nr() < since:
+            if parent._sequence_nr() < since:
                 edges[parent, number] = None
                 continue
             if parent not in uses:
                 uses[parent] = 0
                 stack.append(parent)
             uses[parent] += 1
-    return Graph(uses, leaves, list(edges))
-
-
-def leaves(graph: Graph) -> set[int]:
-    """All of its leaves, by identity."""
-    nodes: list[Any] = [node for node in graph.uses if type(node) is _LEAF]
-    return {id(node.variable) for node in nodes}
+    return uses, list(edges)
 
 
 def writes(graph: Iterable[Node]) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from gradacc import _order, _surroundings
 from gradacc._engines import eager
 from gradacc._options import Backward
-from gradacc._pieces import held, join, outputs, pull
+from gradacc._pieces import closed, held, join, outputs, pull
 from gradacc._pieces.divide import Piece, Pieces
 from gradacc._pieces.gradients import Gradients
 from gradacc._pieces.pull import Call
@@ -133,7 +133,7 @@ class Fold:
             self._check_writes(ran)
 
     def _check_writes(self, ran: pull.Ran) -> None:
-        if ran.writes:
+        if closed.writes(ran.uses):
             raise ValueError(
                 f"{self.call.name}: func has a BatchNorm in training mode, whose running statistics the backward pass, which "
                 "runs it again, would update once more (and whose rows see each other: pieces are not the whole). Call eval() "
@@ -164,7 +164,7 @@ class Fold:
 
 def _is_float16(ran: pull.Ran) -> bool:
     """Whether any gradient is, or goes through, float16."""
-    leaves = [leaf for _, leaf in ran.whole] + [leaf for _, leaf, _ in ran.parts]
+    leaves = [leaf for _, leaf, _ in ran.inputs]
     devices = {leaf.device.type for leaf in leaves}
     tensors = [*leaves, *ran.roots.values()]
     return any(tensor.dtype == torch.float16 for tensor in tensors) or any(

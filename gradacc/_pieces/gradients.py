@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,33 +30,29 @@ class Gradients:
         self.filled: dict[Key, list[tuple[int, int]]] = {}
         """Where there is something in it: offset and size."""
 
-    def add(self, ran: Ran, piece: Piece, sources: Sequence[Any], cotangents: dict[int, Tensor]) -> None:
+    def add(self, ran: Ran, piece: Piece, sources: Sequence[Any], cotangents: Mapping[int, Tensor | None]) -> None:
         """A piece's: the vector-Jacobian product with ``cotangents``, by the number of the leaf of the output."""
-        pairs = [(ran.roots[i], cotangent) for i, cotangent in cotangents.items() if i in ran.roots]
-        if not pairs or not (ran.whole or ran.parts):
+        pairs = [(ran.roots[i], own) for i, own in cotangents.items() if i in ran.roots and own is not None]
+        if not pairs or not ran.inputs:
             return
-        leaves = [leaf for _, leaf in ran.whole]
-        buffers = [self._fusible(key, leaf) for key, leaf in ran.whole]
+        leaves = [leaf for _, leaf, _ in ran.inputs]
+        buffers = [self._fusible(key, leaf) for key, leaf, _ in ran.inputs]
         found = {} if ran.hooked else fused.find(ran.uses, leaves, buffers)
         rest = [n for n in range(len(leaves)) if n not in found]
         uses = [(n, use) for n, uses in found.items() for use in uses]
-        inputs: list[Any] = [
-            *(leaves[n] for n in rest),
-            *(leaf for _, leaf, _ in ran.parts),
-            *(GradientEdge(use.node, 0) for _, use in uses),
-        ]
+        inputs: list[Any] = [*(leaves[n] for n in rest), *(GradientEdge(use.node, 0) for _, use in uses)]
         grads: list[Tensor | None] = list(
             torch.autograd.grad([root for root, _ in pairs], inputs, [c for _, c in pairs], allow_unused=True)
         )
         del inputs
         for at, n in enumerate(rest):
-            key, leaf = ran.whole[n]
-            self._sum(key, leaf, grads[at])
+            (key, leaf, dim), grad = ran.inputs[n], grads[at]
             grads[at] = None
-        for at, (key, _, dim) in enumerate(ran.parts, len(rest)):
-            self._put(key, sources[key[1]], (dim, piece), grads[at])
-            grads[at] = None
-        for at, (n, use) in enumerate(uses, len(rest) + len(ran.parts)):
+            if grad is not None and dim is None:
+                self._sum(key, leaf, grad)
+            elif grad is not None:
+                self._put(key, sources[key[1]], (dim, piece), grad)
+        for at, (n, use) in enumerate(uses, len(rest)):
             buffer, grad = buffers[n], grads[at]
             grads[at] = None
             if grad is not None:
@@ -92,9 +88,7 @@ class Gradients:
         buffer = self.sums.get(key)
         return buffer if buffer is not None and buffer.dtype == leaf.dtype else None
 
-    def _sum(self, key: Key, leaf: Tensor, grad: Tensor | None) -> None:
-        if grad is None:
-            return
+    def _sum(self, key: Key, leaf: Tensor, grad: Tensor) -> None:
         buffer = self.sums.get(key)
         grad = grad if grad.layout == torch.strided else grad.to_dense()
         if buffer is None:
@@ -103,11 +97,9 @@ class Gradients:
         else:
             _add(buffer, grad)
 
-    def _put(self, key: Key, source: Tensor, place: tuple[int, Piece], grad: Tensor | None) -> None:
+    def _put(self, key: Key, source: Tensor, place: tuple[int, Piece], grad: Tensor) -> None:
         """A piece's part of a gradient in its place."""
         dim, piece = place
-        if grad is None:
-            return
         if key not in self.parts:
             self.parts[key], self.filled[key] = (torch.empty_like(source, requires_grad=False), dim), []
         assert piece.size is not None

@@ -10,10 +10,9 @@ from weakref import ref
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
-from torch.utils.checkpoint import CheckpointFunction
 from torch.utils.hooks import RemovableHandle
 
-from gradacc import _surroundings
+from gradacc import _graph, _surroundings
 from gradacc._pieces import closed, outputs
 from gradacc._pieces.divide import Piece
 
@@ -52,14 +51,10 @@ class Ran(NamedTuple):
     """Of values without their graphs."""
     roots: dict[int, Tensor]
     """By the number of a leaf of the output that is differentiable: it, with a node of our own as its graph."""
-    whole: list[tuple[Key, Tensor]]
-    """Leaves of the graph whose gradients are summed over pieces,"""
-    parts: list[tuple[Key, Tensor, int]]
-    """and those whose gradients are a part of the whole's, along a dimension."""
+    inputs: list[tuple[Key, Tensor, int | None]]
+    """Leaves of the graph. Their gradients are a part of the whole's along a dimension, or without one summed over pieces."""
     uses: dict[Node, int]
     """The nodes of the graph, each with the number of edges that lead to it."""
-    writes: bool
-    """Whether it has changed something that a second run would change again: running statistics."""
     nodes: list[Node]
     """Of its own leaves, guarded: they live as long as their graph, or this."""
     hooked: bool
@@ -108,54 +103,42 @@ def _run(
     call: Call, piece: Piece, sources: Sequence[Any], wanted: Callable[[Tensor], bool] | None
 ) -> tuple[Ran, Callable[[Tensor], bool] | None]:
     """And what it closes over and is to be replaced, where there is something left."""
-    whole: list[tuple[Key, Tensor]] = []
-    parts: list[tuple[Key, Tensor, int]] = []
+    inputs: list[tuple[Key, Tensor, int | None]] = []
     arguments = piece.leaves(sources)
-    versions = [leaf._version if isinstance(leaf, Tensor) else 0 for leaf in arguments]
-    given = list(arguments)
+    given = [(leaf, leaf._version) for leaf in arguments if isinstance(leaf, Tensor)]
     for at, (source, dim) in enumerate(piece.picks):
         if source in call.sources:
-            key, leaf = (SOURCE, source), arguments[at].detach().requires_grad_()
-            arguments[at] = leaf
-            if dim is None:
-                whole.append((key, leaf))
-            else:
-                parts.append((key, leaf, dim))
+            arguments[at] = arguments[at].detach().requires_grad_()
+            inputs.append(((SOURCE, source), arguments[at], dim))
     aliases = [tensor.detach().requires_grad_() for tensor in call.replaced]
-    nodes = [_guarded(call, leaf) for leaf in (*(leaf for _, leaf in whole), *(leaf for _, leaf, _ in parts), *aliases)]
+    nodes = [_guarded(call, leaf) for leaf in (*(leaf for _, leaf, _ in inputs), *aliases)]
     # Else a cast of an earlier piece's, or of before, would lead out of this one's graph.
     torch.clear_autocast_cache()
     since, hooks = closed.now(), RemovableHandle.next_id
     with torch.enable_grad():
         with closed.replacing(call.replaced, aliases, wanted) as replace:
             output = outputs.flatten(piece.call(closed.seen(call.func, replace), arguments), _Nothing.apply)
-        _check_unchanged(call, given, versions)
+        _check_unchanged(call, given)
         roots = {
             i: value.view_as(value)
             for i, value in enumerate(output.leaves)
             if isinstance(value, Tensor) and value.requires_grad
         }
-    whole += [((REPLACED, n), alias) for n, alias in enumerate(aliases)]
-    own = [leaf for _, leaf in whole] + [leaf for _, leaf, _ in parts]
-    graph = closed.graph([root.grad_fn for root in roots.values() if root.grad_fn is not None], own, since)
-    _check_checkpoints(call, graph)
-    hooked = [leaf for leaf in graph.leaves if leaf._backward_hooks]
-    if graph.edges or hooked:
-        foreign = closed.wanted(graph.edges, hooked)
-    else:
-        foreign = None
-        for leaf in graph.leaves:
+    inputs += [((REPLACED, n), alias, None) for n, alias in enumerate(aliases)]
+    uses, edges = closed.graph([root.grad_fn for root in roots.values() if root.grad_fn is not None], since)
+    _graph.check_checkpoints(uses, f"{call.name}: func", "inputs")
+    leaves, own = _graph.leaves(uses), {id(leaf) for _, leaf, _ in inputs}
+    others = [leaf for leaf in leaves if id(leaf) not in own]
+    hooked = [leaf for leaf in others if leaf._backward_hooks]
+    foreign = closed.wanted(edges, hooked) if edges or hooked else None
+    if foreign is None:
+        for leaf in others:
             number = _number_of(call, leaf)
             if number is not None:
-                whole.append(((CLOSED, number), leaf))
-        leaves = closed.leaves(graph)
-        call.reached.update(
-            key for key, leaf in (*whole, *((key, leaf) for key, leaf, _ in parts)) if id(leaf) in leaves
-        )
-    output = outputs.detached(output)
-    return Ran(
-        output, roots, whole, parts, graph.uses, closed.writes(graph.uses), nodes, hooks != RemovableHandle.next_id
-    ), foreign
+                inputs.append(((CLOSED, number), leaf, None))
+        reached = set(map(id, leaves))
+        call.reached.update(key for key, leaf, _ in inputs if id(leaf) in reached)
+    return Ran(outputs.detached(output), roots, inputs, uses, nodes, hooks != RemovableHandle.next_id), foreign
 
 
 def _guarded(call: Call, leaf: Tensor) -> Node:
@@ -172,23 +155,14 @@ def _guarded(call: Call, leaf: Tensor) -> Node:
     return node
 
 
-def _check_unchanged(call: Call, given: Sequence[Any], versions: Sequence[int]) -> None:
+def _check_unchanged(call: Call, given: Sequence[tuple[Tensor, int]]) -> None:
     """A second run is to be given the same."""
-    for leaf, version in zip(given, versions, strict=True):
-        if isinstance(leaf, Tensor) and leaf._version != version:
+    for leaf, version in given:
+        if leaf._version != version:
             raise ValueError(
                 f"{call.name}: func changes its argument in place (a tensor of shape {tuple(leaf.shape)}, {leaf.dtype}). "
                 "The backward pass, which runs it again, would find what it has left. Let func work on a copy: x = x.clone()"
             )
-
-
-def _check_checkpoints(call: Call, graph: closed.Graph) -> None:
-    """NOTE [reentrant checkpoints], in the eager engine: what is used inside of one might lose its gradient."""
-    if CheckpointFunction._backward_cls in set(map(type, graph.uses)):
-        raise ValueError(
-            f"{call.name}: func uses torch.utils.checkpoint with use_reentrant=True, which torch cannot combine with a "
-            "backward pass restricted to inputs. Pass use_reentrant=False"
-        )
 
 
 def _number_of(call: Call, leaf: Tensor) -> int | None:
