@@ -58,11 +58,10 @@ def _distance(first: Tensor, again: Tensor) -> float:
 
 
 def _changed(one: Encoded, what: str) -> RuntimeError:
-    encoder = one.division.encoder
     return RuntimeError(
-        f"{encoder.name}: encode, run again for the gradients, returned {what}. Both runs must be the same: what it changes (a "
-        "counter, an attribute, an argument in place) or draws by itself (NumPy, random, a torch.Generator of its own) differs."
-        " Pass what changes as arguments, and draw with torch's own random numbers"
+        f"{one.encoder.name}: encode, run again for the gradients, returned {what}. Both runs must be the same: what it "
+        "changes (a counter, an attribute, an argument in place) or draws by itself (NumPy, random, a torch.Generator of its "
+        "own) differs. Pass what changes as arguments, and draw with torch's own random numbers"
     )
 
 

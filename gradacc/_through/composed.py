@@ -77,7 +77,7 @@ def _by_pieces(
     """The encoder, of the whole batch."""
     options = encoder.options
     checked = encoders.checked(encoder, positions, dims)
-    if options.split is None and len(encoders.divided(encoder, args, *positions).microbatches) <= 1:
+    if options.split is None and len(encoders.divided(encoder, args, *positions)) <= 1:
         return checked
     ways = Ways(encoder.name, options.steps, options.microbatch_size, encoders.split(encoder, dims[positions[1]]), dims)
     return by_pieces(checked, ways, Outs(encoder.name, "concat", 0, options.dtype), "recompute")

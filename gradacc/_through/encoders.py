@@ -14,7 +14,6 @@ from gradacc._describe import describe
 from gradacc._dtypes import is_inexact
 from gradacc._options import Options
 from gradacc._pieces import outputs
-from gradacc._pieces.outputs import Output
 
 
 class Encoder(NamedTuple):
@@ -32,13 +31,6 @@ class Encoder(NamedTuple):
         return self.options.name + (", through" if self.key is None else f", through[{self.key!r}]")
 
 
-class Division(NamedTuple):
-    """How an encoder divides a call."""
-
-    encoder: Encoder
-    microbatches: list[_split.Microbatch]
-
-
 class Ran(NamedTuple):
     """One run of an encoder."""
 
@@ -54,7 +46,8 @@ class Ran(NamedTuple):
 class Encoded(NamedTuple):
     """What an encoder returned for this rank's batch."""
 
-    division: Division
+    encoder: Encoder
+    microbatches: list[_split.Microbatch]
     around: _surroundings.Surroundings
     """Of its first micro-batch."""
     leaves: list[Any]
@@ -67,14 +60,9 @@ class Encoded(NamedTuple):
     """Of the one micro-batch, where there is one."""
 
     @property
-    def key(self) -> str | None:
-        """Of its encoder."""
-        return self.division.encoder.key
-
-    @property
     def name(self) -> str:
         """Of its outputs, in messages."""
-        return named(self.key)
+        return named(self.encoder.key)
 
 
 def named(key: str | None) -> str:
@@ -120,13 +108,15 @@ def in_dims(options: Options, args: Sequence[Any], differentiated: Sequence[int]
     return dims[:count]
 
 
-def divided(encoder: Encoder, args: Sequence[Any], differentiated: Sequence[int], batch: int) -> Division:
+def divided(
+    encoder: Encoder, args: Sequence[Any], differentiated: Sequence[int], batch: int
+) -> list[_split.Microbatch]:
     """The micro-batches of an encoder, decided once."""
     own = arguments(args, differentiated, batch)
     dims = in_dims(encoder.options, args, differentiated, batch)
     options = encoder.options._replace(in_dims=dims, split=split(encoder, dims[batch]))
     parts = _split.microbatches(options, own, differentiated, batch).parts
-    return Division(encoder, [part for part in parts if not part.empty])
+    return [part for part in parts if not part.empty]
 
 
 def split(encoder: Encoder, dims: Any) -> Callable[[Any], Any] | None:
@@ -223,7 +213,7 @@ def checked(encoder: Encoder, positions: tuple[Sequence[int], int], dims: tuple[
     return encode
 
 
-def check_rows(encoder: Encoder, flat: Output, sizes: Sequence[int]) -> None:
+def check_rows(encoder: Encoder, flat: outputs.Output, sizes: Sequence[int]) -> None:
     """What was returned for a micro-batch of this size has a row for each example, and something to differentiate."""
     name = encoder.name
     for n, leaf in enumerate(flat.leaves):

@@ -37,7 +37,7 @@ from gradacc._pieces.divide import Pieces
 from gradacc._pieces.forward import Joined
 from gradacc._sums import Contribution, Pass
 from gradacc._through import compared, composed, encoders, union
-from gradacc._through.encoders import Division, Encoded, Encoder, Ran
+from gradacc._through.encoders import Encoded, Encoder, Ran
 
 
 class Given(NamedTuple):
@@ -60,22 +60,23 @@ def run(fold: Fold, given: Given, boundary: _sync.Boundary, first: Callable[[], 
     options = fold.options
     whole = options._replace(steps=1, microbatch_size=None, split=None)
     loss = composed.composed(options, given.loss_fn, given.positions)
+    one = _split.microbatches(whole, given.args, *given.positions)
     fold = fold._replace(
         options=whole,
         loss=_loop.loss_of(whole, loss, given.args, given.positions[0], fold.treedef, (given.kwargs, None)),
+        known=one.examples,
     )
-    one = _split.microbatches(whole, given.args, *given.positions)
-    fold = fold._replace(known=one.examples)
-    divisions: list[Division] = []
+    divided: list[tuple[Encoder, list[_split.Microbatch]]] = []
     if fold.engine is eager:
-        divisions = [encoders.divided(each, given.args, *given.positions) for each in encoders.encoders(options)]
-    if boundary.gather is None and all(len(division.microbatches) <= 1 for division in divisions):
+        each = encoders.encoders(options)
+        divided = [(encoder, encoders.divided(encoder, given.args, *given.positions)) for encoder in each]
+    if boundary.gather is None and all(len(microbatches) <= 1 for _, microbatches in divided):
         return fold, _loop.run(fold, one, boundary)
     with fold.engine.guard():
         buffer = fold.engine.init(fold.params, fold.accumulated)
         encoded = []
-        for division in divisions:
-            buffer, found = _encode(fold, given, buffer, division, boundary)
+        for encoder, microbatches in divided:
+            buffer, found = _encode(fold, given, buffer, encoder, microbatches, boundary)
             encoded.append(found)
         encoders.check_total(options.name, {each.name: sum(each.rows) for each in encoded}, one.examples)
         dims = encoders.in_dims(options, given.args, *given.positions)
@@ -93,25 +94,28 @@ def run(fold: Fold, given: Given, boundary: _sync.Boundary, first: Callable[[], 
 
 
 def _encode(
-    fold: Fold, given: Given, buffer: Buffer, division: Division, boundary: _sync.Boundary
+    fold: Fold,
+    given: Given,
+    buffer: Buffer,
+    encoder: Encoder,
+    microbatches: list[_split.Microbatch],
+    boundary: _sync.Boundary,
 ) -> tuple[Buffer, Encoded]:
     """The first run of an encoder."""
-    encoder, around = division.encoder, _around(given)
-    microbatches = division.microbatches
+    around = _around(given)
     sizes = [microbatch.sizes[0] if len(microbatch.sizes) == 1 else None for microbatch in microbatches]
     total = sum(size for size in sizes if size is not None) if None not in sizes else None
     joined = Joined(outputs.Outs(encoder.name, "concat", 0, None), Pieces([], (), total, len(microbatches)))
-    before, differentiable, rows = held.versions(encoder.func), set(), []
-    kept, first = None, None
+    before, differentiable, kept = held.versions(encoder.func), set(), None
     alone = len(microbatches) == 1 and boundary.gather is None
     for microbatch, size in zip(microbatches, sizes, strict=True):
         ran = _run(fold, given, buffer, encoder, microbatch)
         if not alone:
             _check_norms(encoder, ran)
-        first = ran.output if first is None else _check_alike(encoder, first, ran.output)
+        if joined.first is not None:
+            _check_alike(encoder, joined.first, ran.output)
         joined.add(ran.output, size, microbatch.order)
         differentiable.update(ran.differentiable)
-        rows.append(next(leaf.size(0) for leaf in ran.output.leaves if isinstance(leaf, Tensor)))
         kept = ran if len(microbatches) == 1 else None
         buffer = eager.give_up(buffer, ran.tape)
         del ran
@@ -121,9 +125,12 @@ def _encode(
             f"{encoder.name}: encode has changed {changed} in place, and is run again for the gradients, which would change it "
             "once more (running statistics of a module in training mode?). Call eval() on it, or return what is computed"
         )
-    if joined.first is None:
-        return buffer, Encoded(division, around, [], None, [], rows, kept)
-    return buffer, Encoded(division, around, joined.results(), joined.first.treedef, sorted(differentiable), rows, kept)
+    # What is no tensor has no length.
+    rows = [max(lengths) for lengths in joined.lengths]
+    found = Encoded(encoder, microbatches, around, [], None, sorted(differentiable), rows, kept)
+    if joined.first is not None:
+        found = found._replace(leaves=joined.results(), treedef=joined.first.treedef)
+    return buffer, found
 
 
 def _check_norms(encoder: Encoder, ran: Ran) -> None:
@@ -136,8 +143,8 @@ def _check_norms(encoder: Encoder, ran: Ran) -> None:
         )
 
 
-def _check_alike(encoder: Encoder, first: outputs.Output, other: outputs.Output) -> outputs.Output:
-    """Outputs of micro-batches that can be put together: the later ones."""
+def _check_alike(encoder: Encoder, first: outputs.Output, other: outputs.Output) -> None:
+    """Outputs of micro-batches can be put together."""
     if first.treedef != other.treedef:
         raise ValueError(
             f"{encoder.name}: encode returned {first.treedef} for one micro-batch and {other.treedef} for another; what is put "
@@ -152,7 +159,6 @@ def _check_alike(encoder: Encoder, first: outputs.Output, other: outputs.Output)
                 f"{two.dtype} of another, which are not put together. Return rows of one shape and dtype (pad them, or reduce "
                 "them to one row an example)"
             )
-    return other
 
 
 def _around(given: Given) -> _surroundings.Surroundings:
@@ -257,10 +263,10 @@ def _pull(
     for n, (one, own) in enumerate(each):
         begin, last = 0, len(one.rows) - 1
         with _surroundings.restored(one.around):
-            for m, (microbatch, rows) in enumerate(zip(one.division.microbatches, one.rows, strict=True)):
+            for m, (microbatch, rows) in enumerate(zip(one.microbatches, one.rows, strict=True)):
                 ran = one.kept
                 if ran is None:
-                    ran = _run(fold, given, buffer, one.division.encoder, microbatch)
+                    ran = _run(fold, given, buffer, one.encoder, microbatch)
                 parts = [None if each is None else compared.rows_of(each, microbatch, begin, rows) for each in own]
                 same = True if ran is one.kept else compared.compared(one, ran, (microbatch, begin), read)
                 _fill(one, ran, parts, same)

@@ -21,6 +21,7 @@ from gradacc import _split, _sums, _tree
 from gradacc._options import Options
 from gradacc._sums import Sums
 from gradacc._sync import Gather
+from gradacc._sync.gather import Union
 from gradacc._through.encoders import Encoded
 
 
@@ -44,7 +45,7 @@ class Whole(NamedTuple):
     """Where the loss is of these rows."""
     own: slice
     """This rank's."""
-    replicated: bool = False
+    replicated: bool
     """Whether every rank evaluates the loss of all."""
 
     def outputs(self, tensors: Sequence[Tensor]) -> Any:
@@ -63,37 +64,28 @@ def of(
     known = _known(encoded)
     tensors = _tensors(encoded)
     size = next((tensor.size(0) for tensor in tensors.values()), 0)
-    keys = [one.key for one in encoded]
+    replicated = gather is not None and not options.rows
+    batch, rebuild = _batch(options, args, dims) if replicated else ({}, lambda _: args)
     if gather is None:
-        if known is None:
-            return None
-        examples, places, pulled = known
-        trees = [_emptied(tree) for tree in examples]
-        rows = slice(0, size)
-        return Whole(
-            keys, trees, places, list(tensors.values()), pulled, args, size, rows if options.rows else None, rows
-        )
-    batch, rebuild = ({}, lambda _: args) if options.rows else _batch(options, args, dims)
-    # A rank without rows has nothing that the others could not tell.
-    own, known = ({**tensors, **batch}, known) if size else ({}, None)
-    found = gather.gather(own, size, 0 if known is None else known[2], known)
+        found = Union(list(tensors.values()), list(tensors), known, slice(0, size))
+    else:
+        # A rank without rows has nothing that the others could not tell.
+        own, known = ({**tensors, **batch}, known) if size else ({}, None)
+        found = gather.gather(own, size, 0 if known is None else known[2], known)
     if found.known is None:
         return None
     examples, places, pulled = found.known
     # Of its own accord a tree tells a rank its structure, which pickled by itself would not know of its classes.
     trees = [_emptied(tree) for tree in examples]
-    outputs = found.tensors[: len(places)]
-    total = outputs[0].size(0)
-    if options.rows:
-        return Whole(keys, trees, places, outputs, pulled, args, size, found.own, found.own)
+    outputs, rest = found.tensors[: len(places)], found.tensors[len(places) :]
     if list(batch) != found.paths[len(places) :]:
         raise ValueError(
             f"{options.name}: the batch of this rank has {list(batch)}, and that of others {found.paths[len(places) :]}. Every "
             "rank's has the same structure, also where it has no examples"
         )
-    return Whole(
-        keys, trees, places, outputs, pulled, rebuild(found.tensors[len(places) :]), total, None, found.own, True
-    )
+    keys = [one.encoder.key for one in encoded]
+    size, rows = outputs[0].size(0) if replicated else size, found.own if options.rows else None
+    return Whole(keys, trees, places, outputs, pulled, rebuild(rest), size, rows, found.own, replicated)
 
 
 def _order(encoded: Sequence[Encoded]) -> tuple[list[tuple[int, int]], int]:
@@ -182,25 +174,18 @@ def own(whole: Whole, stage: Stage, grads: list[Tensor | None], gather: Gather |
         return Stage(stage.value, sums, pulled.cotangents, None)
     # A copy: those of the other ranks are given up.
     cotangents = [None if each is None else each[whole.own].clone() for each in stage.cotangents]
-    sums = _local(stage.sums, whole.own)
     gather.compare(stage.value)
     if not gather.is_first:
         grads[:] = [None] * len(grads)
-        sums = _nothing(sums)
-    return Stage(stage.value, sums, cotangents, stage.keeps)
+    return Stage(stage.value, _local(stage.sums, whole.own, gather.is_first), cotangents, stage.keeps)
 
 
-def _local(sums: Sums, own: slice) -> Sums:
-    """With this rank's own rows of what is concatenated."""
-    found, rest, pieces = _sums.numbers(sums)
-    return _sums.with_numbers(rest, found, [[piece[own] for piece in each] for each in pieces], sums.weight, sums.unit)
-
-
-def _nothing(sums: Sums) -> Sums:
-    """The same kinds, of nothing."""
-    found, rest, pieces = _sums.numbers(sums)
-    zeros = [_zero(number) for number in found]
-    return _sums.with_numbers(rest, zeros, pieces, _zero(sums.weight), sums.unit)
+def _local(sums: Sums, own: slice, counts: bool) -> Sums:
+    """With this rank's own rows of what is concatenated; the rest of nothing, unless it ``counts``."""
+    (found, rest, pieces), weight = _sums.numbers(sums), sums.weight
+    if not counts:
+        found, weight = [_zero(number) for number in found], _zero(weight)
+    return _sums.with_numbers(rest, found, [[piece[own] for piece in each] for each in pieces], weight, sums.unit)
 
 
 def _zero(number: Any) -> Any:
