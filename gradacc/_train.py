@@ -129,14 +129,11 @@ def train_step(
             )
         _check_inside(known, state.opt_state, kwargs)
         scale = _scale(known, state.opt_state, takes, kwargs)
-        start = state.params if _where.transforming() else _tree.map_tensors(_without_graph, state.params)
+        start, carry = _without_graph(state.params), state.carry
         named: dict[str, Any] = {} if scale is None else {"loss_scale": scale}
-        carry, has_carry = (
-            state.carry,
-            not (state.carry is None or (isinstance(state.carry, tuple) and not state.carry)),
-        )
+        has_carry = not (carry is None or (isinstance(carry, tuple) and not carry))
         if has_carry:
-            named["carry"] = carry if _where.transforming() else _tree.map_tensors(_without_graph, carry)
+            named["carry"] = _without_graph(carry)
         results = grad_fn(start, batch, *args, **named, **kwargs)
         if has_carry:
             results, carry = _split_carry(results)
@@ -164,7 +161,7 @@ def _update(
     grads, value, aux, dropped = _split_result(results)
     loss, told = _of_value(value, scale)
     metrics = {"loss": loss, "grad_norm": _norm(how.who, grads, scale), **told}
-    judged = {"loss": _of_value(value, None)[0]} if optimizer.takes_loss else {}
+    judged = {"loss": _mean.value_of(value)} if optimizer.takes_loss else {}
     if aux is not None:
         metrics["aux"] = aux
     if dropped is not None:
@@ -185,12 +182,14 @@ def _update(
     return params, opt_state, metrics
 
 
-def _without_graph(leaf: Tensor) -> Tensor:
-    """A parameter that a step begins with: those that a module holds are leaves that require grad, and training ends there.
+def _without_graph(tree: Any) -> Any:
+    """What a step begins with: parameters that a module holds are leaves that require grad, and training ends there.
 
     Others are results of a step that is itself differentiated (with respect to its learning rate, say).
     """
-    return leaf.detach() if leaf.requires_grad and leaf.is_leaf else leaf
+    if _where.transforming():
+        return tree
+    return _tree.map_tensors(lambda leaf: leaf.detach() if leaf.requires_grad and leaf.is_leaf else leaf, tree)
 
 
 _UNSCALED = (
@@ -290,15 +289,14 @@ def _of_value(value: Any, scale: Tensor | None) -> tuple[Tensor, dict[str, Any]]
     def unscaled(loss: Tensor) -> Tensor:
         return loss if scale is None else loss / _scalars.beside(scale, loss)
 
+    told: dict[str, Any] = {}
+    loss = unscaled(_mean.value_of(value))
     if isinstance(value, Tensor):
-        return unscaled(value), {}
-    if isinstance(value, Mean):
-        return unscaled(value.value), {"weight": _weight(value)}
+        return loss, told
     means, treedef = _mean.flatten(value)
-    return unscaled(_mean.value_of(value)), {
-        "terms": _tree.unflatten(treedef, [unscaled(mean.value) for mean in means]),
-        "weight": _tree.unflatten(treedef, [_weight(mean) for mean in means]),
-    }
+    if not isinstance(value, Mean):
+        told["terms"] = _tree.unflatten(treedef, [unscaled(mean.value) for mean in means])
+    return loss, {**told, "weight": _tree.unflatten(treedef, [_weight(mean) for mean in means])}
 
 
 def _weight(value: Mean) -> Tensor:
