@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils.checkpoint import CheckpointFunction
 
 _LEAF: Any = torch._C._functions.AccumulateGrad  # type: ignore[attr-defined]  # the node of a leaf
@@ -26,6 +26,12 @@ def nodes(roots: Iterable[Node | None]) -> dict[Node, int]:
                     stack.append(parent)
                 uses[parent] = count + 1
     return uses
+
+
+def now(leaf: Tensor) -> int:
+    """The number that the next node has at least, as autograd numbers them; ``leaf``: any that requires grad."""
+    with torch.enable_grad():
+        return get_gradient_edge(leaf.view_as(leaf)).node._sequence_nr()
 
 
 def leaves(nodes: Iterable[Node]) -> list[Tensor]:

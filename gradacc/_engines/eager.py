@@ -113,9 +113,7 @@ def forward(buffer: Buffer, loss: Callable[[Sequence[Tensor]], Outcome]) -> tupl
     if not buffer.arrived:
         # Of later micro-batches of a call, the parameters' memory tells enough.
         _closed.mark(leaves)
-    with torch.enable_grad():
-        # Autograd numbers its nodes.
-        since = get_gradient_edge(leaves[0].view_as(leaves[0])).node._sequence_nr()
+    since = _graph.now(leaves[0])
     # Torch counts the hooks that it has ever been given.
     hooks = RemovableHandle.next_id
     with torch.enable_grad(), _closed.seeing() as seen:

@@ -31,20 +31,13 @@ import torch
 import torch.utils._pytree as torch_pytree
 from torch import Tensor
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
 from gradacc import _tree
 
 Edge = tuple[Node, int]
 """A node, and which of its results."""
-
-
-def now() -> int:
-    """The number that the next node has at least."""
-    with torch.enable_grad():
-        probe = torch.zeros((), requires_grad=True)
-        return get_gradient_edge(probe.view_as(probe)).node._sequence_nr()
 
 
 def graph(roots: Iterable[Node], since: int) -> tuple[dict[Node, int], list[Edge]]:
@@ -163,7 +156,7 @@ def replacing(
     What the function returns no mode sees: it is to go through the function that is yielded.
     """
     if not tensors and wanted is None:
-        yield _as_it_is
+        yield lambda tensor: tensor
         return
     table = {id(tensor): leaf for tensor, leaf in zip(tensors, leaves, strict=True)}
     own = {id(leaf) for leaf in leaves}
@@ -200,10 +193,6 @@ def again(replacements: Replacements) -> Iterator[None]:
         for tensors, leaves in replacements:
             stack.enter_context(replacing(tensors, leaves))
         yield
-
-
-def _as_it_is(tensor: Tensor) -> Tensor:
-    return tensor
 
 
 def seen(func: Callable[..., Any], replace: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
