@@ -104,9 +104,7 @@ def connect(name: str, call: Call, results: Any, closed: Iterable[Tensor], run: 
         numbers = {i: _number(leaf) for i, leaf in enumerate(leaves) if i >= value and _is_number(leaf)}
         function = _again(name, call, run, places, (value, numbers))
     connected: Any = Connection.apply(function, len(tensors), outputs, *tensors, *others)  # type: ignore[no-untyped-call]  # torch's
-    for i, leaf in zip(places, connected, strict=True):
-        leaves[i] = leaf
-    return _tree.unflatten(treedef, leaves)
+    return _tree.unflatten(treedef, _tree.placed(leaves, places, connected))
 
 
 class Connection(torch.autograd.Function):
@@ -127,15 +125,11 @@ class Connection(torch.autograd.Function):
         wanted = [i for i, needed in enumerate(ctx.needs_input_grad[3:][: ctx.count]) if needed]
         pulled = pullback(ctx.function, ctx.count, others, given, wanted)
         arguments = [*tensors, *(cotangents[i] for i in given)]
-        if not torch.is_grad_enabled() or functorch_is_active():  # (vectorized derivatives are connected by themselves)
+        if functorch_is_active():  # (vectorized derivatives are connected by themselves)
             found: Any = pulled(arguments)
         else:
-            with torch.no_grad():
-                numbers = pulled(arguments)
-            found = Connection.apply(pulled, len(arguments), numbers, *arguments, *others)  # type: ignore[no-untyped-call]  # torch's
-        grads = [None] * ctx.count
-        for i, grad in zip(wanted, found, strict=False):
-            grads[i] = grad
+            found = derivatives(pulled, arguments, others, lambda: pulled(arguments))
+        grads = _tree.placed([None] * ctx.count, wanted, found[: len(wanted)])
         return None, None, None, *grads, *found[len(wanted) :]
 
 
@@ -173,19 +167,31 @@ def pullback(
     return pulled
 
 
+def derivatives(
+    pulled: Function, arguments: Sequence[Tensor], others: Sequence[Tensor], compute: Callable[[], Sequence[Any]]
+) -> Any:
+    """``compute()``, which are ``pulled(arguments)``; connected with ``create_graph``: NOTE [derivatives of a second run]."""
+    with torch.no_grad():
+        found: Any = compute()
+    if torch.is_grad_enabled():
+        found = Connection.apply(pulled, len(arguments), found, *arguments, *others)  # type: ignore[no-untyped-call]  # torch's
+    return found
+
+
 def _again(
     name: str, call: Call, run: Callable[..., Any], places: Sequence[int], seen: tuple[int, dict[int, Any]]
 ) -> Function:
     """The call as a function of its tensors; ``seen``: which leaf of the results is the value, and what numbers there were."""
-    moves = [isinstance(leaf, Tensor) and not leaf.is_inference() for leaf in call.leaves]
-    kept = [None if moved else leaf for leaf, moved in zip(call.leaves, moves, strict=True)]
+    moved = [n for n, leaf in enumerate(call.leaves) if isinstance(leaf, Tensor) and not leaf.is_inference()]
+    kept = _tree.placed(call.leaves, moved, [None] * len(moved))
     treedef, around, (value, before) = call.treedef, call.surroundings, seen
     assert treedef is not None
     assert around is not None
 
     def again(tensors: Sequence[Tensor]) -> Sequence[Any]:
-        left = iter(tensors)
-        leaves = [next(left) if moved else _without_inference(leaf) for leaf, moved in zip(kept, moves, strict=True)]
+        # An inference tensor can neither be saved nor take part in a graph; a copy can.
+        copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in kept]
+        leaves = _tree.placed(copies, moved, tensors)
         with _surroundings.restored(around), inside_a_loss():
             results = _tree.flatten(run(*_tree.unflatten(treedef, leaves)))[0]
         for i, number in before.items():
@@ -229,8 +235,3 @@ def _refusal(message: str) -> Function:
         raise RuntimeError(message)
 
     return refuse
-
-
-def _without_inference(leaf: Any) -> Any:
-    """An inference tensor can neither be saved nor take part in a graph; a copy can."""
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf

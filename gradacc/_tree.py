@@ -134,6 +134,14 @@ def broadcast_prefix(
     ]
 
 
+def placed(leaves: Iterable[Any], places: Iterable[int], values: Iterable[Any]) -> list[Any]:
+    """``leaves``, with ``values`` in these places."""
+    found = list(leaves)
+    for place, value in zip(places, values, strict=True):
+        found[place] = value
+    return found
+
+
 def map_tensors(func: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """The same tree with ``func`` of every tensor; other leaves stay."""
     leaves, treedef = flatten(tree)

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from gradacc._pieces import join, outputs
@@ -19,9 +20,9 @@ def run(
     before: Callable[[int], None] | None = None,
     checkpoints: bool = False,
 ) -> tuple[list[Any], outputs.Output]:
-    """All pieces, then all of them together: a pure function of the sources. ``before`` is called before each, with its number.
+    """All pieces, then all of them together: a pure function of the sources. And the output of the first piece.
 
-    ``checkpoints``: each piece is one, that a compiler understands.
+    ``before`` is called before each, with its number. ``checkpoints``: each piece is one, that a compiler understands.
     """
     returned, places = [], []
     for index, piece in enumerate(of.parts):
@@ -30,7 +31,18 @@ def run(
         own = functools.partial(called, func, piece, of.sources)
         returned.append(checkpoint(own, use_reentrant=False) if checkpoints else own())
         places.append(outputs.Place(index, piece.size, of.total, of.number, piece.order))
-    return join.together(outs, returned, places)
+    flat = [outputs.flatten(output) for output in returned]
+    for other in flat:
+        outputs.check_alike(outs, flat[0], other)
+    shares = join.examples(places)
+    values = [
+        join.whole(outs, leaf, [output.leaves[i] for output in flat], places, shares)
+        for i, leaf in enumerate(outputs.described(outs, flat[0]))
+    ]
+    if len(flat) == 1:
+        # Its output may be in the caller's memory.
+        values = [value.clone() if isinstance(value, Tensor) else value for value in values]
+    return values, flat[0]
 
 
 def called(func: Callable[..., Any], piece: Piece, sources: Sequence[Any]) -> Any:

@@ -26,6 +26,7 @@ NOTE [what a backward pass of a transform keeps]
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +35,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from gradacc import _dtypes, _surroundings
+from gradacc import _dtypes, _surroundings, _tree
 from gradacc._pieces import closed, composite, join, outputs
 from gradacc._pieces.divide import Piece, Pieces
 
@@ -59,11 +60,7 @@ class _Plan:
 
 
 class _ClosesOverError(BaseException):
-    """The function closes over something that is no input, in this piece. Not for the function to catch."""
-
-    def __init__(self, piece: int) -> None:
-        super().__init__()
-        self.piece = piece
+    """The function closes over something that is no input, in the piece of this number. Not for the function to catch."""
 
 
 _ATTEMPTS = 4
@@ -75,8 +72,7 @@ def run(func: Callable[..., Any], of: Pieces, outs: outputs.Outs) -> Any:
     of = of._replace(parts=list(of.parts))
     if _forward_levels() > 1 or not outputs.is_of_ways(outs.out):
         # Torch's own nodes give zeros for forward over forward; and what a reducer closes over is met behind the pieces.
-        values, first = composite.run(func, of, outs)
-        return outputs.unflatten(values, first)
+        return outputs.unflatten(*composite.run(func, of, outs))
     tensors = [n for n, leaf in enumerate(of.sources) if isinstance(leaf, Tensor)]
     given = [of.sources[n] for n in tensors]
     around = _surroundings.of(given)
@@ -87,16 +83,13 @@ def run(func: Callable[..., Any], of: Pieces, outs: outputs.Outs) -> Any:
             results = _Node.apply(plan, *given, *plan.closed)  # type: ignore[no-untyped-call]  # torch's
         except _ClosesOverError as error:
             _surroundings.rewind(around)
-            plan.closed += _closed_over(plan, of, error.piece)
+            plan.closed += _closed_over(plan, of, *error.args)
             _surroundings.rewind(around)
             continue
         assert plan.first is not None
-        left = iter(results)
-        return outputs.unflatten(
-            [next(left) if isinstance(value, Tensor) else value for value in plan.values], plan.first
-        )
-    values, first = composite.run(func, of, outs)
-    return outputs.unflatten(values, first)
+        places = [i for i, value in enumerate(plan.values) if isinstance(value, Tensor)]
+        return outputs.unflatten(_tree.placed(plan.values, places, results), plan.first)
+    return outputs.unflatten(*composite.run(func, of, outs))
 
 
 class _Node(torch.autograd.Function):
@@ -106,13 +99,13 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(plan: _Plan, *tensors: Tensor) -> Any:
-        at = [0]
+        begun: list[int] = []
 
         def refuse(_: Tensor) -> Tensor:
-            raise _ClosesOverError(at[0])
+            raise _ClosesOverError(begun[-1])
 
         with closed.meeting(tensors, refuse) as meet:
-            values, plan.first = _whole(plan, tensors, lambda piece: at.__setitem__(0, piece), meet)
+            values, plan.first = _whole(plan, tensors, begun.append, meet)
         results = [value for value in values if isinstance(value, Tensor)]
         plan.first = plan.first._replace(leaves=[0] * len(plan.first.leaves))
         plan.values = [value if not isinstance(value, Tensor) else value.new_empty(()) for value in values]
@@ -132,25 +125,17 @@ class _Node(torch.autograd.Function):
         needed = [n for n, tensor in enumerate(tensors) if ctx.needs_input_grad[n + 1] and _dtypes.is_inexact(tensor)]
         # NOTE [what a backward pass of a transform keeps]
         pulled = functools.partial(_pulled, plan, needed, len(tensors))
-        if _pushes_forward():
+        if _forward_levels() > 0:
+            # Vectorized, forward mode does not take a second Function.
             found: Any = pulled([*tensors, *cotangents])
         else:
             found = _Pulled.apply(pulled, *tensors, *cotangents)  # type: ignore[no-untyped-call]  # torch's
-        results: list[Tensor | None] = [None] * len(tensors)
-        for n, grad in zip(needed, found, strict=True):
-            results[n] = grad
-        return None, *results
+        return None, *_tree.placed([None] * len(tensors), needed, found)
 
     @staticmethod
     def jvp(ctx: Any, _: None, *tangents: Tensor | None) -> Any:
         plan = ctx.plan
-
-        def function(tensors: Sequence[Tensor]) -> list[Tensor]:
-            with _surroundings.restored(plan.around):
-                values, _ = _whole(plan, tensors)
-            return [value for value in values if _is_inexact(value)]
-
-        found = iter(_pushed(function, ctx.saved_for_forward, tangents))
+        found = iter(_pushed(functools.partial(_inexact, plan), ctx.saved_for_forward, tangents))
         return tuple(next(found) if _is_inexact(value) else None for value in plan.values if isinstance(value, Tensor))
 
 
@@ -172,22 +157,12 @@ class _Pulled(torch.autograd.Function):
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         tensors = ctx.saved_tensors
         needed = [n for n, tensor in enumerate(tensors) if ctx.needs_input_grad[n + 1] and _dtypes.is_inexact(tensor)]
-
-        def function(some: list[Tensor]) -> Tensor:
-            return _product(ctx.function(_with(tensors, needed, some)), cotangents)
-
-        results: list[Tensor | None] = [None] * len(tensors)
-        for n, grad in zip(needed, _gradient(function, [tensors[n] for n in needed]), strict=True):
-            results[n] = grad
-        return None, *results
-
-
-def _pushes_forward() -> bool:
-    """Whether forward-mode differentiation is active, at any level; vectorized, it does not take a second ``Function``."""
-    return _forward_levels() > 0
+        grads = _pullback(ctx.function, tensors, needed, cotangents)
+        return None, *_tree.placed([None] * len(tensors), needed, grads)
 
 
 def _forward_levels() -> int:
+    """How many levels of forward-mode differentiation are active."""
     stack = torch._C._functorch.get_interpreter_stack() or []
     jvps = sum(each.key() == torch._C._functorch.TransformType.Jvp for each in stack)
     return max(jvps, forward_ad._current_level + 1)
@@ -201,7 +176,7 @@ def _pushed(
     """The Jacobian-vector product."""
     moved = [n for n, tangent in enumerate(tangents) if tangent is not None and _dtypes.is_inexact(tensors[n])]
     primals, directions = tuple(tensors[n] for n in moved), tuple(tangents[n] for n in moved)
-    found: Any = torch.func.jvp(lambda *some: tuple(function(_with(tensors, moved, some))), primals, directions)
+    found: Any = torch.func.jvp(lambda *some: tuple(function(_tree.placed(tensors, moved, some))), primals, directions)
     result: Sequence[Tensor] = found[1]
     return result
 
@@ -211,20 +186,10 @@ def _is_inexact(value: Any) -> bool:
     return isinstance(value, Tensor) and _dtypes.is_inexact(value)
 
 
-def _with(tensors: Sequence[Tensor], places: Sequence[int], some: Sequence[Tensor]) -> list[Tensor]:
-    """``tensors``, with ``some`` in these places."""
-    found = list(tensors)
-    for n, tensor in zip(places, some, strict=True):
-        found[n] = tensor
-    return found
-
-
-def _filled(plan: _Plan, tensors: Sequence[Tensor]) -> tuple[Pieces, list[Tensor]]:
-    """The call with these tensors, and what stands for what it closes over."""
-    sources = list(plan.of.sources)
-    for n, tensor in zip(plan.tensors, tensors, strict=False):
-        sources[n] = tensor
-    return plan.of._replace(sources=sources), list(tensors[len(plan.tensors) :])
+def _filled(plan: _Plan, tensors: Sequence[Tensor]) -> tuple[list[Any], list[Tensor]]:
+    """The sources with these tensors, and what stands for what the function closes over."""
+    count = len(plan.tensors)
+    return _tree.placed(plan.of.sources, plan.tensors, tensors[:count]), list(tensors[count:])
 
 
 def _whole(
@@ -233,59 +198,61 @@ def _whole(
     before: Callable[[int], None] | None = None,
     meet: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[list[Any], outputs.Output]:
-    of, aliases = _filled(plan, tensors)
+    sources, aliases = _filled(plan, tensors)
     with closed.replacing(plan.closed, aliases) as replace:
         func = closed.seen(plan.func, replace)
-        return composite.run(func if meet is None else closed.seen(func, meet), of, plan.outs, before)
+        func = func if meet is None else closed.seen(func, meet)
+        return composite.run(func, plan.of._replace(sources=sources), plan.outs, before)
+
+
+def _inexact(plan: _Plan, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Those of the result that have a derivative, run again."""
+    with _surroundings.restored(plan.around):
+        values, _ = _whole(plan, tensors)
+    return [value for value in values if _is_inexact(value)]
 
 
 def _pulled(plan: _Plan, needed: list[int], count: int, given: Sequence[Tensor]) -> list[Tensor]:
     """The vector-Jacobian product, of one piece after another; ``given``: ``count`` inputs, and cotangents."""
-    with _surroundings.restored(plan.around):
-        return _pulled_by_pieces(plan, given[:count], needed, given[count:])
-
-
-def _pulled_by_pieces(
-    plan: _Plan, tensors: Sequence[Tensor], needed: list[int], cotangents: Sequence[Tensor]
-) -> list[Tensor]:
-    of, _ = _filled(plan, tensors)
     assert plan.first is not None
+    of, tensors, left = plan.of, given[:count], iter(given[count:])
     leaves = outputs.described(plan.outs, plan.first)
-    left = iter(cotangents)
-    all_given = {i: next(left) for i, value in enumerate(plan.values) if isinstance(value, Tensor)}
-    given = {i: cotangent for i, cotangent in all_given.items() if _is_inexact(plan.values[i])}
-    if any(not join.is_linear(leaves[i]) for i in given):
-        return _pulled_whole(plan, tensors, needed, list(given.values()))
+    every = {i: next(left) for i, value in enumerate(plan.values) if isinstance(value, Tensor)}
+    wanted = {i: cotangent for i, cotangent in every.items() if _is_inexact(plan.values[i])}
     places = [outputs.Place(n, piece.size, of.total, of.number, piece.order) for n, piece in enumerate(of.parts)]
-    shares, before = join.examples(places), [0] * len(leaves)
+    cotangents = join.Cotangents(leaves, wanted, join.examples(places))
+    split = {source: dim for piece in of.parts for source, dim in piece.picks}
+    dims = [split.get(plan.tensors[n]) if n < len(plan.tensors) else None for n in needed]
     sums: list[Any] = [None] * len(needed)
-    dims = {source: dim for piece in of.parts for source, dim in piece.picks}
-    for piece, place in zip(of.parts, places, strict=True):
-        grads, lengths = _pulled_piece(plan, piece, tensors, needed, (given, leaves, place, before, shares))
-        before = [sofar + length for sofar, length in zip(before, lengths, strict=True)]
-        for k, grad in enumerate(grads):
-            n = needed[k]
-            if n < len(plan.tensors) and dims.get(plan.tensors[n]) is not None:
-                sums[k] = [*(sums[k] or []), grad]
-            else:
-                wide = grad.to(_dtypes.dtypes(plan.outs.dtype, [grad])[0][0])
-                sums[k] = wide if sums[k] is None else sums[k] + wide
-    return [
-        torch.cat(total, dims[plan.tensors[n]]) if isinstance(total, list) else total.to(tensors[n].dtype)  # type: ignore[arg-type]  # of what is split it is an int
-        for n, total in zip(needed, sums, strict=True)
-    ]
+    with _surroundings.restored(plan.around):
+        if not all(join.is_linear(leaves[i]) for i in wanted):
+            return _pullback(functools.partial(_inexact, plan), tensors, needed, list(wanted.values()))
+        for piece, place in zip(of.parts, places, strict=True):
+            grads = _pulled_piece(plan, piece, tensors, needed, functools.partial(cotangents.of, place=place))
+            for k, (dim, grad) in enumerate(zip(dims, grads, strict=True)):
+                if dim is not None:
+                    sums[k] = [*(sums[k] or []), grad]
+                else:
+                    wide = grad.to(_dtypes.dtypes(plan.outs.dtype, [grad])[0][0])
+                    sums[k] = wide if sums[k] is None else sums[k] + wide
+        return [
+            total.to(tensors[n].dtype) if dim is None else torch.cat(total, dim)
+            for n, dim, total in zip(needed, dims, sums, strict=True)
+        ]
 
 
 def _pulled_piece(
-    plan: _Plan, piece: Piece, tensors: Sequence[Tensor], needed: Sequence[int], at: tuple[Any, ...]
-) -> tuple[Sequence[Tensor], list[int]]:
-    """Of one piece: gradients of its parts of what is needed, and how much of each concatenation it is."""
-    given, leaves, place, before, shares = at
-    of, aliases = _filled(plan, tensors)
-    arguments = piece.leaves(of.sources)
+    plan: _Plan,
+    piece: Piece,
+    tensors: Sequence[Tensor],
+    needed: Sequence[int],
+    cotangents: Callable[[Sequence[Any]], dict[int, Tensor]],
+) -> Sequence[Tensor]:
+    """Of one piece: gradients of its parts of what is needed; ``cotangents``: of what it returns."""
+    sources, aliases = _filled(plan, tensors)
+    arguments = piece.leaves(sources)
     where = {source: at for at, (source, _) in enumerate(piece.picks)}
     picked = [where.get(plan.tensors[n]) if n < len(plan.tensors) else None for n in needed]
-    lengths: list[int] = []
 
     def function(some: list[Tensor]) -> Tensor:
         own, replaced = list(arguments), list(aliases)
@@ -296,31 +263,26 @@ def _pulled_piece(
                 replaced[n - len(plan.tensors)] = tensor
         with closed.replacing(plan.closed, replaced) as replace:
             output = outputs.flatten(piece.call(closed.seen(plan.func, replace), own), torch.zeros_like)
-        lengths.extend(join.length(leaf, value) for leaf, value in zip(leaves, output.leaves, strict=True))
-        # What a piece without examples returned may be NaN, and so would be 0 times its derivative.
-        results = [
-            torch.zeros_like(output.leaves[i]) if join.is_nothing(leaves[i], place) else output.leaves[i] for i in given
-        ]
-        cotangents = [
-            join.cotangent(leaves[i], c, value, (place, before[i], shares))
-            for (i, c), value in zip(given.items(), results, strict=True)
-        ]
-        return _product(results, cotangents)
+        given = cotangents(output.leaves)
+        return _product([output.leaves[i] for i in given], list(given.values()))
 
-    some = [arguments[at] if at is not None else tensors[n] for n, at in zip(needed, picked, strict=True)]
-    return _gradient(function, some), lengths
+    return _gradient(
+        function, [arguments[at] if at is not None else tensors[n] for n, at in zip(needed, picked, strict=True)]
+    )
 
 
-def _pulled_whole(
-    plan: _Plan, tensors: Sequence[Tensor], needed: list[int], cotangents: Sequence[Tensor]
+def _pullback(
+    function: Callable[[Sequence[Tensor]], Sequence[Tensor]],
+    tensors: Sequence[Tensor],
+    needed: Sequence[int],
+    cotangents: Sequence[Tensor],
 ) -> list[Tensor]:
-    """Of a result that is not linear in its pieces."""
+    """The vector-Jacobian product, by the needed ones of its arguments."""
 
-    def function(some: list[Tensor]) -> Tensor:
-        values, _ = _whole(plan, _with(tensors, needed, some))
-        return _product([value for value in values if _is_inexact(value)], cotangents)
+    def product(some: list[Tensor]) -> Tensor:
+        return _product(function(_tree.placed(tensors, needed, some)), cotangents)
 
-    return _gradient(function, [tensors[n] for n in needed])
+    return _gradient(product, [tensors[n] for n in needed])
 
 
 def _product(values: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Tensor:
@@ -330,10 +292,7 @@ def _product(values: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Tensor:
         for value, cotangent in zip(values, cotangents, strict=True)
     ]
     reals = [term.real if term.is_complex() else term for term in terms]
-    total = reals[0]
-    for term in reals[1:]:
-        total = total + term
-    return total
+    return functools.reduce(operator.add, reals) if reals else torch.zeros(())
 
 
 def _gradient(function: Callable[[list[Tensor]], Tensor], some: list[Tensor]) -> list[Tensor]:

@@ -25,10 +25,8 @@ class Gradients:
         self.dtype = dtype
         self.sums: dict[Key, Tensor] = {}
         """Of what every piece has whole, in the accumulators' dtype."""
-        self.parts: dict[Key, tuple[Tensor, int]] = {}
-        """Of what is split: all of it, and the dimension."""
-        self.filled: dict[Key, list[tuple[int, int]]] = {}
-        """Where there is something in it: offset and size."""
+        self.parts: dict[Key, tuple[Tensor, int, list[tuple[int, int]]]] = {}
+        """Of what is split: all of it, the dimension, and where there is something in it: offset and size."""
 
     def add(self, ran: Ran, piece: Piece, sources: Sequence[Any], cotangents: Mapping[int, Tensor | None]) -> None:
         """A piece's: the vector-Jacobian product with ``cotangents``, by the number of the leaf of the output."""
@@ -48,9 +46,11 @@ class Gradients:
         for at, n in enumerate(rest):
             (key, leaf, dim), grad = ran.inputs[n], grads[at]
             grads[at] = None
-            if grad is not None and dim is None:
+            if grad is None:
+                continue
+            if dim is None:
                 self._sum(key, leaf, grad)
-            elif grad is not None:
+            else:
                 self._put(key, sources[key[1]], (dim, piece), grad)
         for at, (n, use) in enumerate(uses, len(rest)):
             buffer, grad = buffers[n], grads[at]
@@ -68,8 +68,8 @@ class Gradients:
     def take(self, key: Key, like: Tensor, factor: Tensor | None = None, keep: bool = False) -> Tensor | None:
         """An input's, times ``factor``, in its dtype; it is given up, unless it is to be kept."""
         if key in self.parts:
-            grad, dim = self.parts[key]
-            self._fill(grad, dim, self.filled[key])
+            grad, dim, filled = self.parts[key]
+            self._fill(grad, dim, filled)
         elif key in self.sums:
             grad = self.sums[key]
         else:
@@ -101,10 +101,11 @@ class Gradients:
         """A piece's part of a gradient in its place."""
         dim, piece = place
         if key not in self.parts:
-            self.parts[key], self.filled[key] = (torch.empty_like(source, requires_grad=False), dim), []
+            self.parts[key] = torch.empty_like(source, requires_grad=False), dim, []
         assert piece.size is not None
-        self.parts[key][0].narrow(dim, piece.offset, piece.size).copy_(grad)
-        self.filled[key].append((piece.offset, piece.size))
+        whole, _, filled = self.parts[key]
+        whole.narrow(dim, piece.offset, piece.size).copy_(grad)
+        filled.append((piece.offset, piece.size))
 
     @staticmethod
     def _fill(grad: Tensor, dim: int, filled: list[tuple[int, int]]) -> None:

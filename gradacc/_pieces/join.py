@@ -22,7 +22,7 @@ pass. Sums are made in what `accumulate` sums in (float32 for half precision, in
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -31,7 +31,7 @@ from torch import Tensor
 from gradacc import _dtypes, _order, _tree
 from gradacc._describe import describe
 from gradacc._parts import widened
-from gradacc._pieces.outputs import Leaf, Output, Outs, Place, check_alike, check_leaf, described, flatten, is_reducer
+from gradacc._pieces.outputs import Leaf, Outs, Place, check_leaf, is_reducer
 
 
 def is_linear(leaf: Leaf) -> bool:
@@ -47,21 +47,6 @@ def is_nothing(leaf: Leaf, place: Place) -> bool:
 def examples(places: Sequence[Place]) -> float:
     """What shares add up to."""
     return 1.0 if places[0].total is not None else sum(place.share for place in places)
-
-
-def together(outs: Outs, outputs: Sequence[Any], places: Sequence[Place]) -> tuple[list[Any], Output]:
-    """All pieces at once: the leaves of the result, and the output of the first piece."""
-    flat = [flatten(output) for output in outputs]
-    first = flat[0]
-    for other in flat[1:]:
-        check_alike(outs, first, other)
-    leaves = described(outs, first)
-    shares = examples(places)
-    values = [whole(outs, leaf, [output.leaves[i] for output in flat], places, shares) for i, leaf in enumerate(leaves)]
-    if len(flat) == 1:
-        # Its output may be in the caller's memory.
-        values = [value.clone() if isinstance(value, Tensor) else value for value in values]
-    return values, first
 
 
 class State(NamedTuple):
@@ -109,9 +94,10 @@ def total(outs: Outs, leaf: Leaf, state: State, value: Any, examples: float) -> 
     if leaf.out in ("concat", "stack"):
         if not isinstance(value, Tensor):
             return _numbers(outs, leaf, state.pieces)
-        rest = state.value if state.value is None else state.value.narrow(_dim(leaf, value), 0, state.filled)
-        if rest is None or state.filled < state.value.size(_dim(leaf, value)):
-            return _joined([*([] if rest is None else [rest]), *state.pieces], _dim(leaf, value))
+        dim = _dim(leaf, value)
+        if state.value is None or state.pieces or state.filled < state.value.size(dim):
+            filled = [] if state.value is None else [state.value.narrow(dim, 0, state.filled)]
+            return _joined([*filled, *state.pieces], dim)
         return state.value
     if is_reducer(leaf.out):
         return _reduced_by(outs, leaf, leaf.out.finalize(state.value))
@@ -143,24 +129,37 @@ def whole(outs: Outs, leaf: Leaf, values: Sequence[Any], places: Sequence[Place]
     return _finished(outs, leaf, _reduced(leaf, terms), values[0], examples)
 
 
-def cotangent(leaf: Leaf, whole: Tensor, value: Tensor, at: tuple[Place, int, float]) -> Tensor:
-    """Of a linear leaf of one piece: the table in this module's docstring.
+class Cotangents:
+    """Of one piece after another: the table in this module's docstring, of linear leaves."""
 
-    ``at``: its place, how much of the result earlier pieces are, what all shares add up to.
-    """
-    place, before, examples = at
-    if leaf.out == "concat":
-        dim = _dim(leaf, value)
-        if place.order is not None:
-            return _order.taken(whole, place.order, dim)
-        return whole.narrow(dim, before, value.size(dim))
-    if leaf.out == "stack":
-        return whole.select(_stack_dim(leaf, value), place.piece)
-    if is_nothing(leaf, place):
-        whole = torch.zeros_like(whole)
-    elif leaf.out == "mean":
-        whole = whole * (place.share / examples)
-    return whole.to(value.dtype)
+    def __init__(self, leaves: Sequence[Leaf], given: Mapping[int, Tensor], examples: float) -> None:
+        """``given``: those of the result, by the number of the leaf; ``examples``: what all shares add up to."""
+        self.leaves, self.given, self.examples = leaves, given, examples
+        self.before = dict.fromkeys(given, 0)
+        """How much of each concatenation earlier pieces are."""
+
+    def of(self, values: Sequence[Any], place: Place) -> dict[int, Tensor]:
+        """Of the next piece, which returned these leaves, but for those of nothing."""
+        found = {}
+        for i, whole in self.given.items():
+            leaf, value = self.leaves[i], values[i]
+            if isinstance(value, Tensor) and not is_nothing(leaf, place):
+                found[i] = self._of(leaf, whole, value, (place, self.before[i]))
+            self.before[i] += length(leaf, value)
+        return found
+
+    def _of(self, leaf: Leaf, whole: Tensor, value: Tensor, at: tuple[Place, int]) -> Tensor:
+        place, before = at
+        if leaf.out == "concat":
+            dim = _dim(leaf, value)
+            if place.order is not None:
+                return _order.taken(whole, place.order, dim)
+            return whole.narrow(dim, before, value.size(dim))
+        if leaf.out == "stack":
+            return whole.select(_stack_dim(leaf, value), place.piece)
+        if leaf.out == "mean":
+            whole = whole * (place.share / self.examples)
+        return whole.to(value.dtype)
 
 
 def length(leaf: Leaf, value: Any) -> int:

@@ -20,15 +20,16 @@ NOTE [derivatives of derivatives]
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 from weakref import ref
 
 import torch
 from torch import Tensor
 
-from gradacc import _connect, _surroundings, _where
+from gradacc import _connect, _surroundings, _tree, _where
 from gradacc._options import Backward
 from gradacc._pieces import closed, composite, held, join, outputs, pull
 from gradacc._pieces.divide import Piece, Pieces
@@ -81,8 +82,7 @@ def results(func: Callable[..., Any], joined: Joined, backward: Backward) -> lis
             output = outputs.detached(outputs.flatten(composite.called(func, piece, of.sources)))
             joined.add(output, piece.size, piece.order)
             # Nothing is kept of an iterable's pieces.
-            for source, _ in piece.picks if of.total is None else ():
-                of.sources[source] = None if source >= shared else of.sources[source]
+            del of.sources[shared:]
         return joined.results()
     around = _surroundings.of([leaf for leaf in of.sources if isinstance(leaf, Tensor)])
     fold = Fold(Call(joined.outs.name, func), joined, backward)
@@ -147,9 +147,7 @@ def _connected(fold: Fold, results: list[Any], around: _surroundings.Surrounding
     outputs: Any = _Pieces.apply(  # type: ignore[no-untyped-call]  # torch's
         plan, saved, kept, [results[i] for i in differentiable], *(tensor for _, tensor in inputs)
     )
-    for i, output in zip(differentiable, outputs, strict=True):
-        results[i] = output
-    return results
+    return _tree.placed(results, differentiable, outputs)
 
 
 class _Pieces(torch.autograd.Function):
@@ -175,50 +173,33 @@ class _Pieces(torch.autograd.Function):
         tensors, others = inputs[:count], inputs[count:]
         needed = ctx.needs_input_grad[4:]
         wanted = [n for n in range(count) if needed[n]]
-        function = _function(plan, held, count)
         order = [plan.differentiable.index(i) for i in given]
-        pulled = _connect.pullback(function, count, others, order, wanted)
+        pulled = _connect.pullback(_function(plan, held), count, others, order, wanted)
         arguments = [*tensors, *given.values()]
+
+        def compute() -> Sequence[Tensor | None]:
+            grads = _taken(plan, _gradients(plan, held, kept, given), given, inputs)
+            return [*(grads[n] for n in wanted), *grads[count:]]
+
         if _where.functorch_is_active() or any(map(torch._C._functorch.is_legacy_batchedtensor, given.values())):
             found: Any = pulled(arguments)
         else:
-            with torch.no_grad():
-                grads = _gradients(plan, held, kept, given)
-                last = not torch._C._autograd._get_current_graph_task_keep_graph()
-                found = _taken(plan, grads, given, inputs, last)
-            found = [*(found[n] for n in wanted), *found[count:]]
-            if torch.is_grad_enabled():
-                # NOTE [derivatives of derivatives]
-                found = _connect.Connection.apply(pulled, len(arguments), found, *arguments, *others)  # type: ignore[no-untyped-call]  # torch's
-        results = [None] * count
-        for n, grad in zip(wanted, found, strict=False):
-            results[n] = grad
+            # NOTE [derivatives of derivatives]
+            found = _connect.derivatives(pulled, arguments, others, compute)
+        results = _tree.placed([None] * count, wanted, found[: len(wanted)])
         return None, None, None, None, *results, *found[len(wanted) :]
 
 
-def _sources(plan: Plan, held: Sequence[Tensor]) -> list[Any]:
-    """All of them, with the tensors that were kept."""
-    left = iter(held)
-    tensors = set(plan.tensors)
-    return [next(left) if n in tensors else value for n, value in enumerate(plan.sources)]
-
-
-def _function(plan: Plan, held: Sequence[Tensor], count: int) -> _connect.Function:
+def _function(plan: Plan, held: Sequence[Tensor]) -> _connect.Function:
     """The differentiable outputs as a function of the inputs, but for leaves that are closed over."""
+    own = [n for kind, n in plan.inputs if kind == SOURCE]
 
     def function(tensors: Sequence[Tensor]) -> Sequence[Any]:
-        sources, aliases = _sources(plan, held), []
-        for (kind, n), tensor in zip(plan.inputs[:count], tensors, strict=True):
-            if kind == SOURCE:
-                sources[n] = tensor
-            else:
-                aliases.append(tensor)
+        sources = _tree.placed(_tree.placed(plan.sources, plan.tensors, held), own, tensors[: len(own)])
         whole = plan.joined.of._replace(sources=sources, parts=plan.pieces)
-        _check_unchanged(plan)
-        around, inside = _surroundings.restored(plan.around), _inside(plan)
-        with around, inside, closed.again(plan.around_it), closed.replacing(plan.call.replaced, aliases) as replace:
+        with _as_before(plan), closed.replacing(plan.call.replaced, list(tensors[len(own) :])) as replace:
             func = closed.seen(plan.call.func, replace)
-            values, _ = composite.run(func, whole, plan.joined.outs, _rewinding(plan))
+            values, _ = composite.run(func, whole, plan.joined.outs, functools.partial(_rewind, plan))
         return [values[i] for i in plan.differentiable]
 
     return function
@@ -228,28 +209,20 @@ def _gradients(plan: Plan, held: Sequence[Tensor], kept: Sequence[Tensor], given
     """Of the inputs: those that were taken, or those of each piece, run again."""
     if plan.gradients is not None:
         return plan.gradients
-    joined, sources = plan.joined, _sources(plan, held)
+    joined, sources = plan.joined, _tree.placed(plan.sources, plan.tensors, held)
     call = Call(plan.call.name, plan.call.func, plan.call.sources, plan.call.replaced, plan.call.closed, again=True)
-    grads, shares = Gradients(joined.outs.dtype), join.examples(joined.places)
+    grads = Gradients(joined.outs.dtype)
     if not given:
         return grads
-    _check_unchanged(plan)
     of_kept = _of_kept(plan, kept, given)
-    before = [0] * len(joined.leaves)
-    with _surroundings.restored(plan.around), _inside(plan), closed.again(plan.around_it):
-        for piece, place, lengths in zip(plan.pieces, joined.places, joined.lengths, strict=True):
-            if plan.before:
-                _surroundings.rewind(plan.before[place.piece])
+    linear = {i: cotangent for i, cotangent in given.items() if i not in of_kept}
+    cotangents = join.Cotangents(joined.leaves, linear, join.examples(joined.places))
+    with _as_before(plan):
+        for piece, place in zip(plan.pieces, joined.places, strict=True):
+            _rewind(plan, place.piece)
             ran = pull.run(call, piece, sources)
-            own = {}
-            for i, cotangent in given.items():
-                leaf, value = joined.leaves[i], ran.output.leaves[i]
-                if i in of_kept:
-                    own[i] = of_kept[i][place.piece]
-                elif i in ran.roots and not join.is_nothing(leaf, place):
-                    own[i] = join.cotangent(leaf, cotangent, value, (place, before[i], shares))
-            grads.add(ran, piece, sources, {i: cotangent for i, cotangent in own.items() if cotangent is not None})
-            before = [sofar + length for sofar, length in zip(before, lengths, strict=True)]
+            own = {i: each[place.piece] for i, each in of_kept.items()}
+            grads.add(ran, piece, sources, {**own, **cotangents.of(ran.output.leaves, place)})
             del ran
     pull.check_strange(call)
     return grads
@@ -270,42 +243,40 @@ def _of_kept(plan: Plan, kept: Sequence[Tensor], given: dict[int, Tensor]) -> di
     return found
 
 
-def _taken(
-    plan: Plan, grads: Gradients, given: dict[int, Tensor], inputs: Sequence[Tensor], last: bool
-) -> list[Tensor | None]:
+def _taken(plan: Plan, grads: Gradients, given: dict[int, Tensor], inputs: Sequence[Tensor]) -> list[Tensor | None]:
     """For each input its gradient, times the cotangent of the one output where it was taken without."""
-    factor = None
+    factor, keep = None, False
     if plan.gradients is not None:
         if not given:
             return [None] * len(inputs)
         (i,) = given
-        factor = given[i]
+        factor, keep = given[i], torch._C._autograd._get_current_graph_task_keep_graph()
         if plan.joined.leaves[i].out == "mean":
             factor = factor / join.examples(plan.joined.places)
     found = []
     for key, tensor in zip(plan.inputs, inputs, strict=True):
-        grad = grads.take(key, tensor, factor, keep=factor is not None and not last)
+        grad = grads.take(key, tensor, factor, keep)
         # As autograd's own nodes do, of what the graph leads to.
         is_zero = grad is None and key in plan.call.reached
         found.append(torch.zeros_like(tensor) if is_zero else grad)
     return found
 
 
-def _rewinding(plan: Plan) -> Callable[[int], None] | None:
-    """Before each piece, where random numbers of its own are known."""
-    return None if not plan.before else lambda piece: _surroundings.rewind(plan.before[piece])
+def _rewind(plan: Plan, piece: int) -> None:
+    """Before a piece, where random numbers of its own are known."""
+    if plan.before:
+        _surroundings.rewind(plan.before[piece])
 
 
-def _check_unchanged(plan: Plan) -> None:
-    """NOTE [what a second run relies on]"""
+@contextmanager
+def _as_before(plan: Plan) -> Iterator[None]:
+    """As the first run was: NOTE [what a second run relies on]."""
     name = held.changed(plan.held)
     if name is not None:
         raise RuntimeError(
             f"{plan.call.name}: {name}, which func closes over, has changed in place since the forward pass, and the backward "
             "pass runs func again. Pass it as an argument, or change it after the backward pass"
         )
-
-
-def _inside(plan: Plan) -> AbstractContextManager[None]:
-    """In a loss of the eager engine, as the first run was."""
-    return _where.inside_a_loss() if plan.inside else nullcontext()
+    inside = _where.inside_a_loss() if plan.inside else nullcontext()
+    with _surroundings.restored(plan.around), inside, closed.again(plan.around_it):
+        yield

@@ -100,6 +100,13 @@ def test_what_the_whole_would_have_returned(number: int, place: Callable[..., An
     torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
 
 
+def test_rows_that_are_no_examples_are_all_there() -> None:
+    """Where pieces have more rows than there are examples, which the memory of all of them has."""
+    x, rows = _rows(6), iter([2, 4, 1])
+    actual = microbatch(lambda part: part[:1].expand(next(rows), -1), microbatch_size=2)(x)
+    torch.testing.assert_close(actual, x[[0, 0, 2, 2, 2, 2, 4]])
+
+
 @pytest.mark.parametrize("number", [n for n, row in enumerate(TABLE) if row[2] is not len and n not in (5, 6, 11)])
 def test_gradients_of_it(number: int) -> None:
     out, dims, func, expected = TABLE[number]
