@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,28 +15,12 @@ from gradacc._mean import Mean, as_pooled
 WAYS = ("concat", "sum", "mean", "max", "min", "stack")
 
 
-class Reducer(Protocol):
-    """A user's own way to put together one leaf of what pieces returned."""
-
-    @property
-    def init(self) -> Callable[[Any], Any]:
-        """``init(leaf) -> state``: of the first piece's leaf, without having counted it."""
-
-    @property
-    def update(self) -> Callable[[Any, Any], Any]:
-        """``update(state, leaf) -> state``, pure."""
-
-    @property
-    def finalize(self) -> Callable[[Any], Any]:
-        """``finalize(state) -> leaf``"""
-
-
 class Outs(NamedTuple):
     """What a caller says of the output."""
 
     name: str
     out: Any
-    """A pytree prefix of the output: one of `WAYS`, or a `Reducer`."""
+    """A pytree prefix of the output: one of `WAYS`, or a reducer."""
     dims: Any
     """A pytree prefix of the output: ints."""
     dtype: torch.dtype | None
@@ -83,7 +67,7 @@ class Place(NamedTuple):
 
 
 def is_reducer(value: Any) -> bool:
-    """Whether it has a reducer's functions."""
+    """Whether it is a reducer, a way of the caller's own: ``init(leaf)``, ``update(state, leaf)``, ``finalize(state)``."""
     return all(callable(getattr(value, name, None)) for name in ("init", "update", "finalize"))
 
 
@@ -116,15 +100,12 @@ def _without_nothing(mean: Mean, drop: Callable[[Tensor], Tensor] | None) -> Mea
     total, weight = mean.total, mean.weight
     if not isinstance(total, Tensor):
         return mean
-    if not isinstance(weight, Tensor) or (drop is not None and weight.ndim == 0 and _is_free(weight)):
+    if not isinstance(weight, Tensor) or (
+        drop is not None and weight.ndim == 0 and weight.is_cpu and _where.is_readable(weight)
+    ):
         nothing = torch.zeros_like if drop is None else drop
         return mean if weight else Mean(nothing(total), weight)
     return Mean(torch.where(weight == 0, 0, total), weight) if weight.ndim == 0 else mean
-
-
-def _is_free(weight: Tensor) -> bool:
-    """Whether it can be read, for nothing."""
-    return weight.is_cpu and _where.is_readable(weight)
 
 
 def detached(output: Output) -> Output:
@@ -152,20 +133,16 @@ def described(outs: Outs, like: Output) -> list[Leaf]:
     """What becomes of each leaf."""
     output = _tree.unflatten(like.treedef, like.leaves)
     nodes, _ = _tree.flatten(output, is_mean)
-    try:
-        ways = _tree.broadcast_prefix(outs.out, output, is_mean, is_entry)
-    except ValueError as error:
-        raise ValueError(
-            f"{outs.name}: out={outs.out} is not a pytree prefix of what func returned: {error}"
-        ) from error
-    try:
-        dims = _tree.broadcast_prefix(outs.dims, output, is_mean)
-    except ValueError as error:
-        raise ValueError(
-            f"{outs.name}: out_dims={outs.dims} is not a pytree prefix of what func returned: {error}"
-        ) from error
+    each = []
+    for option, prefix in (("out", outs.out), ("out_dims", outs.dims)):
+        try:
+            each.append(_tree.broadcast_prefix(prefix, output, is_mean, is_entry))
+        except ValueError as error:
+            raise ValueError(
+                f"{outs.name}: {option}={prefix} is not a pytree prefix of what func returned: {error}"
+            ) from error
     paths, found = iter(_tree.paths(like.treedef, "output")), []
-    for node, way, dim in zip(nodes, ways, dims, strict=True):
+    for node, way, dim in zip(nodes, *each, strict=True):
         if isinstance(dim, bool) or not isinstance(dim, int):
             raise TypeError(f"{outs.name}: out_dims has {describe(dim)}; an entry is an int")
         if is_mean(node) and way not in ("concat", "sum"):
