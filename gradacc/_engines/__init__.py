@@ -62,18 +62,15 @@ class Engine(Protocol):
     def guard(self) -> AbstractContextManager[None]:
         """The context for everything but the caller's own iterator."""
 
-    def init(self, params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Buffer:
-        """Nothing accumulated, and no memory for it."""
-
-    def resume(
+    def init(
         self,
         params: Sequence[Tensor],
         dtypes: Sequence[torch.dtype],
-        grads: Sequence[Tensor | None],
-        arrived: bool,
-        donated: bool,
+        grads: Sequence[Tensor | None] | None = None,
+        arrived: bool = False,
+        donated: bool = False,
     ) -> Buffer:
-        """Of a state's gradients, which are only changed if they are ``donated``."""
+        """Nothing accumulated, and no memory for it; or a state's ``grads``, which are only changed if they are ``donated``."""
 
     def calling(self, arguments: Any, passes: _left.Call) -> AbstractContextManager[None]:
         """The context of the loss itself, of a call with these arguments beside the parameters.

@@ -71,19 +71,15 @@ def guard() -> AbstractContextManager[None]:
     return torch.inference_mode(False)
 
 
-def init(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Buffer:
-    """Nothing accumulated."""
-    return Buffer([_without_inference(param) for param in params], list(dtypes), [None] * len(params), False, {}, [], 0)
-
-
-def resume(
+def init(
     params: Sequence[Tensor],
     dtypes: Sequence[torch.dtype],
-    grads: Sequence[Tensor | None],
-    arrived: bool,
-    donated: bool,
+    grads: Sequence[Tensor | None] | None = None,
+    arrived: bool = False,
+    donated: bool = False,
 ) -> Buffer:
-    """With gradients that were accumulated before: in their memory if they are donated, else in copies."""
+    """With gradients that were accumulated before, if any: in their memory if they are donated, else in copies."""
+    grads = [None] * len(params) if grads is None else grads
     alone = _with_own_storage(grads) if donated else set()
     held = [None if grad is None else _to_add_to(grad, i in alone) for i, grad in enumerate(grads)]
     return Buffer([_without_inference(param) for param in params], list(dtypes), held, arrived, {}, [], 0)

@@ -38,20 +38,15 @@ def guard() -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def init(params: Sequence[Tensor], dtypes: Sequence[torch.dtype]) -> Buffer:
-    """Nothing accumulated."""
-    return Buffer(list(params), list(dtypes), [None] * len(params), False, {}, [], 0)
-
-
-def resume(
+def init(
     params: Sequence[Tensor],
     dtypes: Sequence[torch.dtype],
-    grads: Sequence[Tensor | None],
-    arrived: bool,
-    donated: bool,
+    grads: Sequence[Tensor | None] | None = None,
+    arrived: bool = False,
+    donated: bool = False,
 ) -> Buffer:
-    """With gradients that were accumulated before; nothing is changed in place, donated or not."""
-    return Buffer(list(params), list(dtypes), list(grads), arrived, {}, [], 0)
+    """With gradients that were accumulated before, if any; nothing is changed in place, donated or not."""
+    return Buffer(list(params), list(dtypes), list(grads or [None] * len(params)), arrived, {}, [], 0)
 
 
 def calling(arguments: Any, passes: _left.Call) -> AbstractContextManager[None]:
