@@ -19,15 +19,15 @@ NOTE [leaves that are not parameters]
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.autograd.graph import Node
 
-from gradacc import _tree
+from gradacc import _tree, _where
 
 
 class Seen(NamedTuple):
@@ -44,15 +44,9 @@ MARK = "_gradacc_leaf"
 _running: ContextVar[Seen | None] = ContextVar("of the loss that the eager engine runs", default=None)
 
 
-@contextmanager
-def seeing() -> Iterator[Seen]:
+def seeing() -> AbstractContextManager[Seen]:
     """While the eager engine runs a loss."""
-    seen = Seen([], [])
-    token = _running.set(seen)
-    try:
-        yield seen
-    finally:
-        _running.reset(token)
+    return _where.setting(_running, Seen([], []))
 
 
 def note_arguments(arguments: Any) -> None:

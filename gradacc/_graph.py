@@ -29,9 +29,8 @@ def nodes(roots: Iterable[Node | None]) -> dict[Node, int]:
 
 
 def now(leaf: Tensor) -> int:
-    """The number that the next node has at least, as autograd numbers them; ``leaf``: any that requires grad."""
-    with torch.enable_grad():
-        return get_gradient_edge(leaf.view_as(leaf)).node._sequence_nr()
+    """The number that the next node has at least, as autograd numbers them where it is enabled; ``leaf``: one of any graph."""
+    return get_gradient_edge(leaf.view_as(leaf)).node._sequence_nr()
 
 
 def leaves(nodes: Iterable[Node]) -> list[Tensor]:

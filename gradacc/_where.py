@@ -6,11 +6,13 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+
+T = TypeVar("T")
 
 _inside: ContextVar[bool] = ContextVar("inside a loss that the eager engine differentiates", default=False)
 _divided: ContextVar[object] = ContextVar("the call whose micro-batches or pieces run", default=None)
@@ -67,13 +69,18 @@ def whole_or_not_at_all(function: Callable[..., Any]) -> None:
 
 
 @contextmanager
-def inside_a_loss() -> Iterator[None]:
-    """While the eager engine runs a loss."""
-    token = _inside.set(True)
+def setting(variable: ContextVar[Any], value: T) -> Iterator[T]:
+    """While the variable has this value."""
+    token = variable.set(value)
     try:
-        yield
+        yield value
     finally:
-        _inside.reset(token)
+        variable.reset(token)
+
+
+def inside_a_loss() -> AbstractContextManager[Any]:
+    """While the eager engine runs a loss."""
+    return setting(_inside, True)
 
 
 def divided() -> object:
@@ -81,15 +88,6 @@ def divided() -> object:
     return _divided.get()
 
 
-def dividing() -> AbstractContextManager[None]:
+def dividing() -> AbstractContextManager[object]:
     """While a call runs its micro-batches or pieces."""
-    return nullcontext() if torch.compiler.is_compiling() else _dividing()
-
-
-@contextmanager
-def _dividing() -> Iterator[None]:
-    token = _divided.set(object())
-    try:
-        yield
-    finally:
-        _divided.reset(token)
+    return nullcontext() if torch.compiler.is_compiling() else setting(_divided, object())

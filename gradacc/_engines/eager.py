@@ -109,10 +109,9 @@ def forward(buffer: Buffer, loss: Callable[[Sequence[Tensor]], Outcome]) -> tupl
     if not buffer.arrived:
         # Of later micro-batches of a call, the parameters' memory tells enough.
         _closed.mark(leaves)
-    since = _graph.now(leaves[0])
-    # Torch counts the hooks that it has ever been given.
-    hooks = RemovableHandle.next_id
     with torch.enable_grad(), _closed.seeing() as seen:
+        # Torch counts the hooks that it has ever been given.
+        since, hooks = _graph.now(leaves[0]), RemovableHandle.next_id
         outcome = loss(leaves)
         # A node of our own, through which no other pass goes: a node of the loss may differentiate it again.
         roots = [target.view_as(target) for target in outcome.targets]

@@ -114,8 +114,8 @@ def _run(
     nodes = [_guarded(call, leaf) for leaf in (*(leaf for _, leaf, _ in inputs), *aliases)]
     # Else a cast of an earlier piece's, or of before, would lead out of this one's graph.
     torch.clear_autocast_cache()
-    since, hooks = _graph.now(torch.zeros((), requires_grad=True)), RemovableHandle.next_id
     with torch.enable_grad():
+        since, hooks = _graph.now(torch.zeros((), requires_grad=True)), RemovableHandle.next_id
         with closed.replacing(call.replaced, aliases, wanted) as replace:
             output = outputs.flatten(piece.call(closed.seen(call.func, replace), arguments), _Nothing.apply)
         _check_unchanged(call, given)
