@@ -22,7 +22,7 @@ from gradacc import _module, _where
 from gradacc._describe import describe
 from gradacc._moments import Moments
 
-_COUNT, _MEAN, _M2 = "gradacc_count", "gradacc_mean", "gradacc_m2"
+_MOMENTS = "gradacc_count", "gradacc_mean", "gradacc_m2"
 
 
 class BatchNorm(NamedTuple):
@@ -77,21 +77,21 @@ def batch_norm(module: nn.Module) -> BatchNorm:
         tensor([0.5000, 0.6000])
     """
     own = _converted(module)
-    pairs = [] if own is module else [*zip(module.modules(), own.modules(), strict=True)]
+    apply, params, buffers = _module.functional(own)
+    pairs = [*zip(module.modules(), own.modules(), strict=True)]
     layers: dict[str, Any] = {name: part for name, part in own.named_modules() if isinstance(part, _WithMoments)}
     if not layers:
         raise ValueError(
             f"batch_norm: the {type(module).__qualname__} has no BatchNorm layer that tracks running statistics; use "
             "gradacc.functional"
         )
-    apply, params, buffers = _module.functional(own)
     prefixes = {name: f"{name}." if name else "" for name in layers}
-    extra = {f"{prefix}{key}" for prefix in prefixes.values() for key in (_COUNT, _MEAN, _M2)}
+    extra = {f"{prefix}{key}" for prefix in prefixes.values() for key in _MOMENTS}
 
     def moments_of(found: Mapping[str, Tensor]) -> dict[str, Moments]:
         return {
             # A checkpoint that runs a layer again, in the backward pass, adds to what it wrote into.
-            name: Moments(*(found[prefix + key].clone() for key in (_COUNT, _MEAN, _M2)))
+            name: Moments(*(found[prefix + key].clone() for key in _MOMENTS))
             for name, prefix in prefixes.items()
         }
 
@@ -102,9 +102,9 @@ def batch_norm(module: nn.Module) -> BatchNorm:
                 follower.training = part.training
         _check_moved(given["moments"])
         nothing = {
-            prefix + key: torch.zeros_like(number)
+            prefix + key: zero
             for name, prefix in prefixes.items()
-            for key, number in zip((_COUNT, _MEAN, _M2), _numbers(given["moments"][name]), strict=True)
+            for key, zero in zip(_MOMENTS, _zeros(given["moments"][name]), strict=True)
         }
         output, new = apply(params, *inputs, buffers={**given["buffers"], **nothing}, **kwargs)
         kept = {name: tensor for name, tensor in new.items() if name not in extra}
@@ -119,10 +119,7 @@ def batch_norm(module: nn.Module) -> BatchNorm:
         moved = dict(given["buffers"])
         for name, prefix in prefixes.items():
             moved |= _moved(layers[name], prefix, moved, given["moments"][name])
-        nothing = {
-            name: Moments(*(torch.zeros_like(number) for number in _numbers(moments)))
-            for name, moments in given["moments"].items()
-        }
+        nothing = {name: Moments(*_zeros(moments)) for name, moments in given["moments"].items()}
         return {"buffers": moved, "moments": nothing}
 
     start = {name: tensor for name, tensor in buffers.items() if name not in extra}
@@ -156,8 +153,9 @@ def _check_moved(moments: Mapping[str, Moments]) -> None:
             )
 
 
-def _numbers(moments: Moments) -> list[Tensor]:
-    return [torch.as_tensor(number) for number in (moments.count, moments.mean, moments.m2)]
+def _zeros(moments: Moments) -> list[Tensor]:
+    """Those of nothing, of the same shapes."""
+    return [torch.zeros_like(torch.as_tensor(number)) for number in (moments.count, moments.mean, moments.m2)]
 
 
 def _known(carry: Any) -> Mapping[str, Any]:
@@ -177,9 +175,9 @@ def _converted(module: Any) -> Any:
             cls: Any = type(part)
             part.__class__ = _with_moments(cls)
             wide = part.running_mean.to(torch.promote_types(part.running_mean.dtype, torch.float32))
-            part.register_buffer(_COUNT, torch.zeros((), dtype=torch.int64, device=wide.device), persistent=False)
-            part.register_buffer(_MEAN, torch.zeros_like(wide), persistent=False)
-            part.register_buffer(_M2, torch.zeros_like(wide), persistent=False)
+            count = torch.zeros((), dtype=torch.int64, device=wide.device)
+            for key, number in zip(_MOMENTS, (count, torch.zeros_like(wide), torch.zeros_like(wide)), strict=True):
+                part.register_buffer(key, number, persistent=False)
     return own
 
 
@@ -190,11 +188,10 @@ class _WithMoments:
         """As the layer's own."""
         layer: Any = self
         if layer.training:
-            before = Moments(layer.gradacc_count, layer.gradacc_mean, layer.gradacc_m2)
-            found = before + Moments.of(input.detach(), [n for n in range(input.ndim) if n != 1])
-            layer.gradacc_count.copy_(found.count)
-            layer.gradacc_mean.copy_(found.mean)
-            layer.gradacc_m2.copy_(found.m2)
+            before = [getattr(layer, key) for key in _MOMENTS]
+            found = Moments(*before) + Moments.of(input.detach(), [n for n in range(input.ndim) if n != 1])
+            for buffer, number in zip(before, (found.count, found.mean, found.m2), strict=True):
+                buffer.copy_(number)
         output: Tensor = super().forward(input)  # type: ignore[misc]  # the layer's
         return output
 

@@ -120,11 +120,7 @@ def replicate(
         hooked += _register(module, replica.__dict__, unused, new)
     for replica, first in zip(made, plan.first, strict=True):
         attributes = replica.__dict__
-        if _PLAIN.issuperset(map(type, itertools.islice(attributes.values(), first, None))):
-            continue
-        for key, value in itertools.islice(attributes.items(), first, None):
-            if type(value) in _PLAIN or key in _MADE:
-                continue
+        for key, value in _own_attributes(attributes, first):
             if isinstance(value, _CALLABLES):
                 leading.append((attributes, key, value))
             else:
@@ -147,6 +143,14 @@ def replicate(
             if is_mark(key):
                 setattr(other, key, _state(value, new))
     return new
+
+
+def _own_attributes(attributes: dict[str, Any], first: int) -> Iterable[tuple[str, Any]]:
+    """Of a module's attributes those that are its own, from the ``first`` on, and hold more than a value."""
+    if _PLAIN.issuperset(map(type, itertools.islice(attributes.values(), first, None))):
+        return ()
+    own = itertools.islice(attributes.items(), first, None)
+    return [(key, value) for key, value in own if type(value) not in _PLAIN and key not in _MADE]
 
 
 def is_mark(key: str) -> bool:
@@ -197,13 +201,7 @@ def left(plan: ModuleTree, new: New) -> _left.Found:
     found = []
     for module, first in zip(plan.modules, plan.first, strict=True):
         attributes = new[id(module)].__dict__
-        if _PLAIN.issuperset(map(type, itertools.islice(attributes.values(), first, None))):
-            continue
-        names = [
-            key
-            for key, value in itertools.islice(attributes.items(), first, None)
-            if type(value) not in _PLAIN and key not in _MADE and _has_graph(value, copies, set())
-        ]
+        names = [key for key, value in _own_attributes(attributes, first) if _has_graph(value, copies, set())]
         if names:
             found.append((module, frozenset(names)))
     return found
@@ -230,10 +228,8 @@ def containers(module: nn.Module, first: int, new: New, found: dict[int, tuple[A
     if special or renormalises or _slots(cls):  # type: ignore[arg-type]  # a class is hashable
         return False
     attributes = new[id(module)].__dict__
-    return all(
-        key in _MADE or _pair(value, attributes[key], new, found)
-        for key, value in itertools.islice(module.__dict__.items(), first, None)
-    )
+    own = _own_attributes(module.__dict__, first)
+    return all(_pair(value, attributes[key], new, found) for key, value in own)
 
 
 def _pair(own: Any, other: Any, new: New, found: dict[int, tuple[Any, Any]]) -> bool:
@@ -346,10 +342,9 @@ def _led(value: Any, new: New, above: frozenset[int]) -> Any:
 def _function(function: types.FunctionType, further: Callable[[Any], Any]) -> types.FunctionType:
     """With another closure and other defaults, if those lead to something new; the cells that do not are the same ones."""
     cells = function.__closure__ or ()
-    closure = tuple(_cell(cell, further) for cell in cells)
+    closure = _rebuilt(cells, partial(_cell, further=further))
     defaults, keywords = further(function.__defaults__), further(function.__kwdefaults__)
-    changed = any(cell is not other for cell, other in zip(cells, closure, strict=True))
-    if not changed and defaults is function.__defaults__ and keywords is function.__kwdefaults__:
+    if closure is cells and defaults is function.__defaults__ and keywords is function.__kwdefaults__:
         return function
     made = types.FunctionType(function.__code__, function.__globals__, function.__name__, defaults, closure)
     made.__kwdefaults__ = keywords
