@@ -28,12 +28,6 @@ Found = list[tuple[nn.Module, frozenset[str]]]
 """Modules, and the attributes that a pass left on their replicas."""
 
 
-class Key:
-    """What the passes of a module tree are known by, for as long as there is that tree."""
-
-    __slots__ = ("__weakref__",)
-
-
 @dataclass(slots=True, eq=False)
 class Passes:
     """The forward passes of one module tree in one call of `grad_fn`."""
@@ -48,8 +42,8 @@ class Passes:
     """Whether one has written on its replicas."""
 
 
-Call: TypeAlias = WeakKeyDictionary[Key, Passes]
-"""Of one call of `grad_fn`."""
+Call: TypeAlias = WeakKeyDictionary[object, Passes]
+"""Of one call of `grad_fn`, by the module tree, for as long as there is that tree."""
 
 
 class Losses(NamedTuple):
@@ -90,10 +84,10 @@ def unreadable(call: Call) -> Iterator[None]:
                     object.__setattr__(module, "__class__", plain(type(module)))
 
 
-def passes(key: Key) -> Passes | None:
+def passes(tree: object) -> Passes | None:
     """Those of a module tree in the call whose loss runs; None outside of one."""
     losses = _running.get()
-    return None if losses is None else losses.call.setdefault(key, Passes())
+    return None if losses is None else losses.call.setdefault(tree, Passes())
 
 
 def keep_until_the_loss_has_run(passes: Passes, kept: Any) -> None:
@@ -103,9 +97,9 @@ def keep_until_the_loss_has_run(passes: Passes, kept: Any) -> None:
     losses.later.append((passes, kept))
 
 
-def note(key: Key, find: Callable[[], Found]) -> None:
-    """A pass has run; ``find()`` looks for what it left, unless it is known of ``key`` in this call."""
-    losses, own = _running.get(), passes(key)
+def note(tree: object, find: Callable[[], Found]) -> None:
+    """A pass has run; ``find()`` looks for what it left, unless it is known of this ``tree`` in this call."""
+    losses, own = _running.get(), passes(tree)
     if losses is None or own is None:
         return
     if own.found is None:

@@ -140,7 +140,7 @@ def _applied(
         replica = new[id(plan.modules[0])]
         call = replica if plan.method == "forward" else getattr(replica, plan.method)
         output = call(*inputs, **kwargs)
-    _left.note(plan.key, lambda: _replicas.left(plan, new))
+    _left.note(plan, lambda: _replicas.left(plan, new))
     _reuse.done(plan, run)
     if buffers is None:
         return output

@@ -36,7 +36,7 @@ import weakref
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,8 +50,9 @@ under `LED`, the copies of the caller's containers that callables lead to."""
 _COPY, LED = -1, -2
 
 
-class ModuleTree(NamedTuple):
-    """Which modules a tree has and which tensors, worked out once."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModuleTree:
+    """Which modules a tree has and which tensors, worked out once; a call of `grad_fn` knows its passes by it."""
 
     modules: list[nn.Module]
     params: dict[str, tuple[nn.Module, str]]
@@ -63,10 +64,8 @@ class ModuleTree(NamedTuple):
     """For each module, the position in its ``__dict__`` from which on attributes are its own."""
     method: str
     """What is run of the whole one."""
-    key: _left.Key
     divided: bool
     """Whether ``fully_shard`` has divided any of them."""
-    """What a call of `grad_fn` knows it by."""
 
     def tensors(self) -> dict[str, Tensor]:
         """The module's own tensors as they are now."""
@@ -87,7 +86,6 @@ def module_tree(module: nn.Module, method: str = "forward") -> ModuleTree:
         list(names),
         [len(_EVERY) if (*part.__dict__,)[: len(_EVERY)] == _EVERY else 0 for part in modules],
         method,
-        _left.Key(),
         any(map(_fsdp.is_divided, modules)),
     )
 

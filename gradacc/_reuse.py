@@ -78,7 +78,7 @@ def replicas(
 
     ``params``: of the ``tensors``, those that the caller gave.
     """
-    passes = None if _where.functorch_is_active() else _left.passes(plan.key)
+    passes = None if _where.functorch_is_active() else _left.passes(plan)
     if passes is None or passes.written:
         return Pass(_replicas.replicate(plan, own, tensors, replaced), None)
     given = [*params, *params.values()]
@@ -100,7 +100,7 @@ def replicas(
 
 def done(plan: ModuleTree, run: Pass) -> None:
     """The forward pass has run: its replicas may serve another micro-batch."""
-    kept, passes = run.kept, _left.passes(plan.key)
+    kept, passes = run.kept, _left.passes(plan)
     if kept is None or passes is None:
         return
     if any(held[key] is not None and held[key].grad_fn is not None for held, key, _ in kept.renewed if key in held):

@@ -118,6 +118,11 @@ def test_batch_norm_says_what_its_carry_is():
             step(wrong)
 
 
+def test_batch_norm_of_what_is_no_module():
+    with pytest.raises(TypeError, match="expected an nn.Module, got int"):
+        gradacc.batch_norm(3)
+
+
 @pytest.mark.parametrize("steps", [1, 3])
 @pytest.mark.parametrize("momentum", [0.1, None])
 def test_batch_norm_moves_once_a_call_to_the_large_batchs_statistics(steps, momentum):
