@@ -19,7 +19,6 @@ from gradacc import (
     _options,
     _split,
     _state,
-    _state_text,
     _sums,
     _sync,
     _tree,
@@ -394,6 +393,3 @@ def _carry_of(options: Options, state: AccumulatorState, kwargs: dict[str, Any])
             f"{options.name}: update got carry=; the carry is given to init(params, carry=c), and is in the state from then on"
         )
     return _carry.given(options.name, state.carry)
-
-
-_tree.register_text(AccumulatorState, _state_text.to_text, _state_text.from_text)

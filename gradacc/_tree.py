@@ -225,27 +225,6 @@ def register_with_facts(cls: type, names: tuple[str, ...], facts: str) -> None:
     torch_pytree.register_pytree_node(cls, to_torch, from_torch, serialized_type_name=f"gradacc.{cls.__name__}")
 
 
-class Text(NamedTuple):
-    """How a node's facts are told to a process that has another node of its class."""
-
-    of: Callable[[Any], str]
-    """Of a node: its facts, and what else of its structure the other process cannot know."""
-    node: Callable[[Any, str], Any]
-    """Of the other process's node, and the text: a node of the structure that was told, whose tensors hold anything.
-
-    A ValueError where it is no such text, or the two are not of one kind."""
-
-
-def register_text(cls: type, of: Callable[[Any], str], node: Callable[[Any, str], Any]) -> None:
-    """Say how the facts of ``cls`` are told; see `Text`."""
-    _texts[cls] = Text(of, node)
-
-
-def text(node: Any) -> Text | None:
-    """How the facts of ``node`` are told; None where it has none."""
-    return _texts.get(type(node))
-
-
 def is_node(cls: type) -> bool:
     """Whether its instances are nodes, not leaves."""
     named = issubclass(cls, tuple) and hasattr(cls, "_fields")
@@ -253,7 +232,6 @@ def is_node(cls: type) -> bool:
     return named or known is not None or cls in torch_pytree.SUPPORTED_NODES
 
 
-_texts: dict[type, Text] = {}
 _adopting = threading.Lock()
 _adopted: set[type] = set()
 

@@ -11,8 +11,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from gradacc import _keys, _tree
+from gradacc import _keys, _state_text, _tree
 from gradacc._describe import describe
+from gradacc._state import AccumulatorState
 from gradacc.checkpoint import _shards
 from gradacc.checkpoint._shards import Part
 
@@ -64,8 +65,8 @@ def check_keys(name: str, treedef: _tree.TreeDef, root: str) -> dict[str, str]:
 def facts(tree: Any) -> dict[str, str]:
     """What of the tree's structure is saved, as text, by key: the facts of an accumulator's state."""
     nodes, treedef = _tree.flatten(tree, _has_facts)
-    told = zip(_tree.paths(treedef), nodes, map(_tree.text, nodes), strict=True)
-    return {path + FACTS: text.of(node) for path, node, text in told if text is not None}
+    told = zip(_tree.paths(treedef), nodes, strict=True)
+    return {path + FACTS: _state_text.to_text(node) for path, node in told if _has_facts(node)}
 
 
 def with_saved_facts(tree: Any, values: dict[str, Value]) -> tuple[Any, set[str]]:
@@ -77,11 +78,11 @@ def with_saved_facts(tree: Any, values: dict[str, Value]) -> tuple[Any, set[str]
     nodes, treedef = _tree.flatten(tree, _has_facts)
     new, used = [], set()
     for path, node in zip(_tree.paths(treedef), nodes, strict=True):
-        text, saved = _tree.text(node), values.get(escaped(path) + FACTS)
-        if text is not None and isinstance(saved, str):
+        saved = values.get(escaped(path) + FACTS)
+        if _has_facts(node) and isinstance(saved, str):
             used.add(escaped(path) + FACTS)
             try:
-                node = text.node(node, saved)
+                node = _state_text.from_text(node, saved)
             except ValueError as error:
                 raise ValueError(f"{path} {error}") from error
         new.append(node)
@@ -89,7 +90,7 @@ def with_saved_facts(tree: Any, values: dict[str, Value]) -> tuple[Any, set[str]
 
 
 def _has_facts(node: Any) -> bool:
-    return _tree.text(node) is not None
+    return type(node) is AccumulatorState
 
 
 def check(name: str, path: str, leaf: Any) -> Leaf:
