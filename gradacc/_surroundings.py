@@ -28,40 +28,33 @@ class Surroundings(NamedTuple):
 
 def of(tensors: Sequence[Tensor]) -> Surroundings:
     """Those of now, of a function of these tensors."""
-    found = {tensor.device.type for tensor in tensors} - {"meta", "cpu"}
-    # A function of tensors on the CPU may move them.
-    used = _accelerator_in_use() if not found else None
-    kinds = sorted(found | {"cpu"} | ({used} if used is not None else set()))
-    device = next((kind for kind in kinds if kind != "cpu"), "cpu")
-    devices = sorted({tensor.get_device() for tensor in tensors if tensor.device.type in found})
+    kinds = {tensor.device.type for tensor in tensors} - {"meta", "cpu"}
+    devices = sorted({tensor.get_device() for tensor in tensors if tensor.device.type in kinds})
+    used = None if kinds else _accelerator_in_use()
     if used is not None:
-        devices = [torch.accelerator.current_device_index()]
-    now = Surroundings(
-        torch.get_rng_state(),
-        device,
-        devices,
-        [],
-        [
-            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-            for kind in kinds
-            if torch.amp.is_autocast_available(kind)
-        ],
-        torch.is_autocast_cache_enabled(),
-    )
-    return now._replace(states=_states(now))
+        # A function of tensors on the CPU may move them.
+        kinds, devices = {used}, [torch.accelerator.current_device_index()]
+    device = min(kinds, default="cpu")
+    autocast = [
+        (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        for kind in sorted({"cpu", *kinds})
+        if torch.amp.is_autocast_available(kind)
+    ]
+    cpu, cached = torch.get_rng_state(), torch.is_autocast_cache_enabled()
+    return Surroundings(cpu, device, devices, _states(device, devices), autocast, cached)
 
 
-def _states(surroundings: Surroundings) -> list[Tensor]:
-    """Of its devices, as they are now."""
-    if not surroundings.devices:
+def _states(device: str, devices: Sequence[int]) -> list[Tensor]:
+    """Of the devices of a kind, as they are now."""
+    if not devices:
         return []
-    module = torch.get_device_module(surroundings.device)
-    with _outside_of_transforms():
-        return [module.get_rng_state(device) for device in surroundings.devices]
+    module = torch.get_device_module(device)
+    with outside_of_transforms():
+        return [module.get_rng_state(number) for number in devices]
 
 
-def _outside_of_transforms() -> AbstractContextManager[Any]:
-    """A device's state may be a tensor that it copies, which is none of a transform's."""
+def outside_of_transforms() -> AbstractContextManager[Any]:
+    """For what is none of a transform's: a device's state may be a tensor that it copies."""
     return temporarily_clear_interpreter_stack() if _where.functorch_is_active() else nullcontext()
 
 
@@ -77,7 +70,7 @@ def _accelerator_in_use() -> str | None:
 def rewind(surroundings: Surroundings) -> None:
     """Torch's random numbers as they were then."""
     torch.set_rng_state(surroundings.cpu)
-    with _outside_of_transforms():
+    with outside_of_transforms():
         set_device_states(surroundings.devices, surroundings.states, device_type=surroundings.device)
 
 
@@ -85,7 +78,8 @@ def rewind(surroundings: Surroundings) -> None:
 def restored(surroundings: Surroundings) -> Iterator[None]:
     """With the random numbers and the autocast of then; afterwards those of now."""
     with ExitStack() as stack:
-        stack.callback(rewind, surroundings._replace(cpu=torch.get_rng_state(), states=_states(surroundings)))
+        states = _states(surroundings.device, surroundings.devices)
+        stack.callback(rewind, surroundings._replace(cpu=torch.get_rng_state(), states=states))
         rewind(surroundings)
         for kind, dtype, enabled in surroundings.autocast:
             stack.enter_context(torch.autocast(kind, dtype, enabled, surroundings.cached))

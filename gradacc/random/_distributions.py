@@ -81,7 +81,7 @@ def normal(keys: Tensor, shape: Sequence[int] = (), *, dtype: torch.dtype = torc
     """
     _check.keys("normal", keys)
     dtype = _check.dtype("normal", dtype)
-    return _draw.draw(keys, _check.shape("normal", shape), dtype, _real.per_block(dtype), _real.normal(dtype))
+    return _draw.draw(keys, _check.shape("normal", shape), dtype, _real.normal(dtype))
 
 
 def bernoulli(keys: Tensor, p: float, shape: Sequence[int] = ()) -> Tensor:

@@ -15,19 +15,14 @@ _PIECE = 1 << 16
 """Blocks of a piece: their words, int64, fit into a processor's cache."""
 
 
-def draw(keys: Tensor, shape: Sequence[int], dtype: torch.dtype, per_block: int, numbers: _real.Numbers) -> Tensor:
+def draw(keys: Tensor, shape: Sequence[int], dtype: torch.dtype, numbers: _real.Numbers) -> Tensor:
     """``numbers`` of as many blocks of each key as ``shape`` needs: (*batch, *shape)."""
-    count = math.prod(shape)
+    count, per_block, batch = math.prod(shape), _real.per_block(dtype), keys.shape[:-1]
     blocks = -(-count // per_block)
-    batch = keys.shape[:-1]
-    if not _where.under_transform():
-        flat = keys.reshape(-1, 2)
-        if blocks and _native.takes(keys):
-            drawn = torch.stack(numbers(_native.words(flat, blocks)), -1)
-        elif keys.is_cpu and blocks * len(flat) > _PIECE:
-            drawn = _in_pieces(flat, blocks, dtype, per_block, numbers)
-        else:
-            drawn = torch.stack(numbers(_philox.blocks(flat, 0, blocks)), -1)
+    if _native.takes(keys) and blocks:
+        drawn = torch.stack(numbers(_native.words(keys.reshape(-1, 2), blocks)), -1)
+    elif keys.is_cpu and not _where.under_transform() and blocks * math.prod(batch) > _PIECE:
+        drawn = _in_pieces(keys.reshape(-1, 2), blocks, dtype, per_block, numbers)
     else:
         drawn = torch.stack(numbers(_philox.blocks(keys, 0, blocks)), -1)
     return drawn.reshape(*batch, blocks * per_block)[..., :count].reshape((*batch, *shape))
@@ -37,7 +32,7 @@ def uniform(keys: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Numbers in [0, 1) of shape (*batch, *shape)."""
     if _native.takes(keys):
         return _native.uniform(keys.reshape(-1, 2), math.prod(shape), dtype).reshape((*keys.shape[:-1], *shape))
-    return draw(keys, shape, dtype, _real.per_block(dtype), _real.UNIFORM[dtype])
+    return draw(keys, shape, dtype, _real.UNIFORM[dtype])
 
 
 def below(keys: Tensor, shape: Sequence[int], p: float) -> Tensor:
@@ -45,7 +40,7 @@ def below(keys: Tensor, shape: Sequence[int], p: float) -> Tensor:
     threshold = math.ceil(p * 2**24)
     if _native.takes(keys):
         return uniform(keys, shape, torch.float32) < threshold / 2**24
-    return draw(keys, shape, torch.bool, 4, _real.below(threshold))
+    return draw(keys, shape, torch.bool, _real.below(threshold))
 
 
 def _in_pieces(keys: Tensor, blocks: int, dtype: torch.dtype, per_block: int, numbers: _real.Numbers) -> Tensor:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import (
-    VmapInterpreter,
-    retrieve_all_functorch_interpreters,
-    temporarily_clear_interpreter_stack,
-)
+from torch._functorch.pyfunctorch import VmapInterpreter, retrieve_all_functorch_interpreters
 
-from gradacc import _where
+from gradacc import _surroundings, _where
 from gradacc.random import _check, _generators, _modes
 
 
@@ -109,7 +105,7 @@ def _readable(name: str, keys: Tensor) -> Tensor:
         )
     while torch._C._functorch.is_functorch_wrapped_tensor(keys):
         keys = torch._C._functorch.get_unwrapped(keys)
-    with temporarily_clear_interpreter_stack() if _where.functorch_is_active() else nullcontext():
+    with _surroundings.outside_of_transforms():
         return keys.clone()
 
 

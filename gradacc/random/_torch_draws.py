@@ -7,6 +7,7 @@ of them draws.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,24 +56,13 @@ def _normal_(take: Take, self: Tensor, mean: float | Tensor = 0.0, std: float | 
     _check_all(torch.as_tensor(std), "normal: the standard deviation is not negative", lambda std: std >= 0)
     keys, shape = take(self.shape, self.device)
     dtype = _dtype("normal", self)
-    numbers = _draw.draw(keys, shape, dtype, _real.per_block(dtype), _real.normal(dtype))
+    numbers = _draw.draw(keys, shape, dtype, _real.normal(dtype))
     return self.copy_(numbers * std + mean)
 
 
-def _rand(take: Take, size: Sequence[int], **kwargs: Any) -> Tensor:
-    return _uniform_(take, torch.empty(size, **kwargs))
-
-
-def _randn(take: Take, size: Sequence[int], **kwargs: Any) -> Tensor:
-    return _normal_(take, torch.empty(size, **kwargs))
-
-
-def _rand_like(take: Take, self: Tensor, **kwargs: Any) -> Tensor:
-    return _uniform_(take, torch.empty_like(self, **kwargs))
-
-
-def _randn_like(take: Take, self: Tensor, **kwargs: Any) -> Tensor:
-    return _normal_(take, torch.empty_like(self, **kwargs))
+def _new(fill: Callable[..., Tensor], empty: Callable[..., Tensor], take: Take, of: Any, **kwargs: Any) -> Tensor:
+    """A tensor that is made by ``empty``, of a size or of one that it is like."""
+    return fill(take, empty(of, **kwargs))
 
 
 def _normal_of_size(take: Take, mean: float, std: float, size: Sequence[int], **kwargs: Any) -> Tensor:
@@ -114,8 +104,8 @@ DRAWS: dict[Any, Callable[..., Any]] = {
     _ATEN.normal.Tensor_float: _normal,
     _ATEN.normal.float_Tensor: _normal,
     _ATEN.normal.Tensor_Tensor: _normal,
-    _ATEN.rand.default: _rand,
-    _ATEN.randn.default: _randn,
-    _ATEN.rand_like.default: _rand_like,
-    _ATEN.randn_like.default: _randn_like,
+    _ATEN.rand.default: partial(_new, _uniform_, torch.empty),
+    _ATEN.randn.default: partial(_new, _normal_, torch.empty),
+    _ATEN.rand_like.default: partial(_new, _uniform_, torch.empty_like),
+    _ATEN.randn_like.default: partial(_new, _normal_, torch.empty_like),
 }
