@@ -311,7 +311,7 @@ def _why_not_again(crosses: bool, batch: Any) -> str | None:
             "with sync= that is not possible: the other ranks would have to take part. "
             "Call grad_fn under torch.no_grad(), or with parameters that do not require grad, for results without a graph"
         )
-    if not isinstance(batch, Tensor) and _tree.is_leaf(batch):
+    if not isinstance(batch, Tensor) and _tree.flatten(batch)[1].is_leaf():
         return (
             f"its batch was {describe(batch)}, which may not give the same micro-batches again. Pass them as a list, or "
             "call grad_fn under torch.no_grad() for results without a graph"

@@ -97,9 +97,10 @@ def check_memory(closed: Iterable[Tensor], params: Sequence[Tensor], seen: Seen)
     """
     memory: dict[int, list[int]] = {}
     for number, param in enumerate(params):
-        memory.setdefault(_storage(param), []).append(number)
+        memory.setdefault(param.untyped_storage()._cdata, []).append(number)
     for leaf in closed:
-        inside = [number for number in memory.get(_storage(leaf), ()) if _overlap(leaf, params[number])]
+        same = memory.get(leaf.untyped_storage()._cdata, ())
+        inside = [number for number in same if _overlap(leaf, params[number])]
         if not inside and getattr(leaf, MARK, None) != id(leaf):
             continue
         # One that is an argument is connected: NOTE [connected results].
@@ -159,11 +160,6 @@ def _is_among(leaf: Tensor, trees: Any) -> bool:
 
 def _describe(leaf: Tensor) -> str:
     return f"of shape {tuple(leaf.shape)} and dtype {leaf.dtype}"
-
-
-def _storage(tensor: Tensor) -> int:
-    address: int = tensor.untyped_storage()._cdata
-    return address
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:

@@ -10,7 +10,6 @@ NOTE [keys as text]
 
 from __future__ import annotations
 
-import ast
 from enum import Enum, Flag
 from typing import Any
 
@@ -33,15 +32,10 @@ def is_stable(key: Any) -> bool:
 
 
 def is_literal(key: Any) -> bool:
-    """Whether `literal` makes it of its repr."""
+    """Whether `ast.literal_eval`, which executes nothing, makes it of its repr."""
     if type(key) is tuple:
         return all(map(is_literal, key))
     return type(key) in _LITERALS and (not isinstance(key, (float, complex)) or abs(key) < float("inf"))
-
-
-def literal(text: str) -> Any:
-    """The key with this repr; nothing is executed."""
-    return ast.literal_eval(text)
 
 
 def escaped(path: str) -> str:

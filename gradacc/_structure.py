@@ -8,6 +8,7 @@ NOTE [told classes]
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import sys
 from collections import OrderedDict
@@ -101,7 +102,7 @@ def _from_json(told: Any, tensors: Sequence[Tensor]) -> Any:
     match kind:
         case "dict" | "OrderedDict":
             cls = dict if kind == "dict" else OrderedDict
-            return cls((_keys.literal(key), _from_json(child, tensors)) for key, child in inside)
+            return cls((ast.literal_eval(key), _from_json(child, tensors)) for key, child in inside)
         case "list" | "tuple":
             children = (_from_json(child, tensors) for child in inside)
             return list(children) if kind == "list" else tuple(children)

@@ -47,12 +47,6 @@ def flatten(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> tuple[li
     return flatten(tree, is_leaf)
 
 
-def is_leaf(tree: Any) -> bool:
-    """Whether a tree is nothing but one leaf."""
-    leaves, _ = flatten(tree)
-    return len(leaves) == 1 and leaves[0] is tree
-
-
 def unflatten(treedef: TreeDef, leaves: Iterable[Any]) -> Any:
     """The tree of structure ``treedef`` with these leaves."""
     return optree.tree_unflatten(treedef, leaves)
@@ -124,9 +118,8 @@ def broadcast_prefix(
         namespace=NAMESPACE,
         none_is_leaf=True,
     )
-    entries, outer = optree.tree_flatten(
-        boxes, namespace=NAMESPACE
-    )  # boxes also because Dynamo breaks at constant leaves
+    # Boxes also because Dynamo breaks at constant leaves.
+    entries, outer = optree.tree_flatten(boxes, namespace=NAMESPACE)
     return [
         entry.value
         for entry, subtree in zip(entries, outer.flatten_up_to(tree), strict=True)
@@ -155,7 +148,6 @@ def register(
 
     ``mark`` names a bool of a node that torch's maps keep, and is structure to torch where it is set.
     """
-    entries = tuple(names)
 
     def context(node: Any) -> str | None:
         return mark if mark is not None and getattr(node, mark) else None
@@ -168,7 +160,7 @@ def register(
 
     optree.register_pytree_node(
         cls,
-        lambda node: (to_children(node), None, entries),
+        lambda node: (to_children(node), None, names),
         lambda _, children: cls(*children),
         path_entry_type=optree.GetAttrEntry,
         namespace=NAMESPACE,
@@ -179,7 +171,7 @@ def register(
         from_torch,
         serialized_type_name=f"gradacc.{cls.__name__}",
         flatten_with_keys_fn=lambda node: (
-            [(torch_pytree.GetAttrKey(name), child) for name, child in zip(entries, to_children(node), strict=True)],
+            [(torch_pytree.GetAttrKey(name), child) for name, child in zip(names, to_children(node), strict=True)],
             context(node),
         ),
     )

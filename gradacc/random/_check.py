@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -70,8 +70,7 @@ def unsigned(call: str, name: str, value: Any) -> int:
         raise TypeError(f"{call}: {name} is an integer; got {describe(value)}")
     if not 0 <= value < 2**64:
         raise ValueError(f"{call}: {name} is an integer in [0, 2**64); got {value}")
-    number: int = value
-    return number
+    return value
 
 
 def number_of_keys(call: str, value: Any) -> int:
@@ -80,8 +79,7 @@ def number_of_keys(call: str, value: Any) -> int:
         raise TypeError(f"{call}: n is the number of keys, an integer; got {describe(value)}")
     if value < 0:
         raise ValueError(f"{call}: n is the number of keys, not negative; got {value}")
-    number: int = value
-    return number
+    return value
 
 
 def data(call: str, value: Tensor, keys: Tensor) -> Tensor:
@@ -120,5 +118,5 @@ def of_examples(call: str, x: Any, keys: Tensor) -> Tensor:
     return x
 
 
-def _is_integer(value: Any) -> bool:
+def _is_integer(value: Any) -> TypeGuard[int]:
     return isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)

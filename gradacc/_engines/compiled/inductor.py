@@ -96,11 +96,8 @@ def register_rewrites() -> None:
     from torch._inductor.virtualized import V
 
     aten, hop, register = torch.ops.aten, torch.ops.higher_order, lowering.register_lowering
-    lower_addmm, lower_clone, fallback = (
-        lowering.lowerings[aten.addmm.default],
-        lowering.clone,
-        ir.FallbackKernel.create,
-    )
+    lower_addmm, lower_clone = lowering.lowerings[aten.addmm.default], lowering.clone
+    fallback = ir.FallbackKernel.create
     patterns: Any = post_grad.pass_patterns[-1]
     decompose = post_grad.decompose_scan_to_while_loop
     in_place: Any = reinplace.InplaceableOp(_ops.addmm_.default, 0)
