@@ -290,7 +290,7 @@ def _update(
         if carry is not None:
             # NOTE [memory of a carry]
             sums = dataclasses.replace(sums, carry=_tree.map_tensors(Tensor.clone, sums.carry))
-        buffer = engine.init(params, fold.accumulated, grads, facts.arrived, donate)
+        buffer = engine.init(params, fold.accumulated, grads, donate)._replace(arrived=facts.arrived)
         buffer, sums = _loop.step(fold, buffer, sums, microbatch)
         if call is not None:
             closed.extend(buffer.closed_over())
@@ -367,7 +367,8 @@ def _finalize(options: Options, agreed: _sync.Agreed | None, donate: bool, state
                 # Nothing that is returned, or changed on the way, is the state's; what crosses comes back in new memory.
                 sums = _tree.map_tensors(Tensor.clone, sums)
                 grads = grads if boundary.crosses else [None if grad is None else grad.clone() for grad in grads]
-            buffer = engine.init(params, fold.accumulated, grads, state.facts.arrived, donated=True)
+            buffer = engine.init(params, fold.accumulated, grads, donated=True)
+            buffer = buffer._replace(arrived=state.facts.arrived)
             # Each buffer is to die when its result exists.
             del grads
         typed, sums = sums, _sums.nothing(sums.carry) if state.facts.empty else sums

@@ -20,6 +20,9 @@ from gradacc import _left
 from gradacc._loss import Outcome
 from gradacc._sums import Contribution
 
+Grads: TypeAlias = Sequence[Tensor | None]
+"""A gradient for each parameter, of each target; None where nothing arrived."""
+
 Deliver: TypeAlias = Callable[[int, Tensor], None]
 """``deliver(index, gradient)``: takes a gradient that is final out of the buffer."""
 
@@ -63,12 +66,7 @@ class Engine(Protocol):
         """The context for everything but the caller's own iterator."""
 
     def init(
-        self,
-        params: Sequence[Tensor],
-        dtypes: Sequence[torch.dtype],
-        grads: Sequence[Tensor | None] | None = None,
-        arrived: bool = False,
-        donated: bool = False,
+        self, params: Sequence[Tensor], dtypes: Sequence[torch.dtype], grads: Grads | None = None, donated: bool = False
     ) -> Buffer:
         """Nothing accumulated, and no memory for it; or a state's ``grads``, which are only changed if they are ``donated``."""
 
@@ -91,11 +89,7 @@ class Engine(Protocol):
         """
 
     def merge(
-        self,
-        a: Sequence[Tensor | None],
-        b: Sequence[Tensor | None],
-        shares: tuple[float | Tensor, float | Tensor],
-        donated: bool,
+        self, a: Grads, b: Grads, shares: tuple[float | Tensor, float | Tensor], donated: bool
     ) -> list[Tensor | None]:
         """``shares[0] * a + shares[1] * b``, where one of the shares is 1."""
 

@@ -47,7 +47,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.utils.hooks import RemovableHandle
 
 from gradacc import _closed, _graph, _left, _tree, _where
-from gradacc._engines import Buffer, Deliver, fused
+from gradacc._engines import Buffer, Deliver, Grads, fused
 from gradacc._loss import Outcome
 from gradacc._sums import Contribution, Pass
 
@@ -72,17 +72,13 @@ def guard() -> AbstractContextManager[None]:
 
 
 def init(
-    params: Sequence[Tensor],
-    dtypes: Sequence[torch.dtype],
-    grads: Sequence[Tensor | None] | None = None,
-    arrived: bool = False,
-    donated: bool = False,
+    params: Sequence[Tensor], dtypes: Sequence[torch.dtype], grads: Grads | None = None, donated: bool = False
 ) -> Buffer:
     """With gradients that were accumulated before, if any: in their memory if they are donated, else in copies."""
     grads = [None] * len(params) if grads is None else grads
     alone = _with_own_storage(grads) if donated else set()
     held = [None if grad is None else _to_add_to(grad, i in alone) for i, grad in enumerate(grads)]
-    return Buffer([_without_inference(param) for param in params], list(dtypes), held, arrived, {}, [], 0)
+    return Buffer([_without_inference(param) for param in params], list(dtypes), held, False, {}, [], 0)
 
 
 @contextmanager
@@ -195,12 +191,7 @@ def _backward(
     return buffer._replace(arrived=buffer.arrived or bool(reached), leaves=kept, hooks=hooks)
 
 
-def merge(
-    a: Sequence[Tensor | None],
-    b: Sequence[Tensor | None],
-    shares: tuple[float | Tensor, float | Tensor],
-    donated: bool,
-) -> list[Tensor | None]:
+def merge(a: Grads, b: Grads, shares: tuple[float | Tensor, float | Tensor], donated: bool) -> list[Tensor | None]:
     """``shares[0] * a + shares[1] * b``, one of them 1: its sum is the one that is added to."""
     swapped = isinstance(shares[0], float) and shares[0] != 1.0
     (large, one), (small, share) = ((b, shares[1]), (a, shares[0])) if swapped else ((a, shares[0]), (b, shares[1]))
@@ -275,7 +266,7 @@ def _like(target: Tensor, number: float | Tensor) -> Tensor:
     return torch.full_like(target, number)
 
 
-def _grow(grads: Sequence[Tensor | None], growth: float | Tensor) -> None:
+def _grow(grads: Grads, growth: float | Tensor) -> None:
     """All that has been summed, in a larger unit."""
     if isinstance(growth, Tensor) or growth != 1.0:
         for grad in grads:
@@ -349,7 +340,7 @@ def as_buffer(grad: Tensor) -> Tensor:
     return grad if ours else grad.clone()
 
 
-def _with_own_storage(grads: Sequence[Tensor | None]) -> set[int]:
+def _with_own_storage(grads: Grads) -> set[int]:
     """Which of them share their storage with no other."""
     storages = [None if grad is None else grad.untyped_storage()._cdata for grad in grads]
     counts = Counter(storages)

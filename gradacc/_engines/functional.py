@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from gradacc import _left
-from gradacc._engines import Buffer, Deliver
+from gradacc._engines import Buffer, Deliver, Grads
 from gradacc._loss import Outcome
 from gradacc._sums import Contribution
 from gradacc._where import loops, whole_or_not_at_all
@@ -39,14 +39,10 @@ def guard() -> AbstractContextManager[None]:
 
 
 def init(
-    params: Sequence[Tensor],
-    dtypes: Sequence[torch.dtype],
-    grads: Sequence[Tensor | None] | None = None,
-    arrived: bool = False,
-    donated: bool = False,
+    params: Sequence[Tensor], dtypes: Sequence[torch.dtype], grads: Grads | None = None, donated: bool = False
 ) -> Buffer:
     """With gradients that were accumulated before, if any; nothing is changed in place, donated or not."""
-    return Buffer(list(params), list(dtypes), list(grads or [None] * len(params)), arrived, {}, [], 0)
+    return Buffer(list(params), list(dtypes), list(grads or [None] * len(params)), False, {}, [], 0)
 
 
 def calling(arguments: Any, passes: _left.Call) -> AbstractContextManager[None]:
@@ -117,12 +113,7 @@ def _kept(grad: Tensor, keeps: Tensor | None) -> Tensor:
     return grad if keeps is None else torch.where(keeps, grad, 0)
 
 
-def merge(
-    a: Sequence[Tensor | None],
-    b: Sequence[Tensor | None],
-    shares: tuple[float | Tensor, float | Tensor],
-    donated: bool,
-) -> list[Tensor | None]:
+def merge(a: Grads, b: Grads, shares: tuple[float | Tensor, float | Tensor], donated: bool) -> list[Tensor | None]:
     """``shares[0] * a + shares[1] * b``."""
     return [_sum(one, other) for one, other in zip(_times(a, shares[0]), _times(b, shares[1]), strict=True)]
 
@@ -148,7 +139,7 @@ def _plus(sofar: Tensor | None, grad: Tensor | None, factor: float | Tensor) -> 
     return own if sofar is None else sofar + own.to(sofar.dtype)
 
 
-def _times(grads: Sequence[Tensor | None], share: float | Tensor) -> list[Tensor | None]:
+def _times(grads: Grads, share: float | Tensor) -> list[Tensor | None]:
     if isinstance(share, float) and share == 1.0:
         return list(grads)
     return [None if grad is None else _times_share(grad, share, grad.dtype) for grad in grads]

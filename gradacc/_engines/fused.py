@@ -213,10 +213,9 @@ def _rows(padding: int, target: Tensor, indices: Tensor, grad: Tensor) -> None:
         target[padding] = kept
 
 
-_FUSED: dict[
-    str, tuple[tuple[int, str, Add], ...]
-] = {  # node -> for each operand: its place among next_functions, the attribute that saves the other one, how to add
+_FUSED: dict[str, tuple[tuple[int, str, Add], ...]] = {
     "MmBackward0": ((0, "mat2", _left), (1, "self", _right)),
     "AddmmBackward0": ((1, "mat2", _left), (2, "mat1", _right)),
     "EmbeddingBackward0": ((0, "indices", _rows),),
 }
+"""Of a node, for each operand: its place among next_functions, the attribute that saves the other one, how to add."""
