@@ -34,7 +34,7 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd.graph import Node
 from torch.overrides import TorchFunctionMode
 
-from gradacc import _tree
+from gradacc import _tree, _where
 
 Edge = tuple[Node, int]
 """A node, and which of its results."""
@@ -173,12 +173,8 @@ def replacing(
             leaves.append(found)
         return tensor if found is None else found
 
-    token = _active.set((*_active.get(), (tensors, leaves)))
-    try:
-        with under(Mode(replace)):
-            yield replace
-    finally:
-        _active.reset(token)
+    with _where.setting(_active, (*_active.get(), (tensors, leaves))), under(Mode(replace)):
+        yield replace
 
 
 def active() -> Replacements:
