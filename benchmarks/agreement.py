@@ -73,7 +73,7 @@ def measure(world: int, rounds: int) -> dict[str, Any]:
     """Of both ways, in turns."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
     try:
-        options = _options.options("accumulate", sum, _options.Given(sync=gradacc.all_reduce()))
+        options = _options.options("accumulate", sum, sync=gradacc.all_reduce())
         leaves, treedef = _tree.flatten(PARAMS)
         value = Average(torch.ones(()), torch.float32)
         here = layout.of(Sums(value=value, aux=None, weight=1.0, unit=1.0, differentiated=True))

@@ -58,23 +58,23 @@ def accumulate(
         >>> grad_fn(torch.ones(2), torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]]))
         tensor([52.6667, 66.6667])
     """
-    given = _options.Given(
-        steps,
-        microbatch_size,
-        split,
-        in_dims,
-        argnums,
-        has_aux,
-        reduction,
-        dtype,
-        sync,
-        nonfinite,
-        weights,
-        has_carry,
-        through,
-    )
+    given: dict[str, Any] = {
+        "steps": steps,
+        "microbatch_size": microbatch_size,
+        "split": split,
+        "in_dims": in_dims,
+        "argnums": argnums,
+        "has_aux": has_aux,
+        "reduction": reduction,
+        "dtype": dtype,
+        "sync": sync,
+        "nonfinite": nonfinite,
+        "weights": weights,
+        "has_carry": has_carry,
+        "through": through,
+    }
     if loss_fn is None:
-        return functools.partial(accumulate, **given._asdict())
+        return functools.partial(accumulate, **given)
     return _without_value(_grad_and_value("accumulate", loss_fn, given), has_aux, has_carry)
 
 
@@ -184,23 +184,23 @@ def accumulate_and_value(
 
     Source: ``optax.microbatching.microbatch``; torchtitan's trainer (count first); Gao et al., arXiv 2101.06983 (``through``).
     """
-    given = _options.Given(
-        steps,
-        microbatch_size,
-        split,
-        in_dims,
-        argnums,
-        has_aux,
-        reduction,
-        dtype,
-        sync,
-        nonfinite,
-        weights,
-        has_carry,
-        through,
-    )
+    given: dict[str, Any] = {
+        "steps": steps,
+        "microbatch_size": microbatch_size,
+        "split": split,
+        "in_dims": in_dims,
+        "argnums": argnums,
+        "has_aux": has_aux,
+        "reduction": reduction,
+        "dtype": dtype,
+        "sync": sync,
+        "nonfinite": nonfinite,
+        "weights": weights,
+        "has_carry": has_carry,
+        "through": through,
+    }
     if loss_fn is None:
-        return functools.partial(accumulate_and_value, **given._asdict())
+        return functools.partial(accumulate_and_value, **given)
     return _grad_and_value("accumulate_and_value", loss_fn, given)
 
 
@@ -216,8 +216,8 @@ class _Lasting(NamedTuple):
     """Whether it is asked for the first time."""
 
 
-def _grad_and_value(name: str, loss_fn: Callable[..., Any], given: _options.Given) -> Callable[..., Any]:
-    options = _options.options(name, loss_fn, given)
+def _grad_and_value(name: str, loss_fn: Callable[..., Any], given: dict[str, Any]) -> Callable[..., Any]:
+    options = _options.options(name, loss_fn, **given)
     agreed = counting = None
     if options.sync is not None:
         agreed = _sync.Agreed(name, loss_fn, options.sync.group)

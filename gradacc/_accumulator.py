@@ -149,30 +149,19 @@ def accumulator(
     Source: ``optax.microbatching.Accumulator`` (init, update, finalize); `merge` is the combine of a parallel fold.
     """
     _check_others(others)
+    given: dict[str, Any] = {
+        "in_dims": in_dims,
+        "argnums": argnums,
+        "has_aux": has_aux,
+        "reduction": reduction,
+        "dtype": dtype,
+        "sync": sync,
+        "nonfinite": nonfinite,
+        "has_carry": has_carry,
+    }
     if loss_fn is None:
-        return functools.partial(
-            accumulator,
-            in_dims=in_dims,
-            argnums=argnums,
-            has_aux=has_aux,
-            reduction=reduction,
-            dtype=dtype,
-            sync=sync,
-            nonfinite=nonfinite,
-            has_carry=has_carry,
-            donate=donate,
-        )
-    given = _options.Given(
-        in_dims=in_dims,
-        argnums=argnums,
-        has_aux=has_aux,
-        reduction=reduction,
-        dtype=dtype,
-        sync=sync,
-        nonfinite=nonfinite,
-        has_carry=has_carry,
-    )
-    options = _options.options("accumulator", loss_fn, given)
+        return functools.partial(accumulator, **given, donate=donate)
+    options = _options.options("accumulator", loss_fn, **given)
     if not isinstance(donate, bool):
         raise TypeError(f"accumulator: donate must be True or False, got {describe(donate)}")
     if options.sync is not None:

@@ -76,7 +76,7 @@ def cross(sums: Any, mean: Mean, *, sync: Sync | None) -> tuple[Any, Mean]:
 
     Source: torchtitan (sum the losses, divide by the global count of tokens).
     """
-    options = _options.options(_NAME, cross, _options.Given(sync=sync))
+    options = _options.options(_NAME, cross, sync=sync)
     if options.sync is not None:
         options = options._replace(sync=dataclasses.replace(options.sync, overlap=False))
     boundary = _sync.connect(options, _agreed(options, mean))

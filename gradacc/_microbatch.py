@@ -177,8 +177,8 @@ def by_pieces(
 def _over_ranks(func: Callable[..., Any], ways: divide.Ways, outs: outputs.Outs, sync: AllReduce) -> Callable[..., Any]:
     agreed = _sync.Agreed(_NAME, func, sync.group)
     # Of a call that sums, uncompressed.
-    given = _options.Given(reduction="sum", has_aux=True, sync=AllReduce(sync.group, None, overlap=False))
-    options = _options.options(_NAME, ranks.run, given)
+    uncompressed = AllReduce(sync.group, None, overlap=False)
+    options = _options.options(_NAME, ranks.run, reduction="sum", has_aux=True, sync=uncompressed)
 
     @functools.wraps(func, updated=())
     def by_pieces(*args: Any, **kwargs: Any) -> Any:

@@ -59,44 +59,26 @@ class AccumulatorOptions(_LossOptions, total=False):
     donate: bool
 
 
-class Given(NamedTuple):
-    """The options of a factory, as they came."""
-
-    steps: Any = None
-    microbatch_size: Any = None
-    split: Any = None
-    in_dims: Any = None
-    argnums: Any = 0
-    has_aux: Any = False
-    reduction: Any = "mean"
-    dtype: Any = None
-    sync: Any = None
-    nonfinite: Any = "keep"
-    weights: Any = None
-    has_carry: Any = False
-    through: Any = None
-
-
 class Options(NamedTuple):
     """The options of a factory, checked; ``name`` is the factory's, for messages."""
 
     name: str
-    steps: Any
+    steps: Any = None
     """An int, or one for each encoder; None."""
-    microbatch_size: Any
+    microbatch_size: Any = None
     """Likewise."""
-    split: Callable[[Any], Any] | None
-    in_dims: tuple[Any, ...] | None
-    argnums: int | tuple[int, ...]
-    has_aux: bool
-    reduction: Reduction
-    dtype: torch.dtype | None
-    sync: Sync | None
-    nonfinite: Nonfinite
-    weights: Callable[..., Any] | None
-    has_carry: bool
-    through: Through | None
-    rows: bool
+    split: Callable[[Any], Any] | None = None
+    in_dims: tuple[Any, ...] | None = None
+    argnums: int | tuple[int, ...] = 0
+    has_aux: bool = False
+    reduction: Reduction = "mean"
+    dtype: torch.dtype | None = None
+    sync: Sync | None = None
+    nonfinite: Nonfinite = "keep"
+    weights: Callable[..., Any] | None = None
+    has_carry: bool = False
+    through: Through | None = None
+    rows: bool = False
     """Whether the loss is of some rows against all."""
 
     @property
@@ -105,8 +87,9 @@ class Options(NamedTuple):
         return self.weights is not None or self.through is not None
 
 
-def options(name: str, loss_fn: Any, given: Given) -> Options:
+def options(name: str, loss_fn: Any, **options: Any) -> Options:
     """Check everything that is known before the first batch."""
+    given = Options(name, **options)
     if isinstance(loss_fn, nn.Module):
         raise TypeError(
             f"{name}: loss_fn is an nn.Module ({type(loss_fn).__name__}), which does not take its parameters as an "
@@ -117,7 +100,7 @@ def options(name: str, loss_fn: Any, given: Given) -> Options:
             f"{name}: loss_fn must be a function of (params, batch), got {describe(loss_fn)}; options are keyword-only, "
             "as in accumulate(loss_fn, steps=4)"
         )
-    steps, microbatch_size, split = ways(name, given.steps, given.microbatch_size, given.split, given.through)
+    steps, microbatch_size, _ = ways(name, given.steps, given.microbatch_size, given.split, given.through)
     if given.in_dims is not None and type(given.in_dims) is not tuple:
         raise TypeError(
             f"{name}: in_dims must be a tuple with an int, None or a pytree prefix for each positional argument, "
@@ -137,23 +120,9 @@ def options(name: str, loss_fn: Any, given: Given) -> Options:
             f"{name}: got dtype=torch.float16 and reduce_scatter: where sums do not fit into float16, no rank sees it in its "
             "part alone. Use dtype=torch.float32 (half precision is summed in it anyway), or all_reduce"
         )
-    return Options(
-        name=name,
-        steps=steps,
-        microbatch_size=microbatch_size,
-        split=split,
-        in_dims=given.in_dims,
-        argnums=_argnums(name, given.argnums),
-        has_aux=given.has_aux,
-        reduction=given.reduction,
-        dtype=given.dtype,
-        sync=given.sync,
-        nonfinite=given.nonfinite,
-        weights=given.weights,
-        has_carry=given.has_carry,
-        through=given.through,
-        rows=given.through is not None and takes_keyword(loss_fn, "rows"),
-    )
+    _check_argnums(name, given.argnums)
+    rows = given.through is not None and takes_keyword(loss_fn, "rows")
+    return given._replace(steps=steps, microbatch_size=microbatch_size, rows=rows)
 
 
 def ways(
@@ -204,7 +173,7 @@ def check_sync(name: str, sync: Any) -> None:
         )
 
 
-def _check_weights(name: str, given: Given) -> None:
+def _check_weights(name: str, given: Options) -> None:
     """What micro-batches count for: ``nonfinite`` and ``weights``."""
     if given.nonfinite not in ("keep", "drop"):
         raise ValueError(f"{name}: nonfinite must be 'keep' or 'drop', got {given.nonfinite!r}")
@@ -225,7 +194,7 @@ def _check_weights(name: str, given: Given) -> None:
         )
 
 
-def _check_through(name: str, given: Given) -> None:
+def _check_through(name: str, given: Options) -> None:
     """What encodes micro-batches, and what does not go with one loss of the whole batch."""
     through = given.through
     if through is None:
@@ -268,8 +237,7 @@ def _check_through(name: str, given: Given) -> None:
         )
 
 
-def _argnums(name: str, argnums: Any) -> int | tuple[int, ...]:
+def _check_argnums(name: str, argnums: Any) -> None:
     numbers = argnums if isinstance(argnums, tuple) else (argnums,)
     if not numbers or any(isinstance(n, bool) or not isinstance(n, int) for n in numbers):
         raise TypeError(f"{name}: argnums must be an int or a non-empty tuple of ints, got {argnums!r}")
-    return argnums  # type: ignore[no-any-return]  # just checked

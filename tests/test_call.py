@@ -387,7 +387,7 @@ NOTES = {
 def test_a_losss_own_error_tells_what_was_not_split(case):
     given, args, notes = NOTES[case]
     error = RuntimeError("shapes differ")
-    options = _options.options("accumulate", loss_fn, _options.Given(**given))
+    options = _options.options("accumulate", loss_fn, **given)
     _call.note_unsplit(error, options, (PARAMS, *args))
     found = getattr(error, "__notes__", [])
     assert len(found) == len(notes)
@@ -434,7 +434,7 @@ def test_what_is_said_or_cannot_be_broadcast_is_nothing_to_speak_of(options, row
 
 
 def test_an_error_of_ours_gets_no_note():
-    options = _options.options("accumulate", loss_fn, _options.Given(steps=2))
+    options = _options.options("accumulate", loss_fn, steps=2)
     with pytest.raises(TypeError) as caught:
         _loss.target_of(options, None)
     _call.note_unsplit(caught.value, options, (PARAMS, X, X))

@@ -191,7 +191,7 @@ def scaled_loss(loss_fn: Callable[..., Any], *, has_aux: bool = False, has_carry
         >>> grad_fn(torch.ones(()), torch.arange(5.0), loss_scale=8.0)
         tensor(16.)
     """
-    options = _options.options("scaled_loss", loss_fn, _options.Given(has_aux=has_aux, has_carry=has_carry))
+    options = _options.options("scaled_loss", loss_fn, has_aux=has_aux, has_carry=has_carry)
     signature = _with_scale(loss_fn)
 
     @functools.wraps(loss_fn, updated=())

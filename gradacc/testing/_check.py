@@ -245,7 +245,7 @@ def _checked(loss_fn: Any, given: dict[str, Any]) -> _options.Options:
             raise ValueError(f"{_NAME}: it splits the batch itself; say how with steps=(2, 3, 4), and leave {name} out")
         if name not in _PASSED_ON:
             raise TypeError(f"{_NAME}: there is no option {name!r}; it takes steps, rtol, {', '.join(_PASSED_ON)}")
-    return _options.options(_NAME, loss_fn, _options.Given(steps=1, **given))
+    return _options.options(_NAME, loss_fn, steps=1, **given)
 
 
 def _counts(steps: Any) -> list[int]:

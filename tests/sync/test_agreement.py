@@ -35,7 +35,7 @@ def layout_of(kind):
 
 
 def agreed(rank, group, *, params=PARAMS, kind="plain", options=None, number=1, raises=False, order=()):
-    own = _options.options("accumulate", sum, _options.Given(sync=all_reduce(overlap=bool(order)), **(options or {})))
+    own = _options.options("accumulate", sum, sync=all_reduce(overlap=bool(order)), **(options or {}))
     leaves, treedef = _tree.flatten(params)
     here = None if kind is None else layout_of(kind)
     caller = agreement.Caller("accumulate", group, number, "accumulate(loss)")
