@@ -187,13 +187,11 @@ def final(part: Part, factor: float | Tensor) -> Any:
     return joined(part.tensors)
 
 
-def restored(part: Part, orders: Sequence[_order.Order], what: Callable[[], str]) -> Part:
-    """Pieces as one, in the order of the batch; ``orders``: of each micro-batch."""
+def restored(part: Part, orders: Sequence[_order.Order], what: str) -> Part:
+    """Pieces as one, in the order of the batch; ``orders``: of each micro-batch; ``what`` begins a message."""
     if not isinstance(part, Pieces):
         return part
-    rows = [piece.shape[0] for piece in part.tensors]
-    if rows != [len(order) for order in orders]:
-        _order.check_rows(what(), rows, orders)
+    _order.check_rows(what, [piece.shape[0] for piece in part.tensors], orders)
     return Pieces([_order.restored(joined(part.tensors), orders)])
 
 

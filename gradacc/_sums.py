@@ -29,8 +29,9 @@ NOTE [weights that are not read]
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -167,10 +168,10 @@ def add(options: Options, sums: Sums, outcome: Outcome, counts: Contribution, si
     # What an empty batch returned, for its types, has none.
     carry = _carry.add(sums.carry, outcome.carry, counts.dropped) if outcome.carry else sums.carry
     if sums.value is None:
-        aux = unflatten_aux(outcome.aux.treedef, parts)
+        treedef = outcome.aux.treedef
         return Sums(
             value=value,
-            aux=aux,
+            aux=None if treedef is None else _tree.unflatten(treedef, parts),
             weight=weight,
             unit=counts.unit,
             dropped=_dropped(counts, outcome),
@@ -235,10 +236,8 @@ def restored(name: str, sums: Sums, orders: Sequence[_order.Order | None]) -> Su
         return sums
     parts, treedef = flatten_aux(sums.aux)
     assert treedef is not None
-    found = [
-        _parts.restored(part, known, lambda index=index: f"{name}: {_tree.paths(treedef, 'aux')[index]}")  # type: ignore[misc]  # a lambda's default
-        for index, part in enumerate(parts)
-    ]
+    paths = _tree.paths(treedef, "aux")
+    found = [_parts.restored(part, known, f"{name}: {path}") for part, path in zip(parts, paths, strict=True)]
     return replace(sums, aux=_tree.unflatten(treedef, found))
 
 
@@ -247,56 +246,33 @@ def numbers(sums: Sums) -> tuple[list[Any], Sums, list[list[Any]]]:
 
     The rest: the sums without weight and unit, whose pieces are empty, and these pieces. `with_numbers` is the inverse.
     """
-    parts, treedef = flatten_aux(sums.aux)
+    parts, _ = parts_of(sums.aux)
     pieces = [part.tensors for part in parts if isinstance(part, Pieces)]
-    aux = unflatten_aux(treedef, [Pieces([]) if isinstance(part, Pieces) else part for part in parts])
-    last = [] if sums.dropped is None else [sums.dropped]
-    found = [number for part in [*terms(sums)[0], *parts, *last] for number in _parts.numbers(part)]
-    found += carry_numbers(sums)
+    aux = map_parts(lambda part: Pieces([]) if isinstance(part, Pieces) else part, sums.aux) if pieces else sums.aux
+    every = [*parts_of(sums.value)[0], *parts, *parts_of(sums.dropped)[0], *parts_of(sums.carry)[0]]
+    found = [number for part in every for number in _parts.numbers(part)]
     return found, replace(sums, aux=aux, weight=None, unit=None), pieces
 
 
 def with_numbers(rest: Sums, numbers: Sequence[Any], pieces: Sequence[list[Any]], weight: Any, unit: Any) -> Sums:
     """Sums of the structure ``rest`` with these `numbers`, pieces, weight and unit."""
-    parts, treedef = flatten_aux(rest.aux)
     left, own = iter(numbers), iter(pieces)
-    losses, structure = terms(rest)
-    value = with_structure(structure, [_parts.with_numbers(part, left) for part in losses])
-    full = [Pieces(next(own)) if isinstance(part, Pieces) else _parts.with_numbers(part, left) for part in parts]
-    dropped = None if rest.dropped is None else Sum(next(left), rest.dropped.dtype)
-    carried = None if rest.carry is None else with_carry_numbers(rest.carry, left)
-    return Sums(
-        value=value,
-        aux=unflatten_aux(treedef, full),
-        weight=weight,
-        unit=unit,
-        dropped=dropped,
-        carry=carried,
-        differentiated=rest.differentiated,
-    )
 
+    def full(part: Part) -> Part:
+        return Pieces(next(own)) if isinstance(part, Pieces) else _parts.with_numbers(part, left)
 
-def carry_numbers(sums: Sums) -> list[Any]:
-    """The last ones of `numbers`: those of the carry."""
-    return [] if sums.carry is None else [n for part in flatten_aux(sums.carry)[0] for n in _parts.numbers(part)]
-
-
-def with_carry_numbers(carry: Any, left: Iterator[Any]) -> Any:
-    """The inverse, of a list or tree of parts."""
-    parts, treedef = flatten_aux(carry)
-    return unflatten_aux(treedef, [_parts.with_numbers(part, left) for part in parts])
+    trees = (rest.value, rest.aux, rest.dropped, rest.carry)
+    value, aux, dropped, carry = [map_parts(full, tree) for tree in trees]
+    return replace(rest, value=value, aux=aux, weight=weight, unit=unit, dropped=dropped, carry=carry)
 
 
 def of_all_ranks(sums: Sums) -> Sums:
     """Of sums whose moments are each rank's, stacked: combined."""
-    if sums.carry is None:
-        return sums
-    parts, treedef = flatten_aux(sums.carry)
-    whole = [
-        Combined(_moments.stacked(*_parts.numbers(part)), part.dtype) if isinstance(part, Combined) else part
-        for part in parts
-    ]
-    return replace(sums, carry=unflatten_aux(treedef, whole))
+
+    def whole(part: Part) -> Part:
+        return Combined(_moments.stacked(*_parts.numbers(part)), part.dtype) if isinstance(part, Combined) else part
+
+    return replace(sums, carry=map_parts(whole, sums.carry))
 
 
 def flatten_aux(aux: Any) -> tuple[list[Part], _tree.TreeDef | None]:
@@ -304,28 +280,22 @@ def flatten_aux(aux: Any) -> tuple[list[Part], _tree.TreeDef | None]:
     return ([], None) if aux is None else _tree.flatten(aux, is_part)
 
 
-def terms(sums: Sums) -> tuple[list[Part], _tree.TreeDef | None]:
-    """The parts of the value, one for each mean, and the structure of several; one part alone has none."""
-    if sums.value is None or is_part(sums.value):
-        return [] if sums.value is None else [sums.value], None
-    return _tree.flatten(sums.value, is_part)
+def parts_of(tree: Any) -> tuple[list[Part], _tree.TreeDef | None]:
+    """The same of any tree, but that one part alone has no structure: NOTE [parts without their trees] in ``_parts.py``."""
+    return ([tree], None) if is_part(tree) else flatten_aux(tree)
 
 
-def with_structure(treedef: _tree.TreeDef | None, parts: list[Any]) -> Any:
-    """The inverse of `terms`."""
-    if treedef is None:
-        return parts[0] if parts else None
-    return _tree.unflatten(treedef, parts)
-
-
-def unflatten_aux(treedef: _tree.TreeDef | None, leaves: Sequence[Any]) -> Any:
-    """The inverse of `flatten_aux`."""
-    return None if treedef is None else _tree.unflatten(treedef, leaves)
+def map_parts(func: Callable[[Part], Any], tree: Any) -> Any:
+    """A tree of parts with ``func`` of each; None stays None."""
+    if tree is None or is_part(tree):
+        return None if tree is None else func(tree)
+    parts, treedef = _tree.flatten(tree, is_part)
+    return _tree.unflatten(treedef, [func(part) for part in parts])
 
 
 def dtypes(sums: Sums) -> list[torch.dtype]:
     """Of the loss; of each mean of several, and of none before the first micro-batch."""
-    return [part.dtype for part in terms(sums)[0] if not isinstance(part, (Pieces, Latest))]
+    return [part.dtype for part in parts_of(sums.value)[0] if not isinstance(part, (Pieces, Latest))]
 
 
 def factor(sums: Sums) -> float | Tensor:
@@ -341,13 +311,13 @@ def factor(sums: Sums) -> float | Tensor:
 def gradient_factors(options: Options, sums: Sums) -> list[float | Tensor]:
     """What each target's gradients are multiplied by at the end: the gradient of nothing is zero."""
     if options.reduction == "sum" or not sums.differentiated:
-        return [1.0 for _ in range(1 if options.counted else len(terms(sums)[0]) or 1)]
+        return [1.0 for _ in range(1 if options.counted else len(parts_of(sums.value)[0]) or 1)]
     if is_part(sums.value):
         rest = factor(sums)
         return [torch.where(sums.weight == 0, 0.0, rest) if isinstance(sums.weight, Tensor) else rest]
     if options.counted:
         return [sums.unit]
-    return [_unit_over(sums.unit, part.mean.weight) for part in terms(sums)[0] if isinstance(part, Total)]
+    return [_unit_over(sums.unit, part.mean.weight) for part in parts_of(sums.value)[0] if isinstance(part, Total)]
 
 
 def _unit_over(unit: float | Tensor, weight: float | Tensor) -> float | Tensor:
@@ -378,11 +348,8 @@ def finalize(options: Options, sums: Sums, like: Tensor) -> tuple[Any, Any]:
         number = 0.0 if options.reduction == "sum" else math.nan
         return torch.full((), number, dtype=_dtypes.real_dtype(like.dtype), device=like.device), None
     _check_weight(options.name, sums)
-    rest = factor(sums)
-    parts, treedef = flatten_aux(sums.aux)
-    losses, structure = terms(sums)
-    value = with_structure(structure, [_parts.final(part, rest) for part in losses])
-    return value, unflatten_aux(treedef, [_parts.final(part, rest) for part in parts])
+    final = functools.partial(_parts.final, factor=factor(sums))
+    return map_parts(final, sums.value), map_parts(final, sums.aux)
 
 
 def _check_weight(name: str, sums: Sums) -> None:
@@ -390,7 +357,7 @@ def _check_weight(name: str, sums: Sums) -> None:
     weight = sums.weight
     if isinstance(weight, Tensor) or torch.compiler.is_compiling():
         return
-    found = [weight] + [part.mean.weight for part in terms(sums)[0] if isinstance(part, Total)]
+    found = [weight] + [part.mean.weight for part in parts_of(sums.value)[0] if isinstance(part, Total)]
     if any(number == math.inf for number in found if not isinstance(number, Tensor) or number.is_cpu):
         raise ValueError(
             f"{name}: the weights of all micro-batches add up to more than float64 holds (1.8e308). Divide totals and weights "
@@ -510,7 +477,7 @@ def _times_zero(value: Any) -> Any:
 
 def check_kind(name: str, one: Any, other: Any) -> None:
     """All micro-batches return the same kind of value."""
-    first, second = _kind(one), _kind(other)
+    first, second = kind(one), kind(other)
     if first != second:
         raise TypeError(
             f"{name}: loss_fn returned {first} for one micro-batch and {second} for another; return one of them always"
@@ -527,7 +494,7 @@ def check_kind(name: str, one: Any, other: Any) -> None:
 _SEVERAL = "several Means"
 
 
-def _kind(value: Any) -> str:
+def kind(value: Any) -> str:
     """Of a value that is summed, or that a loss returned."""
     if isinstance(value, (Mean, Total)):
         return "a Mean"

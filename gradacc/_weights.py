@@ -51,14 +51,14 @@ def divisors(
     boundary.done()
     if sums.value is None:
         return None
-    parts, treedef = _sums.flatten_aux(sums.aux)
+    parts, treedef = _sums.parts_of(sums.aux)
     assert treedef is not None
     return Divisors([_weight_of(part) for part in parts], treedef)
 
 
 def check(options: Options, sums: Sums, divisors: Divisors) -> float | Tensor:
     """NOTE [counted twice]: 1, or NaN where it cannot be read and is wrong."""
-    losses, treedef = _sums.terms(sums)
+    losses, treedef = _sums.parts_of(sums.value)
     right: float | Tensor = 1.0
     for place, (part, counted) in enumerate(zip(losses, divisors.weights, strict=True)):
         weight = _weight_of(part)

@@ -6,6 +6,7 @@ A layout is `Sums` whose numbers are replaced by `Spec`s: what a rank without a 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
@@ -16,7 +17,7 @@ from torch import Tensor
 from gradacc import _parts, _sums, _tree
 from gradacc._dtypes import is_inexact
 from gradacc._options import Options
-from gradacc._parts import Average, Combined, Part, Pieces, Total
+from gradacc._parts import Average, Combined, Part, Pieces
 from gradacc._sums import Sums
 
 
@@ -50,10 +51,8 @@ Layout: TypeAlias = Sums
 
 def of(sums: Sums) -> Layout:
     """The layout of a rank's sums, which has seen a micro-batch."""
-    losses, structure = _sums.terms(sums)
-    value = _sums.with_structure(structure, [_specs(part, is_loss=True) for part in losses])
-    dropped: Any = None if sums.dropped is None else _specs(sums.dropped)
-    aux, carry = _specs_of_tree(sums.aux), _specs_of_tree(sums.carry)
+    value = _sums.map_parts(functools.partial(_specs, is_loss=True), sums.value)
+    aux, dropped, carry = [_sums.map_parts(_specs, tree) for tree in (sums.aux, sums.dropped, sums.carry)]
     return Sums(value=value, aux=aux, weight=None, unit=None, dropped=dropped, carry=carry, differentiated=True)
 
 
@@ -98,9 +97,9 @@ def _restored(value: Tensor, spec: Spec, device: torch.device) -> Any:
 
 def difference(one: Layout, other: Layout) -> str | None:
     """The first difference between two ranks, or between two calls."""
-    (losses, structure), (others, other_structure) = _sums.terms(one), _sums.terms(other)
+    (losses, structure), (others, other_structure) = _sums.parts_of(one.value), _sums.parts_of(other.value)
     if structure != other_structure or list(map(type, losses)) != list(map(type, others)):
-        return f"loss_fn returned {_kind(one)}, and {_kind(other)}"
+        return f"loss_fn returned {_kind(one.value)}, and {_kind(other.value)}"
     for a, b in zip(losses, others, strict=True):
         if _facts(a) != _facts(b):
             return f"the loss is {_words(a)}, and {_words(b)}"
@@ -118,11 +117,6 @@ def _difference_of_trees(root: str, one: Any, other: Any) -> str | None:
         if _facts(a) != _facts(b):
             return f"{path} is {_words(a)}, and {_words(b)}"
     return None
-
-
-def _specs_of_tree(tree: Any) -> Any:
-    parts, treedef = _sums.flatten_aux(tree)
-    return _sums.unflatten_aux(treedef, [_specs(part) for part in parts])
 
 
 def _specs(part: Part, is_loss: bool = False) -> Part:
@@ -147,10 +141,9 @@ def _facts(part: Any) -> tuple[Any, ...]:
     return type(part), getattr(part, "dtype", None), _tree.flatten(part)[0]
 
 
-def _kind(layout: Layout) -> str:
-    if not _parts.is_part(layout.value):
-        return f"several Means as {_sums.terms(layout)[1]}"
-    return "a Mean" if isinstance(layout.value, Total) else "a tensor"
+def _kind(value: Any) -> str:
+    _, structure = _sums.parts_of(value)
+    return _sums.kind(value) if structure is None else f"{_sums.kind(value)} as {structure}"
 
 
 def _words(part: Any) -> str:

@@ -96,7 +96,7 @@ def _scan(step: Step, start: State, seen: State, cut: Cut, run: Run) -> State:
     first = [*_sums.numbers(before)[0], before.weight]
     if before.value is None:
         # What there is before the first micro-batch is the carry.
-        first = [0] * (len(numbers) - len(first)) + [*_sums.carry_numbers(before), 0]
+        first = [0] * (len(numbers) - len(first)) + [*first[:-1], 0]
     number = len(buffer.params)
     targets = len(after.grads) // number
     zeros: list[Tensor] = [
