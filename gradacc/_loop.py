@@ -223,17 +223,15 @@ def _crossed(
     if fold.carry is None:
         return *boundary.cross(buffer.grads, sums, buffer.arrived, types), None
     parts = sums.carry
-    if not boundary.crosses:
-        grads, sums, arrived = boundary.cross(buffer.grads, sums, buffer.arrived, types)
-        return grads, sums, arrived, _carry.final(fold.carry, parts)
-    sums = dataclasses.replace(sums, carry=_carry.that_crosses(fold.carry, parts))
+    if boundary.crosses:
+        sums = dataclasses.replace(sums, carry=_carry.that_crosses(fold.carry, parts))
 
     def typed(sums: Sums) -> Sums:
         # An empty batch, which is asked for types, gets what was given.
         return dataclasses.replace(types(dataclasses.replace(sums, carry=parts)), carry=sums.carry)
 
     grads, sums, arrived = boundary.cross(buffer.grads, sums, buffer.arrived, typed)
-    whole = parts if sums.carry is None else _carry.crossed(sums.carry, parts)
+    whole = _carry.crossed(sums.carry, parts) if boundary.crosses and sums.carry is not None else parts
     return grads, sums, arrived, _carry.final(fold.carry, whole)
 
 

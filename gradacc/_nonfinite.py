@@ -73,34 +73,23 @@ def _masked(outcome: Outcome, finite: bool | Tensor) -> Outcome:
     value: Any = outcome.value
     if isinstance(value, Terms):
         value = value._replace(means=[_masked_mean(mean, finite) for mean in value.means])
-    elif isinstance(value, Mean):
-        value = _masked_mean(value, finite)
     else:
-        value = _if_tensor(finite, value)
+        value = _masked_mean(value, finite) if isinstance(value, Mean) else _if(finite, value)
     return outcome._replace(value=value, weight=weight, aux=aux)
 
 
 def _masked_mean(leaf: Any, finite: bool | Tensor) -> Any:
     if not isinstance(leaf, Mean) or not isinstance(leaf.total, Tensor):
         return leaf
-    weight = leaf.weight
-    return Mean(
-        _if_tensor(finite, leaf.total),
-        _if_tensor(finite, weight) if isinstance(weight, Tensor) else _if(finite, weight),
-    )
+    return Mean(_if(finite, leaf.total), _if(finite, leaf.weight))
 
 
-def _if_tensor(finite: bool | Tensor, tensor: Tensor) -> Tensor:
-    if isinstance(finite, Tensor):
-        return torch.where(finite.to(tensor.device), tensor, torch.zeros_like(tensor))
-    return tensor if finite else torch.zeros_like(tensor)
-
-
-def _if(finite: bool | Tensor, number: float | Tensor) -> float | Tensor:
-    """A weight, or 0: a tensor in float64, which counts to more than 2 ** 24 (Apple's GPUs have none)."""
-    if isinstance(number, Tensor):
-        return _if_tensor(finite, number)
+def _if(finite: bool | Tensor, number: Any) -> Any:
+    """A tensor or a weight, or 0 where it is not finite; where that is read it is not, or nothing would be masked."""
     if not isinstance(finite, Tensor):
-        return number if finite else 0.0
-    dtype = torch.float64 if finite.device.type != "mps" else torch.float32
-    return torch.where(finite, torch.zeros((), dtype=dtype, device=finite.device) + number, 0.0)
+        return torch.zeros_like(number) if isinstance(number, Tensor) else 0.0
+    if not isinstance(number, Tensor):
+        # float64 counts to more than 2 ** 24; Apple's GPUs have none.
+        dtype = torch.float64 if finite.device.type != "mps" else torch.float32
+        number = torch.zeros((), dtype=dtype, device=finite.device) + number
+    return torch.where(finite.to(number.device), number, torch.zeros_like(number))

@@ -320,10 +320,14 @@ def gradient_factors(options: Options, sums: Sums) -> list[float | Tensor]:
     return [_unit_over(sums.unit, part.mean.weight) for part in parts_of(sums.value)[0] if isinstance(part, Total)]
 
 
+def read(weight: float | Tensor) -> float | Tensor:
+    """A weight as a number, where it can be read for nothing."""
+    return weight.item() if isinstance(weight, Tensor) and weight.is_cpu and not _where.transforming() else weight
+
+
 def _unit_over(unit: float | Tensor, weight: float | Tensor) -> float | Tensor:
     """``unit / weight``; 0 for a weight of 0."""
-    if isinstance(weight, Tensor) and weight.is_cpu and not _where.transforming():
-        weight = float(weight.item())
+    weight = read(weight)
     if isinstance(weight, Tensor):
         wide = weight if weight.device.type == "mps" else weight.to(torch.float64)
         return torch.where(wide == 0, 0.0, unit / wide)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gradacc import _batch, _call, _loss, _parts, _sums, _sync, _tree, _where
+from gradacc import _batch, _call, _loss, _parts, _sums, _sync, _tree
 from gradacc._describe import describe
 from gradacc._loss import Divisors
 from gradacc._mean import Mean
@@ -123,13 +123,7 @@ def _counted(options: Options, found: Any, nothing: Tensor) -> Sums:
 
 def _weight_of(part: _parts.Part) -> float | Tensor:
     assert isinstance(part, Total)
-    weight = part.mean.weight
-    return weight.item() if isinstance(weight, Tensor) and _is_free(weight) else weight
-
-
-def _is_free(weight: Tensor) -> bool:
-    """Whether it can be read, for nothing."""
-    return weight.is_cpu and not _where.transforming()
+    return _sums.read(part.mean.weight)
 
 
 def _is_near(one: float | Tensor, other: float | Tensor) -> Any:
