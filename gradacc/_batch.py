@@ -25,7 +25,6 @@ NOTE [one batch or micro-batches]
 
 from __future__ import annotations
 
-import functools
 import sys
 import warnings
 from collections import deque
@@ -69,12 +68,12 @@ def check_lists(
         items = node.values() if isinstance(node, dict) else node
         return len(node) == examples > 1 or any(isinstance(item, str) for item in items)
 
-    for node, leaves, path in _split_lists(tree, dims, root, is_suspect):
+    for node, leaves, path in _split_nodes(tree, dims, root, is_suspect):
         kind = "strings" if any(isinstance(leaf, str) for leaf in leaves) else "numbers"
         of_each = f", one item for each of the {examples} examples" if len(node) == examples else ""
         fix = "Convert it to a tensor (torch.tensor)" if kind == "numbers" else "Encode it as a tensor"
         raise TypeError(
-            f"{name}: {path()} is a {type(node).__name__} of {len(node)} items ({kind}){of_each}, "
+            f"{name}: {path} is a {type(node).__name__} of {len(node)} items ({kind}){of_each}, "
             f"which cannot be split: every micro-batch would get all of it. {fix}; where it is meant whole, {whole}"
             "pass it as another argument of loss_fn"
         )
@@ -91,14 +90,14 @@ def check_tensor_lists(name: str, tree: Any, dims: Sequence[Any], root: str, exa
     Raises:
         TypeError: the items are containers. (Of bare tensors there is a warning.)
     """
-    for node, _, path in _split_lists(tree, dims, root, lambda node: _is_list(node) and len(node) == examples):
+    for node, _, path in _split_nodes(tree, dims, root, lambda node: _is_list(node) and len(node) == examples):
         items = list(node.values()) if isinstance(node, dict) else list(node)
         kinds = [_kinds(item) for item in items]
         bare = all(isinstance(item, Tensor) for item in items)
         if any(kind != kinds[0] for kind in kinds) or not any(kinds[0][1]) or (bare and is_all and node is tree):
             continue
         what = (
-            f"{name}: {path()} is a {type(node).__name__} of {len(node)} items with tensors, and the batch has {examples} "
+            f"{name}: {path} is a {type(node).__name__} of {len(node)} items with tensors, and the batch has {examples} "
             "examples. If each item is of one example, the split is wrong: every tensor in it is divided along its own dim 0. "
             "Pad and stack them into one tensor, or pass split= or an iterable of micro-batches"
         )
@@ -108,23 +107,19 @@ def check_tensor_lists(name: str, tree: Any, dims: Sequence[Any], root: str, exa
         warn(f"{what}. {names}, and there is no warning")
 
 
-def _split_lists(
+def _split_nodes(
     tree: Any, dims: Sequence[Any], root: str, chosen: Callable[[Any], bool]
-) -> list[tuple[Any, list[Any], Callable[[], str]]]:
-    """The chosen lists of which anything is split: each with its leaves, and what writes its path."""
+) -> list[tuple[Any, list[Any], str]]:
+    """The chosen nodes of which anything is split: each with its leaves and its path."""
     nodes, treedef = _tree.flatten(tree, chosen)
-    found: list[tuple[Any, list[Any], Callable[[], str]]] = []
+    found: list[tuple[Any, list[Any], str]] = []
     start = 0
     for index, node in enumerate(nodes):
         leaves = _tree.flatten(node)[0]
         own, start = dims[start : start + len(leaves)], start + len(leaves)
-        if _is_list(node) and any(dim is not None for dim in own):
-            found.append((node, leaves, functools.partial(_path, treedef, root, index)))
+        if any(dim is not None for dim in own) and chosen(node):
+            found.append((node, leaves, _tree.paths(treedef, root)[index]))
     return found
-
-
-def _path(treedef: _tree.TreeDef, root: str, index: int) -> str:
-    return _tree.paths(treedef, root)[index]
 
 
 def _kinds(item: Any) -> tuple[Any, list[Any]]:
@@ -157,18 +152,12 @@ def check_layout(name: str, leaf: Tensor, path: str) -> None:
 
 def check_packed(name: str, tree: Any, dims: Sequence[Any], root: str) -> None:
     """Refuse to split a `PackedSequence`, a ``NamedTuple`` whose tensors are no examples."""
-    nodes, treedef = _tree.flatten(tree, lambda node: isinstance(node, PackedSequence))
-    start = 0
-    for index, node in enumerate(nodes):
-        number = len(_tree.flatten(node)[0])
-        own, start = dims[start : start + number], start + number
-        if isinstance(node, PackedSequence) and any(dim is not None for dim in own):
-            raise TypeError(
-                f"{name}: {_tree.paths(treedef, root)[index]} is a PackedSequence, which holds its sequences step by step, so "
-                "that there are no views of some of them. Split the padded batch and pack in loss_fn "
-                "(pack_padded_sequence), or pass an iterable of packed micro-batches (split= may make them) and return "
-                "gradacc.Mean(loss_sum, number)"
-            )
+    for _, _, path in _split_nodes(tree, dims, root, lambda node: isinstance(node, PackedSequence)):
+        raise TypeError(
+            f"{name}: {path} is a PackedSequence, which holds its sequences step by step, so that there are no views of some "
+            "of them. Split the padded batch and pack in loss_fn (pack_padded_sequence), or pass an iterable of packed "
+            "micro-batches (split= may make them) and return gradacc.Mean(loss_sum, number)"
+        )
 
 
 def is_iterable(batch: Any) -> bool:

@@ -58,9 +58,10 @@ def parameters(
 
 def check_parameters(name: str, leaves: Sequence[Any], treedef: _tree.TreeDef, root: str) -> list[Tensor]:
     """Leaves that can be differentiated: floating or complex tensors, at least one."""
-    for leaf, path in zip(leaves, _paths_if_wrong(leaves, treedef, root), strict=True):
+    for index, leaf in enumerate(leaves):
         if _is_parameter(leaf):
             continue
+        path = _tree.paths(treedef, root)[index]
         if isinstance(leaf, nn.Module):
             raise TypeError(
                 f"{name}: {path} is an nn.Module ({type(leaf).__name__}); pass its parameters: "
@@ -68,7 +69,7 @@ def check_parameters(name: str, leaves: Sequence[Any], treedef: _tree.TreeDef, r
             )
         if _rows.is_dtensor(leaf):
             raise TypeError(f"{name}: {path} is a DTensor {_rows.told(leaf)}. {_why_not_divided(name)}")
-        if isinstance(leaf, Tensor) and _is_odd(leaf):
+        if isinstance(leaf, Tensor) and not _batch.is_dense(leaf):
             raise TypeError(
                 f"{name}: {path} is a sparse or nested tensor; parameters must be dense. Pass it as to_dense()"
             )
@@ -89,19 +90,8 @@ def check_parameters(name: str, leaves: Sequence[Any], treedef: _tree.TreeDef, r
     return list(leaves)
 
 
-def _paths_if_wrong(leaves: Sequence[Any], treedef: _tree.TreeDef, root: str) -> Sequence[str]:
-    # Writing paths costs more than checking leaves, and is needed only for a message.
-    return [""] * len(leaves) if all(map(_is_parameter, leaves)) else _tree.paths(treedef, root)
-
-
 def _is_parameter(leaf: Any) -> bool:
-    if not isinstance(leaf, Tensor) or _rows.is_dtensor(leaf) or _is_odd(leaf):
-        return False
-    return is_inexact(leaf)
-
-
-def _is_odd(leaf: Tensor) -> bool:
-    return not _batch.is_dense(leaf)
+    return isinstance(leaf, Tensor) and not _rows.is_dtensor(leaf) and _batch.is_dense(leaf) and is_inexact(leaf)
 
 
 def _why_not_divided(name: str) -> str:
