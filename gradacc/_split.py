@@ -119,8 +119,7 @@ def splittable(name: str, args: Sequence[Any], dims: Sequence[Any]) -> Splittabl
 
 def _slice(options: Options, args: Sequence[Any], dims: Sequence[Any]) -> Microbatches:
     flat, own, total = splittable(options.name, args, dims)
-    dims_of = [dim for n in flat for dim in own[n]]
-    everything = [leaf for leaves, _ in flat.values() for leaf in leaves]
+    pairs = [pair for n, (leaves, _) in flat.items() for pair in zip(leaves, own[n], strict=True)]
 
     def with_leaves(leaves: Sequence[Any], size: int) -> Microbatch:
         part, left = list(args), iter(leaves)
@@ -129,28 +128,20 @@ def _slice(options: Options, args: Sequence[Any], dims: Sequence[Any]) -> Microb
         return Microbatch(tuple(part), (size,))
 
     def at(offset: int, size: int) -> Microbatch:
-        return with_leaves(
-            [
-                leaf if dim is None else leaf.narrow(dim, offset, size)
-                for leaf, dim in zip(everything, dims_of, strict=True)
-            ],
-            size,
-        )
+        return with_leaves([leaf if dim is None else leaf.narrow(dim, offset, size) for leaf, dim in pairs], size)
 
     def stacked(run: Run) -> list[Tensor]:
         return [
             leaf.narrow(dim, run.offset, run.size * run.repeats)
             .unflatten(dim, (run.repeats, run.size))
             .movedim(dim % leaf.ndim, 0)
-            for leaf, dim in zip(everything, dims_of, strict=True)
+            for leaf, dim in pairs
             if dim is not None
         ]
 
     def unstacked(tensors: Sequence[Tensor], size: int) -> Microbatch:
         left = iter(tensors)
-        return with_leaves(
-            [leaf if dim is None else next(left) for leaf, dim in zip(everything, dims_of, strict=True)], size
-        )
+        return with_leaves([leaf if dim is None else next(left) for leaf, dim in pairs], size)
 
     cut = Cut(runs(total, options.steps, options.microbatch_size), at, stacked, unstacked)
     return Microbatches(

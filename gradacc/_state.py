@@ -50,6 +50,10 @@ class Facts(NamedTuple):
     has_carry: bool = False
 
 
+_OPTIONS = ("reduction", "dtype", "has_aux", "nonfinite", "has_carry")
+"""Of the accumulator, among the facts."""
+
+
 class Missing:
     """In the place of a gradient that has not arrived."""
 
@@ -86,14 +90,7 @@ def initial(
     options: Options, params: Sequence[Tensor], treedef: _tree.TreeDef, carry: Any, start: Any
 ) -> AccumulatorState:
     """Before the first micro-batch, with this carry, which begins with these parts."""
-    facts = Facts(
-        options.reduction,
-        options.dtype,
-        options.has_aux,
-        of_params(params),
-        nonfinite=options.nonfinite,
-        has_carry=options.has_carry,
-    )
+    facts = Facts(params=of_params(params), **{option: getattr(options, option) for option in _OPTIONS})
     weight = torch.zeros((), dtype=torch.float64, device="cpu")
     sums = Sums(value=None, aux=None, weight=weight, unit=None, carry=start, differentiated=False)
     return AccumulatorState(_tree.unflatten(treedef, [Missing() for _ in params]), sums, facts, carry)
@@ -112,12 +109,16 @@ def slots(state: AccumulatorState) -> tuple[list[Any], _tree.TreeDef]:
     return [slot for found, _ in each for slot in found], each[0][1]
 
 
-def with_slots(treedef: _tree.TreeDef, found: Sequence[Any], targets: int) -> Any:
-    """The inverse of `slots`."""
-    if targets == 1:
-        return _tree.unflatten(treedef, found)
+def of_each(found: list[Any], targets: int) -> list[list[Any]]:
+    """What was found one after the other, of each target."""
     number = len(found) // targets
-    return [_tree.unflatten(treedef, found[at * number : (at + 1) * number]) for at in range(targets)]
+    return [found[at * number : (at + 1) * number] for at in range(targets)]
+
+
+def with_slots(treedef: _tree.TreeDef, found: list[Any], targets: int) -> Any:
+    """The inverse of `slots`."""
+    each = [_tree.unflatten(treedef, own) for own in of_each(found, targets)]
+    return each[0] if targets == 1 else each
 
 
 def like_params(state: AccumulatorState) -> tuple[list[Tensor], _tree.TreeDef]:
@@ -199,10 +200,7 @@ def _number(tensor: Tensor, readable: bool, device: torch.device) -> Any:
 
 def other_options(theirs: Facts, ours: Facts | Options) -> list[tuple[str, Any, Any]]:
     """Options of an accumulator in which two differ: name, and either one's."""
-    pairs = [
-        (option, getattr(theirs, option), getattr(ours, option))
-        for option in ("reduction", "dtype", "has_aux", "nonfinite", "has_carry")
-    ]
+    pairs = [(option, getattr(theirs, option), getattr(ours, option)) for option in _OPTIONS]
     return [(option, one, other) for option, one, other in pairs if one != other]
 
 

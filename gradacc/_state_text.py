@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from gradacc import _structure, _tree
-from gradacc._state import AccumulatorState, Facts, Missing, Param, other_options, slots, with_slots
+from gradacc._state import AccumulatorState, Facts, Missing, Param, of_each, other_options, slots, with_slots
 
 
 def to_text(state: AccumulatorState) -> str:
@@ -26,7 +26,7 @@ def to_text(state: AccumulatorState) -> str:
     paths = _tree.paths(treedef)
     grads = [
         {path: _kind(slot) for path, slot in zip(paths, own, strict=True) if isinstance(slot, Tensor)}
-        for own in _of_each(found, facts.targets)
+        for own in of_each(found, facts.targets)
     ]
     return json.dumps(
         {
@@ -68,7 +68,7 @@ def from_text(like: AccumulatorState, text: str) -> AccumulatorState:
         if len(grads) != facts.targets:
             raise ValueError(f"has the gradients of {len(grads)} targets, and not of {facts.targets}")
         alike = like.facts.targets == facts.targets
-        places = _of_each(held, facts.targets) if alike else [[None] * len(own)] * facts.targets
+        places = of_each(held, facts.targets) if alike else [[None] * len(own)] * facts.targets
         found = [
             slot
             if isinstance(slot, Tensor) and _kind(slot) == kinds.get(path)
@@ -94,12 +94,6 @@ def _check_carry(here: dict[str, Any], there: dict[str, Any]) -> None:
             raise ValueError(
                 f"began with the carry{path} {_words(own.get(path))}, but {_words(saved.get(path))} was saved"
             )
-
-
-def _of_each(found: list[Any], targets: int) -> list[list[Any]]:
-    """The gradients of each target."""
-    number = len(found) // targets
-    return [found[at * number : (at + 1) * number] for at in range(targets)]
 
 
 def _kind(of: Param | Tensor) -> list[Any]:
