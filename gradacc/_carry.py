@@ -253,14 +253,10 @@ def _zeros(tensor: Any) -> Tensor:
 
 def _add(part: Part, leaf: Any) -> Part:
     if isinstance(part, Total):
-        return Total(_plain_sum(part.mean, _aux.summable(leaf)), part.dtype)
+        return Total(part.mean + _aux.summable(leaf), part.dtype)
     if isinstance(part, Combined):
         return Combined(part.moments + _summable(leaf), part.dtype)
     return Latest(leaf)
-
-
-def _plain_sum(a: Mean, b: Mean) -> Mean:
-    return Mean(a.total + b.total, a.weight + b.weight)
 
 
 def _summable(moments: Moments) -> Moments:

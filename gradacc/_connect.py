@@ -101,7 +101,7 @@ def connect(name: str, call: Call, results: Any, closed: Iterable[Tensor], run: 
     else:
         tensors = [leaf for leaf in call.leaves if isinstance(leaf, Tensor) and not leaf.is_inference()]
         value = len(_tree.flatten(results[0])[0])  # the leaf behind the gradients: a loss, or the total of a Mean
-        numbers = {i: _number(leaf) for i, leaf in enumerate(leaves) if i >= value and _is_number(leaf)}
+        numbers = {i: _copy(leaf) for i, leaf in enumerate(leaves) if i >= value and _is_number(leaf)}
         function = _again(name, call, run, places, (value, numbers))
     connected: Any = Connection.apply(function, len(tensors), outputs, *tensors, *others)  # type: ignore[no-untyped-call]  # torch's
     return _tree.unflatten(treedef, _tree.placed(leaves, places, connected))
@@ -189,9 +189,7 @@ def _again(
     assert around is not None
 
     def again(tensors: Sequence[Tensor]) -> Sequence[Any]:
-        # An inference tensor can neither be saved nor take part in a graph; a copy can.
-        copies = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in kept]
-        leaves = _tree.placed(copies, moved, tensors)
+        leaves = _tree.placed(map(_copy, kept), moved, tensors)
         with _surroundings.restored(around), inside_a_loss():
             results = _tree.flatten(run(*_tree.unflatten(treedef, leaves)))[0]
         for i, number in before.items():
@@ -205,10 +203,6 @@ def _again(
 def _is_number(leaf: Any) -> bool:
     """Whether it can be compared without a copy of something large: the value, a weight, a metric."""
     return isinstance(leaf, (int, float)) or (isinstance(leaf, Tensor) and leaf.ndim == 0 and not leaf.is_meta)
-
-
-def _number(leaf: Any) -> Any:
-    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 
 def _check_number(name: str, what: str, before: Any, now: Any) -> None:
@@ -235,3 +229,8 @@ def _refusal(message: str) -> Function:
         raise RuntimeError(message)
 
     return refuse
+
+
+def _copy(leaf: Any) -> Any:
+    """Without its graph. (An inference tensor can neither be saved nor take part in a graph; a copy can.)"""
+    return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf

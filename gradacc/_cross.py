@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from gradacc import _aux, _batch, _dtensors, _dtypes, _loop, _loss, _options, _sums, _sync, _tree, _where
 from gradacc._describe import describe
 from gradacc._engines import eager
-from gradacc._mean import Mean, with_plain_weight
+from gradacc._mean import Mean
 from gradacc._options import Options, Sync
 from gradacc._sums import Sums
 from gradacc._sync import group as groups
@@ -201,10 +201,8 @@ def _summed(options: Options, mean: Any, detached: bool) -> tuple[Sums, Tensor |
         )
     if total.ndim:
         raise ValueError(f"{_NAME}: the total of mean has shape {tuple(total.shape)}; it must be 0-dim: total.sum()")
-    mean = with_plain_weight(Mean(total.detach() if detached else total, mean.weight))
-    weight = _loss.weight(options, mean.weight, mean.total, "the weight of mean is")
-    if isinstance(weight, Tensor) and not isinstance(mean.weight, Tensor):
-        mean = Mean(mean.total, weight)  # a float in a graph
+    mean = Mean(total.detach() if detached else total, mean.weight)
+    mean, weight = _loss.with_weight(options, mean, mean.total, "the weight of mean is")
     outcome = _loss.Outcome([mean.total], mean, weight, _aux.flatten(None))
     counts = _sums.contribution(options, _sums.NOTHING, outcome, None, narrow=False)
     sums = _sums.add(options, _sums.NOTHING, outcome, counts, ())

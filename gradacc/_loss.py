@@ -84,15 +84,17 @@ def outcome(options: Options, out: Any, sizes: tuple[int, ...], carry: Given | N
         return Outcome(targets, terms, sizes[0] if len(sizes) == 1 else None, _aux.flatten(aux))
     target = target_of(options, value)
     if isinstance(value, Mean):
-        value, weight = _with_weight(options, value, target)
+        value, weight = with_weight(options, value, target)
         return Outcome([target], value, weight, _aux.flatten(aux))
     return Outcome([target], value, _examples(options, sizes), _aux.flatten(aux))
 
 
-def _with_weight(options: Options, mean: Mean, total: Tensor) -> tuple[Mean, float | Tensor]:
-    """A `Mean` with its weight as a number or tensor, and that weight, checked."""
+def with_weight(
+    options: Options, mean: Mean, total: Tensor, what: str = "loss_fn returned a Mean whose weight is"
+) -> tuple[Mean, float | Tensor]:
+    """A `Mean` with its weight as a number or tensor, and that weight, checked; ``what`` begins a message about it."""
     mean = with_plain_weight(mean)
-    own = weight(options, mean.weight, total, "loss_fn returned a Mean whose weight is")
+    own = weight(options, mean.weight, total, what)
     if isinstance(own, Tensor) and not isinstance(mean.weight, Tensor):
         mean = Mean(mean.total, own)  # a float in a graph
     return mean, own
@@ -115,7 +117,7 @@ def _terms(options: Options, value: Any) -> Terms:
             "list or dict of gradacc.Means, in the structure of what weights returns. One Mean needs no weights="
         )
     leaves, treedef = _mean.flatten(value)
-    pairs = [_with_weight(options, mean, target_of(options, mean)) for mean in leaves]
+    pairs = [with_weight(options, mean, target_of(options, mean)) for mean in leaves]
     return Terms([mean for mean, _ in pairs], [weight for _, weight in pairs], treedef)
 
 

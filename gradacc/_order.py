@@ -61,7 +61,8 @@ class Reordered:
         if isinstance(self.microbatches, Tensor) or not hasattr(self.microbatches, "__iter__"):
             raise TypeError(f"Reordered: microbatches must be an iterable of them, got {describe(self.microbatches)}")
         try:
-            order = tuple(tuple(map(operator.index, _items(some))) for some in self.order)
+            items = [some.tolist() if isinstance(some, Tensor) else some for some in self.order]
+            order = tuple(tuple(map(operator.index, some)) for some in items)
         except TypeError as error:
             raise TypeError(
                 "Reordered: order must be a sequence with a sequence of ints for each micro-batch (the positions of its "
@@ -83,11 +84,6 @@ class Reordered:
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.microbatches)
-
-
-def _items(some: Any) -> Iterable[Any]:
-    items: Iterable[Any] = some.detach().cpu().tolist() if isinstance(some, Tensor) else some
-    return items
 
 
 def each(name: str, microbatches: Iterable[Any]) -> Iterator[tuple[Any, Order | None]]:
