@@ -84,16 +84,15 @@ def can_be_summed(mean: Mean) -> bool:
         return False
     if not isinstance(weight, Tensor):
         return isinstance(weight, (int, float)) and -math.inf < weight < math.inf
+    return broadcast(total, weight) is not None
+
+
+def broadcast(a: Tensor, b: Tensor) -> torch.Size | None:
+    """The shape of both together; None where there is none."""
     try:
-        broadcast(total, weight)
+        shape: torch.Size = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]  # torch's
     except RuntimeError:
-        return False
-    return True
-
-
-def broadcast(a: Tensor, b: Tensor) -> torch.Size:
-    """The shape of both together; a RuntimeError where there is none."""
-    shape: torch.Size = torch.broadcast_shapes(a.shape, b.shape)  # type: ignore[no-untyped-call]  # torch's
+        return None
     return shape
 
 
@@ -107,6 +106,8 @@ def summable(mean: Mean) -> Mean:
 
 def _is_nothing(weight: Tensor, total: Tensor) -> Tensor:
     """Of each total, in its shape or a narrower one, whether all weights that divide it are 0."""
-    if weight.ndim == 0 or (shape := broadcast(weight, total)) == total.shape:
+    shape = total.shape if weight.ndim == 0 else broadcast(weight, total)
+    if shape == total.shape:
         return weight == 0
+    assert shape is not None
     return (weight != 0).expand(shape).to(torch.int64).sum_to_size(total.shape) == 0

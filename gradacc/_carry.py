@@ -197,10 +197,7 @@ def _are_moments(leaf: Moments) -> bool:
         return False
     if not isinstance(count, Tensor):
         return isinstance(count, (int, float))
-    try:
-        return not count.is_complex() and _aux.broadcast(count, mean) == mean.shape
-    except RuntimeError:
-        return False
+    return not count.is_complex() and _aux.broadcast(count, mean) == mean.shape
 
 
 def _as_tensor(number: Any, like: Tensor) -> Tensor:
@@ -214,19 +211,15 @@ def _as_tensor(number: Any, like: Tensor) -> Tensor:
 def _like(leaf: Any, old: Any) -> Any:
     """A returned leaf, its weight or count in the dtype of the one that was given; None where it is not like it."""
     new = _known(leaf)
-    if (
-        new is None
-        or isinstance(new, Tensor) != isinstance(old, Tensor)
-        or isinstance(new, Mean) != isinstance(old, Mean)
-    ):
-        return None
-    if isinstance(new, Tensor):
+    if isinstance(new, Tensor) and isinstance(old, Tensor):
         return new if _facts(new) == _facts(old) else None
-    if isinstance(new, Mean):
+    if isinstance(new, Mean) and isinstance(old, Mean) and _facts(new.total) == _facts(old.total):
         weight = _counted(new.weight, old.weight)
-        return Mean(new.total, weight) if _facts(new.total) == _facts(old.total) and weight is not None else None
-    count = _counted(new.count, old.count)
-    return Moments(count, new.mean, new.m2) if _facts(new.mean) == _facts(old.mean) and count is not None else None
+        return None if weight is None else Mean(new.total, weight)
+    if isinstance(new, Moments) and isinstance(old, Moments) and _facts(new.mean) == _facts(old.mean):
+        count = _counted(new.count, old.count)
+        return None if count is None else Moments(count, new.mean, new.m2)
+    return None
 
 
 def _counted(new: Any, old: Any) -> Tensor | None:
