@@ -37,7 +37,7 @@ def test_there_are_notebooks():
 
 
 @pytest.mark.timeout(600)  # that of MiniLM takes minutes
-@pytest.mark.parametrize("path", some_slow(NOTEBOOKS, NOTEBOOKS[0]), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", some_slow(NOTEBOOKS), ids=lambda path: path.name)
 def test_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)
     code = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "code")
@@ -146,6 +146,7 @@ def test_the_page_of_figures_is_of_these_results():
     assert pages.of_pieces() == pages.OF_PIECES.read_text(), "run: python -m benchmarks.pages"
 
 
+@pytest.mark.slow
 def test_the_site_builds_without_a_warning(tmp_path):
     command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "docs", str(tmp_path / "site")]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)

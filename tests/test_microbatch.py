@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
 import gradacc
@@ -884,12 +885,17 @@ def test_tensors_of_the_caller_are_not_marked() -> None:
 
 def test_pieces_of_an_iterable_are_not_kept_without_grad() -> None:
     alive: list[int] = []
+    given: list[StorageWeakRef] = []
+
+    def piece(n: int) -> Tensor:
+        made = torch.full((3, 77), float(n))
+        given.append(StorageWeakRef(made.untyped_storage()))
+        return made
 
     def pieces():
         for n in range(5):
-            gc.collect()
-            alive.append(sum(issubclass(type(thing), Tensor) and thing.shape == (3, 77) for thing in gc.get_objects()))
-            yield torch.full((3, 77), float(n))
+            alive.append(sum(not each.expired() for each in given))
+            yield piece(n)
 
     with torch.no_grad():
         microbatch(lambda x: x.sum(), out="sum")(pieces())

@@ -7,7 +7,7 @@ import torch
 
 import gradacc
 from gradacc import Kept, Mean
-from tests.helpers import ENGINES, assert_trees_close, assert_trees_equal, fingerprint
+from tests.helpers import ENGINES, assert_trees_close, assert_trees_equal, fingerprint, some_slow
 
 D = torch.float64
 PARAMS = {"w": torch.tensor([1.5, -0.5], dtype=D), "b": torch.tensor(0.25, dtype=D)}
@@ -193,7 +193,7 @@ def test_streamed_merged_saved(tmp_path):
         keeping.update(gradacc.accumulator(mean, nonfinite="drop").init(PARAMS), PARAMS, parts[0])
 
 
-@pytest.mark.parametrize("size", [3, 1])
+@pytest.mark.parametrize("size", some_slow([3, 1], 1))
 def test_compiled(size):
     torch._dynamo.reset()
     grad_fn = gradacc.accumulate_and_value(counted, microbatch_size=size, nonfinite="drop")

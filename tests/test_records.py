@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import gradacc
 from gradacc import _tree
-from tests.helpers import assert_trees_close
+from tests.helpers import assert_trees_close, some_slow
 
 D = torch.float64
 W = torch.linspace(-1, 1, 3, dtype=D)
@@ -105,7 +105,7 @@ def test_without_steps_it_is_one_batch(name):
         gradacc.accumulate(loss_of(type(BATCHES[name])))(W, BATCHES[name])
 
 
-@pytest.mark.parametrize("name", ["BatchEncoding", "dict subclass", "dataclass"])
+@pytest.mark.parametrize("name", some_slow(["BatchEncoding", "dict subclass", "dataclass"], "BatchEncoding"))
 def test_compiled(name):
     batch = BATCHES[name]
     grad_fn = gradacc.accumulate(lambda w, b: (get(b, "x") @ w).square().mean() * get(b, "number"), steps=2)

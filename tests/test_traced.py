@@ -162,6 +162,7 @@ def test_what_a_compiled_module_may_do(make):
     assert everything(module) == before
 
 
+@pytest.mark.slow
 def test_outputs_that_transformers_captures():
     torch._dynamo.reset()
     ids = torch.arange(24).view(4, 6) * 7 % 47 + 3

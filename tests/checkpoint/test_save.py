@@ -14,6 +14,7 @@ import gradacc
 from gradacc import Mean, TrainState
 from gradacc.checkpoint import load, save
 from tests.checkpoint.cases import Node, Pair, blank, entries, same
+from tests.helpers import some_slow
 
 
 def optimized(optimizer):
@@ -115,7 +116,7 @@ def run(*arguments: str) -> str:
     return found.stdout
 
 
-@pytest.mark.parametrize("carried", [0, 1])
+@pytest.mark.parametrize("carried", some_slow([0, 1], 1))
 def test_stopped_between_micro_batches(tmp_path, carried):
     """SIGKILL anywhere in windows of micro-batches, in a loss, in a save: what comes out is the run that was left alone."""
     first, *began, deaths = map(int, run("window", str(tmp_path / "c"), str(carried)).split())

@@ -232,11 +232,13 @@ def start_two(settings: Settings) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 def test_nproc_trains_as_one_process_does(interrupted_run: Ended) -> None:
     """Through ``gradacc demo --nproc``, with the one bar, table and report of rank 0."""
     assert check_one_run(interrupted_run) >= 3
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_all_with_the_report(interrupted_run: Ended) -> None:
     settings, code, output, errors = interrupted_run
     assert code == 130, errors

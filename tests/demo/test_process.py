@@ -59,6 +59,7 @@ def test_ctrl_c_while_training(data: Path, tmp_path: Path) -> None:
     assert note in check_is_complete_by_itself((out / "report.html").read_text("utf-8")).text
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_the_table(data: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start("--data", str(data), "--out", str(out), "--batch-size", "4")

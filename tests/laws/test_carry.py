@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import gradacc
-from tests.helpers import assert_trees_close, assert_trees_equal
+from tests.helpers import assert_trees_close, assert_trees_equal, some_slow
 
 D = torch.float64
 
@@ -107,7 +107,7 @@ def test_outer_derivatives_go_through_a_carry(params, batch):
     assert_trees_close(torch.func.grad(last)(start), torch.func.grad(expected)(start), rtol=1e-10)
 
 
-@pytest.mark.parametrize("steps", [3, 11])  # unrolled, and a scan
+@pytest.mark.parametrize("steps", some_slow([3, 11], 11))  # unrolled, and a scan
 def test_it_is_compiled(params, batch, steps):
     grad_fn = gradacc.accumulate_and_value(loss_fn, steps=steps, has_carry=True)
     compiled = torch.compile(grad_fn, backend="aot_eager", fullgraph=True)

@@ -123,6 +123,7 @@ def theirs(tmp_path_factory) -> dict[str, Tensor]:
     return {name: torch.from_numpy(value.copy()) for name, value in np.load(path).items()}
 
 
+@pytest.mark.xdist_group("optax")  # which is asked once
 @pytest.mark.parametrize("engine", ENGINE)
 @pytest.mark.parametrize("size", some_slow(optax_oracle.SIZES, optax_oracle.SIZES[-1]))
 def test_beside_optax(theirs, size: int, engine: str) -> None:

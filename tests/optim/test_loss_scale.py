@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import gradacc
 from gradacc import Mean, TrainState, optim
-from tests.helpers import ENGINES, assert_trees_close, assert_trees_equal, fingerprint
+from tests.helpers import ENGINES, assert_trees_close, assert_trees_equal, fingerprint, some_slow
 from tests.optim.cases import assert_same, compiled, gradients, leaves_of, parameters, trajectory
 
 INF, NAN = math.inf, math.nan
@@ -224,7 +224,7 @@ def test_under_vmap_each_member_has_its_own_scale():
         assert_trees_close(new[member], step(scales[member], params[member], grads[member])[0], rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", some_slow([torch.float32, torch.bfloat16], torch.bfloat16))
 def test_under_compile(dtype):
     params = {"w": torch.randn(3, 5, dtype=dtype), "b": torch.randn((), dtype=dtype)}
     many = [_broken(params, value) for value in (None, None, INF, None)]

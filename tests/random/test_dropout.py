@@ -102,7 +102,7 @@ def test_vmap_is_the_loop():
 
 @pytest.mark.parametrize(
     ("backend", "dynamic"),
-    some_slow([(b, d) for b in ("eager", "aot_eager") for d in (None, True)], ("aot_eager", None)),
+    some_slow([(b, d) for b in ("eager", "aot_eager") for d in (None, True)], ("eager", None)),
 )
 def test_compiled(backend, dynamic):
     def loss(x, keys):

@@ -65,7 +65,7 @@ def test_in_a_graph(pool, way, backend):
         assert_trees_close(actual[0], expected[0], **tolerance)
 
 
-def reduced(group):
+def reduced(group, compiled):
     """As where the backend is NCCL: what torch's reduce-scatter of gloo returns."""
     params, batch = made(dist.get_rank(group), rows=2 + dist.get_rank(group))
     usual = gradacc.accumulate_and_value(loss, steps=2, has_aux=True, sync=gradacc.reduce_scatter(group))(params, batch)
@@ -79,15 +79,17 @@ def reduced(group):
                     result = grad_fn(params, batch)
             found.append(result)
             counts.append(counter.get_total_counts())
-    torch._dynamo.reset()
-    with mock.patch.object(bounds, "_REDUCE_AND_SCATTER", {"gloo"}):
-        found.append(torch.compile(grad_fn, fullgraph=True, backend="eager")(params, batch))
+            if compiled:
+                torch._dynamo.reset()
+                found.append(torch.compile(grad_fn, fullgraph=True, backend="eager")(params, batch))
     return usual, found, counts
 
 
-def test_a_reduce_scatter_of_the_backend_s_own(pool):
-    for usual, found, counts in pool.run(3, reduced):
+@pytest.mark.parametrize("compiled", some_slow([False, True], False))
+def test_a_reduce_scatter_of_the_backend_s_own(pool, compiled):
+    for usual, found, counts in pool.run(3, reduced, compiled):
         assert counts == [2, 3]  # one a dtype; and metrics hold up no bucket
+        assert len(found) == (4 if compiled else 2)
         for each in found:
             assert_trees_close(each, usual, rtol=1e-6, atol=1e-9)
 

@@ -284,7 +284,6 @@ def start(world, how):
             "stopped",
         ],
         "killed",
-        "killed with overlap",
     ),
 )
 def test_a_rank_that_is_killed_or_stops(how):

@@ -8,6 +8,8 @@ from torch import nn
 import gradacc
 from tests.helpers import assert_trees_close
 
+FORMS = ("accumulate", "overlap", "accumulator")
+
 
 def parameters():
     made = torch.Generator().manual_seed(0)
@@ -54,7 +56,7 @@ def strides_of(tensors):
     return {name: tensor.stride() for name, tensor in tensors.items() if name not in ("a part", "one by one")}
 
 
-@pytest.mark.parametrize("form", ["accumulate", "overlap", "accumulator", "compiled"])
+@pytest.mark.parametrize("form", [*FORMS, pytest.param("compiled", marks=pytest.mark.slow)])
 def test_strides_are_the_parameters(pool, form):
     params = parameters()
     expected = gradacc.accumulate(loss, steps=1)(params, images())

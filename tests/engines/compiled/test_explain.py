@@ -153,7 +153,7 @@ def prints(w, x):
     return energy(w, x) / len(x)
 
 
-@pytest.mark.parametrize("loss", [prints, by_the_parameters])
+@pytest.mark.parametrize("loss", some_slow([prints, by_the_parameters], prints))
 def test_without_fullgraph_a_loss_that_breaks_the_graph_runs_as_it_is(loss):
     torch._dynamo.reset()
     grad_fn = gradacc.accumulate_and_value(loss, steps=6)
