@@ -110,7 +110,9 @@ def broadcast_prefix(
     Raises:
         ValueError: ``prefix`` is not a prefix of ``tree``.
     """
-    flatten(tree, is_leaf)  # adopts what only torch's registry knows
+    leaves, _ = flatten(tree, is_leaf)  # adopts what only torch's registry knows
+    if prefix is None or isinstance(prefix, int):
+        return [prefix] * len(leaves)
     boxes = optree.tree_map(
         _Box,
         prefix,
