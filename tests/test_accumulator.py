@@ -483,6 +483,7 @@ def test_compiled(name):
     torch.testing.assert_close(value_of(value), value_of(expected[1]))
 
 
+@pytest.mark.slow
 def test_compiled_merge():
     acc, params, x = gradacc.accumulator(with_aux, has_aux=True), params_of(D), windows(D)["several"]
     a, b = stream(acc, params, x[:2]), stream(acc, params, x[2:])

@@ -271,6 +271,7 @@ def test_an_ensemble_of_loss_scales(state):
     assert_trees_close({name: metric[0] for name, metric in metrics.items()}, own)
 
 
+@pytest.mark.slow
 def test_one_graph_with_a_loss_scale(state):
     torch.compiler.reset()
     step = train_step(gradacc.accumulate_and_value(gradacc.optim.scaled_loss(loss), steps=3), SCALED)

@@ -3,7 +3,7 @@
 ``pool.run(world, function, *args)`` calls ``function(group, *args)`` in ``world`` processes, with a gloo group of exactly
 these, and returns what each returned. Functions and arguments are pickled, so functions are module-level ones.
 
-They are forked by one process that has imported what all of them need, since importing it costs more than most tests.
+On Linux one process forks them that has imported what all of them need, since importing it costs more than most tests.
 """
 
 from __future__ import annotations
@@ -85,8 +85,10 @@ def _start(port: int) -> None:
 
     import tests.helpers  # noqa: F401  # all that every rank would import
 
+    # On a Mac what has been forked may not use the system's libraries.
+    method = "fork" if sys.platform == "linux" else "spawn"
     with socket.create_server(("localhost", 0)) as server:
-        torch.multiprocessing.start_processes(_work, (port, server), nprocs=SIZE, start_method="fork")
+        torch.multiprocessing.start_processes(_work, (port, server), nprocs=SIZE, start_method=method)
 
 
 def _work(rank: int, port: int, server: socket.socket) -> None:

@@ -36,7 +36,7 @@ def test_peaks_of_the_head(dtype):
         assert over(name) <= share * over(_microbatch_report.PLAIN)
 
 
-@pytest.mark.parametrize("name", _memories.GROWTHS)
+@pytest.mark.parametrize("name", some_slow(_memories.GROWTHS, "tokens"))
 def test_memory_that_is_flat(name):
     peaks = _memories.peaks(name, True, CPU)
     small, large = (list(way.values()) for way in (peaks["plain"], peaks["by pieces"]))

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers import some_slow
+
 from .test_run import check_is_complete_by_itself
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +78,7 @@ def test_ctrl_c_in_the_table(data: Path, tmp_path: Path) -> None:
     check_is_complete_by_itself((out / "report.html").read_text("utf-8"))
 
 
-@pytest.mark.parametrize("missing", ["tqdm", "matplotlib"])
+@pytest.mark.parametrize("missing", some_slow(["tqdm", "matplotlib"], "matplotlib"))
 def test_without_the_extra(missing: str, data: Path, tmp_path: Path) -> None:
     fake = tmp_path / "path"
     fake.mkdir()

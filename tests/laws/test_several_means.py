@@ -231,7 +231,7 @@ def test_an_ensemble(counted):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")  # inductor imports it
-@pytest.mark.parametrize("backend", some_slow(["aot_eager", "inductor"], "aot_eager"))
+@pytest.mark.parametrize("backend", some_slow(["eager", "aot_eager", "inductor"], "eager"))
 @pytest.mark.parametrize(("size", "counted"), some_slow([(3, False), (3, True), (1, False), (1, True)], (3, False)))
 def test_compiled_unrolled_and_as_a_loop(size, counted, backend):
     torch._dynamo.reset()

@@ -346,7 +346,7 @@ def test_under_vmap_each_member_is_judged_by_its_own_past():
         assert_trees_close(mine, alone)
 
 
-@pytest.mark.parametrize("wrap", [torch.vmap, compiled], ids=["vmap", "compile"])
+@pytest.mark.parametrize("wrap", [torch.vmap, pytest.param(compiled, marks=pytest.mark.slow)], ids=["vmap", "compile"])
 def test_nothing_is_given_away_under_a_transform(wrap):
     optimizer, grads = optim.skip_spikes(optim.sgd(1.0, momentum=0.5), 8), {"w": torch.randn(3, 2)}
     state = (torch.vmap(optimizer.init) if wrap is torch.vmap else optimizer.init)(grads)

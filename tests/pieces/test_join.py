@@ -1,5 +1,6 @@
 """How outputs are put together, and what cannot be."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from gradacc import Mean, microbatch
+from tests.helpers import some_slow
 
 
 def _rows(n: int = 7, width: int = 3) -> Tensor:
@@ -80,8 +82,14 @@ TABLE: list[tuple[Any, Any, Callable[[Tensor], Any], Callable[[Tensor], Any]]] =
 ]
 
 
-@pytest.mark.parametrize("place", [_under_no_transform, _under_vmap, _compiled])
-@pytest.mark.parametrize("number", range(len(TABLE)))
+@pytest.mark.parametrize(
+    ("number", "place"),
+    some_slow(
+        itertools.product(range(len(TABLE)), (_under_no_transform, _under_vmap, _compiled)),
+        *itertools.product(range(len(TABLE)), (_under_no_transform, _under_vmap)),
+        *((number, _compiled) for number in range(0, len(TABLE), 4)),
+    ),
+)
 def test_what_the_whole_would_have_returned(number: int, place: Callable[..., Any]) -> None:
     out, dims, func, expected = TABLE[number]
     x = _rows()

@@ -218,6 +218,7 @@ def compiled(group, params, window):
     return acc.finalize(state), torch.compile(acc.finalize, fullgraph=True, backend="aot_eager")(state)
 
 
+@pytest.mark.slow
 def test_compiled(pool):
     params, x = make((3, 2, 2))
     a, b, c = x.split([3, 2, 2])

@@ -54,8 +54,8 @@ def compiled(group, way, backend):
 @pytest.mark.parametrize(
     ("way", "backend"),
     some_slow(
-        [(way, backend) for way in WAYS for backend in ("aot_eager", "inductor")],
-        ("parts", "aot_eager"),
+        [(way, backend) for way in WAYS for backend in ("eager", "aot_eager", "inductor")],
+        ("parts", "eager"),
     ),
 )
 def test_in_a_graph(pool, way, backend):
