@@ -22,7 +22,7 @@ NOTE [weights that are not read]
     On a CPU a weight is a Python number, and decides: a micro-batch of weight 0 has no backward pass, a negative or NaN weight
     is an error. On an accelerator reading it would wait for the micro-batch's forward pass, each time, with nothing
     queued behind it. There (and under a transform, where it may have no one value) it stays a 0-dim tensor. The micro-batch
-    of weight 0 is computed like any other, and what it contributes is replaced by 0 (`Contribution.keeps`), as NaN times 0 is
+    of weight 0 is computed like any other, and what it contributes is replaced by 0 (`Pass.keeps`), as NaN times 0 is
     NaN. And a weight that is negative, infinite or NaN becomes NaN, which makes value and gradients NaN; with ``sync``, where
     numbers are read once a call, it is an error.
 """
@@ -90,7 +90,7 @@ class Pass(NamedTuple):
 
 
 class Contribution(NamedTuple):
-    """What one micro-batch counts for: ``buffer = growth * buffer + cotangent * factor * gradient``.
+    """What one micro-batch counts for: ``buffer = growth * buffer + cotangent * factor * gradient``, the last of each `Pass`.
 
     Without defaults: with ``dynamic=True`` Dynamo holds a float that is one symbolic.
     """

@@ -137,3 +137,12 @@ def test_all_ranks_have_raised():
     found, gathered = asked(lambda rank, group: agreed(rank, group, raises=True))
     assert gathered == WORLD
     assert all(isinstance(each, KeyError) for each in found)
+
+
+def test_every_option_is_compared_or_of_a_rank_alone():
+    """How a rank divides its own batch is its own affair; whatever else there is, and there may be more, ranks tell."""
+    own = _options.options("accumulate", sum, sync=all_reduce())
+    bound = bounds.Bound([], _tree.flatten(())[1], [], None, (), 0)
+    told = {name for name, _ in agreement.describe(own, bound, None, 0.0, ()).options}
+    alone = {"name", "steps", "microbatch_size", "split", "in_dims", "argnums"}
+    assert told - {"compress", "overlap", "ordered"} == set(own._fields) - alone
