@@ -77,14 +77,15 @@ def batch_norm(module: nn.Module) -> BatchNorm:
         tensor([0.5000, 0.6000])
     """
     own = _converted(module)
-    apply, params, buffers = _module.functional(own)
-    pairs = [*zip(module.modules(), own.modules(), strict=True)]
-    layers: dict[str, Any] = {name: part for name, part in own.named_modules() if isinstance(part, _WithMoments)}
-    if not layers:
+    every = own.named_modules() if isinstance(own, nn.Module) else ()
+    layers: dict[str, Any] = {name: part for name, part in every if isinstance(part, _WithMoments)}
+    if not layers and isinstance(own, nn.Module):
         raise ValueError(
             f"batch_norm: the {type(module).__qualname__} has no BatchNorm layer that tracks running statistics; use "
             "gradacc.functional"
         )
+    apply, params, buffers = _module.functional(own)
+    pairs = [*zip(module.modules(), own.modules(), strict=True)]
     prefixes = {name: f"{name}." if name else "" for name in layers}
     extra = {f"{prefix}{key}" for prefix in prefixes.values() for key in _MOMENTS}
 

@@ -85,8 +85,10 @@ def _masked_mean(leaf: Any, finite: bool | Tensor) -> Any:
 
 
 def _if(finite: bool | Tensor, number: Any) -> Any:
-    """A tensor or a weight, or 0 where it is not finite; where that is read it is not, or nothing would be masked."""
-    if not isinstance(finite, Tensor):
+    """A tensor or a weight, or 0 where it is not finite."""
+    if finite is True:
+        return number
+    if finite is False:
         return torch.zeros_like(number) if isinstance(number, Tensor) else 0.0
     if not isinstance(number, Tensor):
         # float64 counts to more than 2 ** 24; Apple's GPUs have none.

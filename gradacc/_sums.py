@@ -216,7 +216,7 @@ def merge(options: Options, a: Sums, b: Sums) -> tuple[Sums, tuple[float | Tenso
     else:
         one = _units.larger(a.unit, b.unit)
         shares = a.unit / one, b.unit / one
-    parts, treedef = flatten_aux(b.aux)
+    parts, treedef = flatten_parts(b.aux)
     merged = Sums(
         value=_merged_value(name, (a.value, shares[0]), (b.value, shares[1])),
         aux=_merged_aux(name, (a.aux, shares[0]), ([_parts.times(part, shares[1]) for part in parts], treedef)),
@@ -234,7 +234,7 @@ def restored(name: str, sums: Sums, orders: Sequence[_order.Order | None]) -> Su
     known = [order for order in orders if order is not None]
     if not known or sums.aux is None:
         return sums
-    parts, treedef = flatten_aux(sums.aux)
+    parts, treedef = flatten_parts(sums.aux)
     assert treedef is not None
     paths = _tree.paths(treedef, "aux")
     found = [_parts.restored(part, known, f"{name}: {path}") for part, path in zip(parts, paths, strict=True)]
@@ -275,14 +275,14 @@ def of_all_ranks(sums: Sums) -> Sums:
     return replace(sums, carry=map_parts(whole, sums.carry))
 
 
-def flatten_aux(aux: Any) -> tuple[list[Part], _tree.TreeDef | None]:
-    """The parts of a tree of them, and its structure; None where there is no aux. NOTE [parts without their trees]"""
-    return ([], None) if aux is None else _tree.flatten(aux, is_part)
+def flatten_parts(tree: Any) -> tuple[list[Part], _tree.TreeDef | None]:
+    """The parts of a tree of them, and its structure; none of None. NOTE [parts without their trees]"""
+    return ([], None) if tree is None else _tree.flatten(tree, is_part)
 
 
 def parts_of(tree: Any) -> tuple[list[Part], _tree.TreeDef | None]:
     """The same of any tree, but that one part alone has no structure: NOTE [parts without their trees] in ``_parts.py``."""
-    return ([tree], None) if is_part(tree) else flatten_aux(tree)
+    return ([tree], None) if is_part(tree) else flatten_parts(tree)
 
 
 def map_parts(func: Callable[[Part], Any], tree: Any) -> Any:
@@ -416,7 +416,7 @@ def _summand(mean: Mean, weight: float | Tensor) -> Mean:
 def _merged_aux(name: str, one: tuple[Any, float | Tensor], other: tuple[Sequence[Part], _tree.TreeDef | None]) -> Any:
     """A tree of parts times a share, and more parts of the same structure."""
     (aux, share), (parts, structure) = one, other
-    sofar, treedef = flatten_aux(aux)
+    sofar, treedef = flatten_parts(aux)
     if treedef is None and structure is None:
         return None
     if treedef is None or structure is None or treedef != structure:

@@ -142,8 +142,9 @@ def test_batch_norm_moves_once_a_call_to_the_large_batchs_statistics(steps, mome
         whole(batch)
     assert_trees_close(carry["buffers"], dict(whole.named_buffers()), rtol=1e-5, atol=1e-7)
     assert not module[0].running_mean.any()
-    with pytest.raises(ValueError, match="no BatchNorm layer"):
-        gradacc.batch_norm(nn.Linear(2, 2))
+    for other in (nn.Linear(2, 2), nn.LazyLinear(2)):  # of which `functional` would say something else
+        with pytest.raises(ValueError, match="no BatchNorm layer"):
+            gradacc.batch_norm(other)
 
 
 def test_moments_that_were_not_moved_are_an_error() -> None:

@@ -41,7 +41,7 @@ Edge = tuple[Node, int]
 
 
 def graph(roots: Iterable[Node], since: int) -> tuple[dict[Node, int], list[Edge]]:
-    """`_graph.nodes`, as far as they were recorded from ``since`` on, which no leaf is before; and what leads out of them."""
+    """As `_graph.nodes`, of what was recorded from ``since`` on (all leaves were); and the edges to what was not."""
     uses = dict.fromkeys(roots, 0)
     stack = list(uses)
     edges: dict[Edge, None] = {}

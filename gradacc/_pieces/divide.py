@@ -35,7 +35,7 @@ class Piece(NamedTuple):
     treedef: _tree.TreeDef
     """Of its positional arguments, and the values of the others."""
     names: Sequence[str]
-    """Of those, as Dynamo does not flatten an empty dict of them."""
+    """Of the others. (Dynamo does not flatten an empty dict of them.)"""
     picks: Sequence[Pick]
     """Their leaves."""
     offset: int

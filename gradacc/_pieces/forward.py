@@ -46,9 +46,17 @@ class Joined:
             join.add(self.outs, leaf, state, value, place)
             for leaf, state, value in zip(self.leaves, self.states, flat.leaves, strict=True)
         ]
-        self.lengths.append([join.length(leaf, value) for leaf, value in zip(self.leaves, flat.leaves, strict=True)])
+        self.lengths.append(self._lengths(flat))
         self.places.append(place)
         return place
+
+    def check_again(self, flat: outputs.Output, piece: int) -> None:
+        """A piece that was run again has as many rows."""
+        for before, now in zip(self.lengths[piece], self._lengths(flat), strict=True):
+            join.check_length(self.outs, before, now)
+
+    def _lengths(self, flat: outputs.Output) -> list[int]:
+        return [join.length(leaf, value) for leaf, value in zip(self.leaves, flat.leaves, strict=True)]
 
     @property
     def nonlinear(self) -> list[int]:

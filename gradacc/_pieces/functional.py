@@ -235,6 +235,8 @@ def _pulled(plan: _Plan, needed: list[int], count: int, given: Sequence[Tensor])
                 else:
                     wide = grad.to(_dtypes.dtypes(plan.outs.dtype, [grad])[0][0])
                     sums[k] = wide if sums[k] is None else sums[k] + wide
+        if not torch.compiler.is_compiling():
+            cotangents.check_all(plan.outs)
         return [
             total.to(tensors[n].dtype) if dim is None else torch.cat(total, dim)
             for n, dim, total in zip(needed, dims, sums, strict=True)

@@ -148,6 +148,12 @@ class Cotangents:
             self.before[i] += length(leaf, value)
         return found
 
+    def check_all(self, outs: Outs) -> None:
+        """All of each concatenation was some piece's."""
+        for i, whole in self.given.items():
+            if self.leaves[i].out == "concat":
+                check_length(outs, whole.size(_dim(self.leaves[i], whole)), self.before[i])
+
     def _of(self, leaf: Leaf, whole: Tensor, value: Tensor, at: tuple[Place, int]) -> Tensor:
         place, before = at
         if leaf.out == "concat":
@@ -165,6 +171,15 @@ class Cotangents:
 def length(leaf: Leaf, value: Any) -> int:
     """How much of a concatenation a piece is."""
     return value.size(_dim(leaf, value)) if leaf.out == "concat" and isinstance(value, Tensor) else 0
+
+
+def check_length(outs: Outs, before: int, now: int) -> None:
+    """What was run again has as many rows: else a piece would get the cotangents of another."""
+    if now != before:
+        raise RuntimeError(
+            f"{outs.name}: func, run again for the gradients, returned {now} rows, and {before} the first time. Both runs "
+            "must be the same: what it changes (a counter, an attribute) differs. Pass what changes as an argument"
+        )
 
 
 def in_order(outs: Outs, leaf: Leaf, result: Any, places: Sequence[Place], lengths: Sequence[int]) -> Any:

@@ -221,6 +221,7 @@ def _gradients(plan: Plan, held: Sequence[Tensor], kept: Sequence[Tensor], given
         for piece, place in zip(plan.pieces, joined.places, strict=True):
             _rewind(plan, place.piece)
             ran = pull.run(call, piece, sources)
+            joined.check_again(ran.output, place.piece)
             own = {i: each[place.piece] for i, each in of_kept.items()}
             grads.add(ran, piece, sources, {**own, **cotangents.of(ran.output.leaves, place)})
             del ran

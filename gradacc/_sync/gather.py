@@ -254,7 +254,8 @@ class Gather(Unfinished):
         """To one rank, which has ``count`` rows: a few numbers, and cotangents."""
         found = [torch.tensor(header, dtype=torch.float64)]
         for (row, dtype), part in zip(self._pulled_rows(), parts, strict=True):
-            found.append(torch.zeros(count, *row.trailing, dtype=dtype) if part is None else part)
+            zeros = (count, *row.trailing)
+            found.append(torch.zeros(zeros, dtype=dtype, device=self.link.device) if part is None else part)
         return torch.cat([_bytes(each.to(self.link.device)) for each in found])
 
     def _exchange_cotangents(self, group: dist.ProcessGroup, messages: Sequence[Tensor]) -> list[Tensor]:

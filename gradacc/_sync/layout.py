@@ -107,8 +107,8 @@ def difference(one: Layout, other: Layout) -> str | None:
 
 
 def _difference_of_trees(root: str, one: Any, other: Any) -> str | None:
-    parts, treedef = _sums.flatten_aux(one)
-    others, othertree = _sums.flatten_aux(other)
+    parts, treedef = _sums.flatten_parts(one)
+    others, othertree = _sums.flatten_parts(other)
     if treedef != othertree:
         return f"{root} has the structure {treedef}, and {othertree}"
     if treedef is None:

@@ -33,7 +33,10 @@ from gradacc._window import Window
 
 
 class Link(Turn, Boundary):
-    """One call's connection to the other ranks: what it gives, and what it gets."""
+    """One call's connection to the other ranks: what it gives, and what it gets.
+
+    A turn first: by itself a boundary tells nobody of an error.
+    """
 
     crosses = True
     agreement: Agreement | None
@@ -157,6 +160,7 @@ class Link(Turn, Boundary):
                 self.set_unit(sums.unit, weight)
         with self.sending() as sending:
             self._send(sending, grads, sums, here, weight, arrived)
+        del sending
         return self._receive(agreement, grads, sums)
 
     def _make_room(self, agreement: Agreement, grads: list[Tensor | None]) -> None:
@@ -317,6 +321,7 @@ class Link(Turn, Boundary):
                     grad, grads[index] = grads[index], None
                     wire.pack(plan.places[index], flat.numbers, grad if sums.value is not None else None, factor)
                 sending.launch(self.record(sending.shape.columns, FINE) if at == plan.header else None)
+        del sending
         flats = self._received[0]
         wide = [wire.widen(bucket, flat) for bucket, flat in zip(plan.buckets, flats, strict=True)]
         second = self._unpacked(plan, wide)

@@ -84,7 +84,9 @@ def of(
             "rank's has the same structure, also where it has no examples"
         )
     keys = [one.encoder.key for one in encoded]
-    size, rows = outputs[0].size(0) if replicated else size, found.own if options.rows else None
+    rows = found.own if options.rows else None
+    if replicated:
+        size = outputs[0].size(0)
     return Whole(keys, trees, places, outputs, pulled, rebuild(rest), size, rows, found.own, replicated)
 
 

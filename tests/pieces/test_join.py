@@ -27,6 +27,11 @@ def _under_vmap(f: Callable[..., Any], *args: Any) -> Any:
     return torch.utils._pytree.tree_map_only(Tensor, lambda leaf: leaf[1], batched)
 
 
+def _derived(f: Callable[..., Any], *args: Any) -> Any:
+    leaves = [arg.requires_grad_() for arg in args]
+    return torch.autograd.grad(f(*leaves), leaves)
+
+
 def _compiled(f: Callable[..., Any], *args: Any) -> Any:
     torch.compiler.reset()
     return torch.compile(f, backend="aot_eager", fullgraph=True)(*args)
@@ -479,3 +484,16 @@ def test_numbers(out: str, values: list[Any], expected: Any) -> None:
     actual = microbatch(_numbers(*values), out=out)(list(torch.zeros(sum(sizes), 3).split(sizes)))
     assert type(actual) is type(expected)
     assert actual == expected or (math.isnan(actual) and math.isnan(expected))
+
+
+@pytest.mark.parametrize("place", [_derived, lambda f, x: torch.func.grad(f)(x)], ids=["autograd", "func.grad"])
+def test_a_second_run_of_other_rows_is_an_error(place: Callable[..., Any]) -> None:
+    """It would hand a piece's cotangents to the next one."""
+    lengths = [2, 2, 1, 2]
+
+    def func(x: Tensor) -> Tensor:
+        return (x * 2)[: lengths.pop(0)]
+
+    with pytest.raises(RuntimeError, match="run again for the gradients, returned . rows, and . the first time"):
+        place(lambda x: microbatch(func, steps=2, backward="recompute")(x).sum(), _rows(4))
+    assert not lengths[1:]
