@@ -24,7 +24,7 @@ test-fast: $(STAMP)
 test-slow: $(STAMP)
 	$(PIP) --no-build-isolation -e '.[recipes]'
 	$(PIP) --no-deps --upgrade --target $(VENV)/beside timm torchvision
-	$(PY) -m pytest -m slow
+	$(PY) -m pytest -n $(WORKERS) --dist loadgroup -m slow
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .
