@@ -1,6 +1,7 @@
 """Hypothesis without its clock (the machine may be busy) and without its random seed; one thread, since models are tiny."""
 
 import gc
+import os
 
 import hypothesis
 import pytest
@@ -14,6 +15,7 @@ collect_ignore = ["device.py"]
 hypothesis.settings.register_profile("gradacc", deadline=None, derandomize=True, print_blob=False)
 hypothesis.settings.load_profile("gradacc")
 torch.set_num_threads(1)
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # starting processes to compile in costs more than they save
 
 
 @pytest.fixture(autouse=True)
