@@ -15,7 +15,7 @@ collect_ignore = ["device.py"]
 hypothesis.settings.register_profile("gradacc", deadline=None, derandomize=True, print_blob=False)
 hypothesis.settings.load_profile("gradacc")
 torch.set_num_threads(1)
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # starting processes to compile in costs more than they save
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # processes to compile in cost more than they save
 
 
 @pytest.fixture(autouse=True)
