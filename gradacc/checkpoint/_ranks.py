@@ -85,5 +85,6 @@ def check_alike(name: str, fingerprints: Sequence[dict[str, tuple[str, str]]]) -
                 how = f"{title_there} and {title}" if title != title_there else f"both {title}, but of other values"
                 raise ValueError(
                     f"{name}: tree{key} is not the same on ranks {other} and {rank}: {how}. "
+                    "Parameters stay alike if they are seeded alike before they are made, and every gradient has sync=. "
                     "Put what belongs to a rank under a key of its own, as in {'ranks': {rank: ...}}"
                 )
