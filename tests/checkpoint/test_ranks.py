@@ -99,7 +99,11 @@ RANKS_DIFFER = r"ValueError: save: tree\['{}'\] is not the same on ranks 0 and 2
 @pytest.mark.parametrize(
     ("how", "messages"),
     [
-        ("bits", [RANKS_DIFFER.format("w", r"both float32 \(2,\), but of other values. Parameters stay alike")] * SIZE),
+        (
+            "bits",
+            [RANKS_DIFFER.format("w", r"both float32 \(2,\), but of other values. Parameters stay .* Put what belongs")]
+            * SIZE,
+        ),
         ("dtype", [RANKS_DIFFER.format("w", r"float32 \(2,\) and float64 \(2,\)")] * SIZE),
         ("value", [RANKS_DIFFER.format("n", "both int, but of other values")] * SIZE),
         ("type", [RANKS_DIFFER.format("n", "int and float")] * SIZE),
